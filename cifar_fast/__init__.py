@@ -1,0 +1,44 @@
+"""cifar_fast: the reference CIFAR-10 recipe, fast and trustworthy.
+
+Importing the package does nothing and imports nothing heavy: each name below is loaded when it is
+first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cifar_fast.augment import Draws, draw_epoch
+    from cifar_fast.data import Dataset, load_dataset
+    from cifar_fast.errors import InputError
+    from cifar_fast.model import CNN
+    from cifar_fast.recipe import Recipe
+    from cifar_fast.results import Result
+    from cifar_fast.trainer import fit
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "CNN": "model",
+    "Dataset": "data",
+    "Draws": "augment",
+    "InputError": "errors",
+    "Recipe": "recipe",
+    "Result": "results",
+    "draw_epoch": "augment",
+    "fit": "trainer",
+    "load_dataset": "data",
+}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,86 @@
+"""The epoch's random draws, and the augmentation in plain torch.
+
+Shuffle, reflection-padded crop, mirror and cutout only move pixels about, so a whole batch is one
+gather: every output pixel has one source pixel, found by arithmetic on its row and column. The
+square of the cutout is then set to zero, which is the mean colour of normalised pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cifar_fast.recipe import IMAGE_SIZE, Recipe
+
+
+@dataclass(frozen=True)
+class Draws:
+    """An epoch's random choices, int64 ``[n]`` each; entry k belongs to position k after the shuffle.
+
+    ``permutation``: which picture stands there. ``crop``: option ``x0 * (padding + 1) + y0``, the
+    window's offset in the padded picture. ``flip``: 0 mirrors left to right, 1 does not.
+    ``cutout``: option ``x0 * (size - cutout_size + 1) + y0``, the square's upper left corner.
+    """
+
+    permutation: torch.Tensor
+    crop: torch.Tensor
+    flip: torch.Tensor
+    cutout: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.permutation)
+
+    def slice(self, start: int, stop: int) -> Draws:
+        """The choices at positions ``start`` to ``stop``, as views."""
+        return Draws(self.permutation[start:stop], self.crop[start:stop], self.flip[start:stop], self.cutout[start:stop])
+
+
+def draw_epoch(n: int, *, device: torch.device | str, recipe: Recipe | None = None) -> Draws:
+    """Draw one epoch's choices for ``n`` pictures from the default generator of ``device``.
+
+    The calls and their order are the reference script's, so the same seed gives the same epoch.
+    """
+    recipe = recipe or Recipe()
+    crops = (recipe.crop_padding + 1) ** 2
+    cutouts = (IMAGE_SIZE + 1 - recipe.cutout_size) ** 2
+    return Draws(
+        permutation=torch.randperm(n, device=device),
+        crop=torch.randint(crops, (n,), device=device),
+        flip=torch.randint(0 if recipe.flip else 1, 2, (n,), device=device),
+        cutout=torch.randint(cutouts, (n,), device=device),
+    )
+
+
+def augment(images: torch.Tensor, draws: Draws, recipe: Recipe) -> torch.Tensor:
+    """The batch that ``draws`` chooses from ``images``: gathered, cropped, mirrored, cut out.
+
+    Args:
+        images: normalised pictures ``[N, S, S, C]`` of any dtype, contiguous.
+        draws: the choices of B positions of an epoch, on the same device.
+
+    Returns:
+        ``[B, C, S, S]`` in channels_last, dtype of ``images``; no two batches share memory.
+    """
+    size, channels = images.shape[2], images.shape[3]
+    padding, cutout = recipe.crop_padding, recipe.cutout_size
+    pixel = torch.arange(size, device=images.device)
+
+    crops = padding + 1
+    column = torch.where(draws.flip[:, None] == 0, size - 1 - pixel, pixel)  # [B, S]
+    row = _reflect(pixel + (draws.crop % crops)[:, None] - padding, size)
+    column = _reflect(column + (draws.crop // crops)[:, None] - padding, size)
+    source = ((draws.permutation[:, None] * size + row) * size)[:, :, None] + column[:, None, :]  # [B, S, S]
+    batch = images.view(-1, channels).index_select(0, source.view(-1)).view(*source.shape, channels)
+
+    corners = size + 1 - cutout
+    top, left = (draws.cutout % corners)[:, None], (draws.cutout // corners)[:, None]
+    in_rows = (pixel >= top) & (pixel < top + cutout)
+    in_columns = (pixel >= left) & (pixel < left + cutout)
+    batch.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[..., None], 0)
+    return batch.permute(0, 3, 1, 2)
+
+
+def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
+    """Reflection padding as index arithmetic: -1 is 1, ``size`` is ``size - 2``; the border does not repeat."""
+    return size - 1 - (size - 1 - index.abs()).abs()

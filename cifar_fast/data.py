@@ -1,0 +1,187 @@
+"""Where pictures come from: ``load_dataset`` and the :class:`Dataset` that it returns."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cifar_fast.errors import InputError
+from cifar_fast.progress import Log, silent
+from cifar_fast.recipe import IMAGE_SIZE
+
+DATASETS = {
+    "cifar10": "CIFAR-10 through torchvision, downloaded to --data-dir when it is not there",
+    "folder": "pictures in --data-dir/train/CLASS/ and --data-dir/test/CLASS/",
+    "npz": "the .npz file --data-dir, or the only one in that folder",
+    "synthetic": "ten generated textures; needs no files",
+}
+MAX_CLASSES = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled pictures, checked when made: a data set that exists is sound, else :class:`InputError` is raised.
+
+    ``*_images`` are uint8 ``[N, 32, 32, 3]``, ``*_labels`` int64 ``[N]`` from 0 to the number of classes
+    less one; each class has a training picture. ``source`` says in errors where the data came from.
+    """
+
+    name: str
+    source: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for split in ("train", "test"):
+            self._check(split, getattr(self, f"{split}_images"), getattr(self, f"{split}_labels"))
+            object.__setattr__(self, f"{split}_labels", getattr(self, f"{split}_labels").astype(np.int64))
+        if not self.class_names:
+            object.__setattr__(self, "class_names", tuple(str(i) for i in range(self.train_labels.max() + 1)))
+        if not 2 <= self.num_classes <= MAX_CLASSES:
+            raise InputError(f"{self.source}: {self.num_classes} class(es); there must be 2 to {MAX_CLASSES}")
+        if self.train_labels.max() >= self.num_classes:
+            raise InputError(f"{self.source}: train_labels go up to {self.train_labels.max()}, but only {self.num_classes} classes are named")
+        counts = np.bincount(self.train_labels, minlength=self.num_classes)
+        if not counts.all():
+            raise InputError(f"{self.source}: class {self.class_names[counts.argmin()]} has no training picture; number the classes from 0 without gaps")
+        if self.test_labels.max() >= self.num_classes:
+            raise InputError(f"{self.source}: test_labels has class {self.test_labels.max()}, which train_labels lacks; take it out or add it there")
+
+    def _check(self, split: str, images: np.ndarray, labels: np.ndarray) -> None:
+        shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            raise InputError(f"{self.source}: {split}_images must be uint8 of shape (N, 32, 32, 3), not {images.dtype} of shape {images.shape}")
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            must = f"whole numbers of shape {images.shape[:1]}, one a picture"
+            raise InputError(f"{self.source}: {split}_labels must be {must}, not {labels.dtype} of shape {labels.shape}")
+        if len(images) == 0:
+            raise InputError(f"{self.source}: {split}_images holds no picture; there must be at least one")
+        if labels.min() < 0 or labels.max() >= MAX_CLASSES:
+            raise InputError(f"{self.source}: {split}_labels must lie in 0 to {MAX_CLASSES - 1}, not {labels.min()} to {labels.max()}")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def facts(self) -> dict[str, Any]:
+        """What a summary says of the data."""
+        return {
+            "name": self.name,
+            "digest": self.digest,
+            "train_pictures": len(self.train_images),
+            "test_pictures": len(self.test_images),
+            "class_names": list(self.class_names),
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over shapes and bytes of the four arrays, in hexadecimal: equal for equal data, wherever it came from."""
+        digest = hashlib.sha256()
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(repr(array.shape).encode())
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
+
+def load_dataset(name: str, data_dir: str | Path | None = None, *, log: Log = print) -> Dataset:
+    """Load the data set ``name``, one of :data:`DATASETS`.
+
+    ``folder`` decodes with other processes when the pictures are many; as always with Python's
+    ``multiprocessing``, a script that calls it needs the ``if __name__ == "__main__":`` guard then.
+
+    Args:
+        data_dir: the folder or file to read; ``cifar10`` has ``data`` as its default, ``synthetic`` needs none.
+        log: takes lines about long work; ``None`` is silent.
+
+    Raises:
+        InputError: what is wrong with the files, which one, and what to do.
+    """
+    if name not in DATASETS:
+        raise InputError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
+    if name in ("folder", "npz") and data_dir is None:
+        raise InputError(f"the data set {name} needs --data-dir: {DATASETS[name]}")
+    source = "data" if data_dir is None else str(data_dir)
+    read = {"cifar10": _read_cifar10, "folder": _read_folder, "npz": _read_npz, "synthetic": _read_synthetic}[name]
+    arrays = read(Path(source).expanduser(), log or silent)
+    names = tuple(map(str, np.atleast_1d(arrays.pop("class_names", ()))))
+    return Dataset(name=name, source="synthetic" if name == "synthetic" else source, class_names=names, **arrays)
+
+
+def _read_cifar10(root: Path, log: Log) -> dict[str, np.ndarray]:
+    from torchvision.datasets import CIFAR10  # imports torch: not before it is needed
+
+    archive = root / CIFAR10.filename
+    existed, there = root.exists(), archive.exists()
+    try:
+        splits = [CIFAR10(root, train=train, download=True) for train in (True, False)]
+    except Exception as error:  # sockets, tar, gzip, pickle and torchvision itself each have their own
+        if isinstance(error, OSError) and error.filename is not None:
+            raise InputError(f"{error.filename}: {error.strerror}; --data-dir must be a directory that can be written, or already hold CIFAR-10") from None
+        state = f"{archive} is corrupt or truncated" if there else f"CIFAR-10 is not in {root}"
+        raise InputError(
+            f"{state} and could not be downloaded ({_one_line(error)}): put {CIFAR10.filename} from the CIFAR-10 home page into {root}, "
+            "or try --dataset synthetic, which needs no files"
+        ) from None
+    finally:
+        if not existed and root.is_dir() and not any(root.iterdir()):
+            root.rmdir()
+    train, test = splits
+    return dict(
+        train_images=train.data,
+        train_labels=np.array(train.targets),
+        test_images=test.data,
+        test_labels=np.array(test.targets),
+        class_names=np.array(train.classes),
+    )
+
+
+def _read_folder(root: Path, log: Log) -> dict[str, np.ndarray]:
+    from cifar_fast.folder import read_folder
+
+    return read_folder(root, log)
+
+
+def _read_npz(path: Path, log: Log) -> dict[str, np.ndarray]:
+    if path.is_dir():
+        found = sorted(path.glob("*.npz"))
+        if len(found) != 1:
+            raise InputError(f"{path} holds {len(found)} .npz files; name the one to read with --data-dir")
+        (path,) = found
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; --data-dir must name an .npz file")
+    wanted = ("train_images", "train_labels", "test_images", "test_labels")
+    try:
+        arrays = np.load(path, allow_pickle=False)
+        with arrays:
+            missing = [key for key in wanted if key not in arrays]
+            if not missing:
+                return {key: arrays[key] for key in (*wanted, "class_names") if key in arrays}
+    except Exception as error:  # a damaged zip fails in as many ways as there are bytes
+        raise InputError(f"{path}: not a readable .npz file ({_one_line(error)}); make it again with numpy.savez") from None
+    raise InputError(f"{path}: lacks {', '.join(missing)}; it must hold {', '.join(wanted)}")
+
+
+def _read_synthetic(path: Path, log: Log) -> dict[str, np.ndarray]:
+    from cifar_fast.synthetic import PATTERNS, textures
+
+    train_images, train_labels = textures(10_000, seed=0)
+    test_images, test_labels = textures(2_000, seed=1)
+    return dict(
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        class_names=np.array(list(PATTERNS)),
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,148 @@
+"""The reference recipe as data: every constant of it stands here and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cifar_fast.errors import InputError
+
+IMAGE_SIZE = 32
+"""Height and width of a picture, in pixels."""
+
+
+def _constant(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Architecture, augmentation and schedule of "94% on CIFAR-10 in 94 lines and 94 seconds".
+
+    Each field is a flag of the command line (``batch_size`` is ``--batch-size``), and its help text
+    is the flag's. A value that makes no sense raises :class:`InputError`.
+    """
+
+    epochs: int = _constant(24, "passes over the training pictures")
+    batch_size: int = _constant(512, "pictures a step; those left over at an epoch's end are dropped")
+    widths: tuple[int, ...] = _constant(
+        (64, 128, 128, 128, 256, 512, 512, 512),
+        "output channels of each 3x3 convolution; where they double, a 2x2 max-pool follows",
+    )
+    celu_alpha: float = _constant(0.075, "alpha of the CELU activations")
+    output_scale: float = _constant(1 / 8, "factor on the logits before the loss")
+    label_smoothing: float = _constant(0.2, "label smoothing of the cross entropy")
+    momentum: float = _constant(0.9, "Nesterov momentum")
+    weight_decay: float = _constant(
+        5e-4, "weight decay on every parameter, for a loss averaged over the batch; the loss is a sum, so the optimiser gets it times the batch size"
+    )
+    lr_knots: tuple[float, ...] = _constant(
+        (0.0, 1.0, 5.0), "times at which the learning rate is given, linear between them, in a unit of which the last knot is the whole run"
+    )
+    lr_values: tuple[float, ...] = _constant(
+        (0.1, 0.6, 0.0), "learning rates at the knots, for a loss averaged over the batch; the optimiser gets them divided by the batch size"
+    )
+    crop_padding: int = _constant(4, "reflection padding in pixels; crops start at 0 to this, down and right, so the far side is never reached; 0: no crop")
+    flip: bool = _constant(True, "mirror half of the pictures left to right")
+    cutout_size: int = _constant(8, "side in pixels of the square set to the mean colour; 0: none")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _as_type_of(field.default, getattr(self, field.name), field.name)
+            object.__setattr__(self, field.name, value)
+
+        def need(condition: bool, name: str, must: str) -> None:
+            if not condition:
+                value = getattr(self, name)
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise InputError(f"{name} must {must}, not {shown}")
+
+        need(self.epochs >= 1, "epochs", "be at least 1")
+        need(self.batch_size >= 1, "batch_size", "be at least 1")
+        need(len(self.widths) >= 1 and min(self.widths) >= 1, "widths", "be one or more positive numbers")
+        need(self.final_size >= 1, "widths", f"double at most {IMAGE_SIZE.bit_length() - 1} times, from the 3 input channels on")
+        need(self.celu_alpha > 0, "celu_alpha", "be above 0")
+        need(self.output_scale > 0, "output_scale", "be above 0")
+        need(0 <= self.label_smoothing <= 1, "label_smoothing", "lie in 0 to 1")
+        need(0 < self.momentum < 1, "momentum", "lie between 0 and 1")
+        need(self.weight_decay >= 0, "weight_decay", "be at least 0")
+        knots = self.lr_knots
+        need(len(knots) >= 2 and knots[0] == 0, "lr_knots", "be two or more numbers, the first of them 0")
+        need(all(a < b for a, b in zip(knots, knots[1:])), "lr_knots", "rise from each to the next")
+        need(len(self.lr_values) == len(knots), "lr_values", f"be {len(knots)} numbers, one a knot")
+        need(min(self.lr_values) >= 0, "lr_values", "be at least 0")
+        need(0 <= self.crop_padding < IMAGE_SIZE, "crop_padding", f"lie in 0 to {IMAGE_SIZE - 1}")
+        need(0 <= self.cutout_size <= IMAGE_SIZE, "cutout_size", f"lie in 0 to {IMAGE_SIZE}")
+
+    @property
+    def pools(self) -> tuple[bool, ...]:
+        """For each convolution, whether a 2x2 max-pool follows it: where its channels double."""
+        return tuple(out == 2 * into for into, out in zip((3, *self.widths), self.widths))
+
+    @property
+    def final_size(self) -> int:
+        """Height and width in pixels of the last feature map, which the head pools to one pixel."""
+        return IMAGE_SIZE >> sum(self.pools)
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """The optimiser's learning rate at ``step``, counted from 1, so that the last step's is the last value's."""
+        knots = [knot * self.epochs / self.lr_knots[-1] for knot in self.lr_knots]
+        values = [value / self.batch_size for value in self.lr_values]
+        return float(np.interp(step / steps_per_epoch, knots, values))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The recipe that ``text`` states; a constant it leaves out keeps the reference's value."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"a recipe must be JSON: {error}") from None
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, dict):
+            raise InputError("a recipe must be a JSON object of its constants")
+        if unknown := sorted(set(values) - set(names)):
+            raise InputError(f"a recipe has no {', '.join(unknown)}; it has {', '.join(names)}")
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from None
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+
+def _as_type_of(default: Any, value: Any, name: str) -> Any:
+    """``value`` as the type of the field's default: int, float, bool, or a tuple of ints or floats."""
+    if isinstance(default, tuple):
+        if isinstance(value, (list, tuple)):
+            return tuple(_as_type_of(default[0], item, name) for item in value)
+        kind = "a list of numbers"
+    elif isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+        kind = "true or false"
+    elif isinstance(default, int):
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            return int(value)
+        kind = "a whole number"
+    else:
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        kind = "a finite number"
+    raise InputError(f"{name} must be {kind}, not {value!r}")

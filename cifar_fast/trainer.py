@@ -1,0 +1,154 @@
+"""The training loop, and :func:`fit`, which runs it as often as wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cifar_fast.augment import draw_epoch
+from cifar_fast.backends import Eager, choose, keep_freed_memory
+from cifar_fast.data import Dataset
+from cifar_fast.errors import InputError
+from cifar_fast.model import CNN
+from cifar_fast.progress import Log, progress_bar, silent
+from cifar_fast.recipe import Recipe
+from cifar_fast.results import EpochRow, Output, Result, Run, environment
+
+
+def fit(
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    runs: int = 1,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    log: Log | None = print,
+) -> Result:
+    """Train ``recipe`` on ``dataset`` from scratch, ``runs`` times.
+
+    Run i (from 0) is seeded with ``seed + i`` and is the run that this seed gives alone. The random
+    generators of the caller are left as they were. On a CPU the process keeps its freed memory, see
+    :func:`cifar_fast.backends.keep_freed_memory`.
+
+    Args:
+        backend: auto, eager, compiled.
+        device: auto, cpu, cuda, cuda:N.
+        dtype: auto, float16, bfloat16, float32.
+        output: folder for metrics.jsonl, summary.json, curves.png and model.pt; None writes nothing.
+        overwrite: replace the results that ``output`` holds already.
+        log: takes the lines that a person reads; None is silent, without a progress bar too.
+
+    Raises:
+        InputError: something given cannot work here, or the loss stopped being finite.
+    """
+    log = log or silent
+    n = len(dataset.train_images)
+    if runs < 1:
+        raise InputError(f"runs must be at least 1, not {runs}")
+    if not 0 <= seed < 2**63 - runs:
+        raise InputError(f"seed must lie between 0 and 2^63, not {seed}")
+    if n < recipe.batch_size:
+        raise InputError(f"{dataset.source}: {n} training pictures are fewer than one batch of {recipe.batch_size}; give a smaller --batch-size")
+    choice = choose(backend, device, dtype)
+    dtype = str(choice.dtype).removeprefix("torch.")
+    facts = environment(choice.device)
+    clock = _synchronised_clock(choice.device)
+    rows: list[EpochRow] = []
+    done: list[Run] = []
+
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(Output(output, overwrite)) if output is not None else None
+        stack.enter_context(torch.random.fork_rng(devices=[choice.device] if choice.device.type == "cuda" else []))
+
+        def on_row(row: EpochRow) -> None:
+            rows.append(row)
+            log(str(row))
+            if folder:
+                folder.add(row)
+
+        log(f"torch {facts['torch']}, {facts['device_name']}, {facts['threads']} threads, backend {choice.backend.name}, {dtype}")
+        if choice.reason:
+            log(f"auto: {choice.reason}")
+        if choice.device.type == "cpu":
+            keep_freed_memory()
+        start = clock()
+        trained = choice.backend(recipe, dataset, choice.device, choice.dtype)
+        for run in range(runs):
+            if runs > 1:
+                log(f"run {run + 1} of {runs}, seed {seed + run}")
+            torch.manual_seed(seed + run)
+            trained.prepare(CNN(recipe, dataset.num_classes))
+            setup_seconds = clock() - start
+            train_seconds, evaluation_seconds = _train(trained, n, run, clock, on_row, log)
+            done.append(Run(run, seed + run, rows[-1].test_accuracy, train_seconds, setup_seconds, evaluation_seconds))
+            start = clock()
+
+        result = Result(
+            recipe=recipe,
+            environment=facts,
+            backend=choice.backend.name,
+            dtype=dtype,
+            dataset=dataset.facts(),
+            rows=rows,
+            runs=done,
+            state_dict={name: tensor.detach().cpu() for name, tensor in trained.state_dict().items()},
+        )
+        if folder:
+            folder.finish(result)
+    log(result.closing_line())
+    return result
+
+
+def _train(backend: Eager, n: int, run: int, clock: Callable[[], float], on_row: Callable[[EpochRow], None], log: Log) -> tuple[float, float]:
+    """All epochs of one run; gives the seconds of training and those of evaluation."""
+    recipe, on_cpu = backend.recipe, backend.device.type == "cpu"
+    steps = n // recipe.batch_size
+    train_seconds = evaluation_seconds = 0.0
+    for epoch in range(recipe.epochs):
+        with progress_bar(steps, f"epoch {epoch + 1}/{recipe.epochs}", "step", log) as bar:
+
+            def on_step(step: int, losses: torch.Tensor) -> None:
+                bar.update()
+                if on_cpu:  # elsewhere reading a loss would make the device wait
+                    _check_finite(losses, step, steps)
+
+            start = clock()
+            losses, corrects = backend.train_epoch(epoch, draw_epoch(n, device=backend.device, recipe=recipe), on_step)
+            train_seconds += clock() - start
+        _check_finite(losses.view(steps, -1), epoch * steps + 1, steps)
+
+        start = clock()
+        test_corrects = backend.evaluate()
+        evaluation_seconds += clock() - start
+        means = [values.float().mean().item() for values in (losses, corrects, test_corrects)]
+        on_row(EpochRow(run, epoch + 1, *means, train_seconds))
+    return train_seconds, evaluation_seconds
+
+
+def _check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -> None:
+    """Raise :class:`InputError` at the first of the steps, a row of ``losses`` each, with a loss that is not finite."""
+    bad = ~losses.isfinite().view(losses.shape[0] if losses.dim() > 1 else 1, -1).all(dim=1)
+    if bad.any():
+        step = first_step + int(bad.int().argmax())
+        raise InputError(
+            f"the loss is not finite at step {step} (epoch {(step - 1) // steps_per_epoch + 1}); try smaller --lr-values, or --dtype float32"
+        )
+
+
+def _synchronised_clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, read when the device has done what it was given."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
