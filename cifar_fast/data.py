@@ -48,17 +48,25 @@ class Dataset:
         if not 2 <= self.num_classes <= MAX_CLASSES:
             raise InputError(f"{self.source}: {self.num_classes} class(es); there must be 2 to {MAX_CLASSES}")
         if self.train_labels.max() >= self.num_classes:
-            raise InputError(f"{self.source}: train_labels go up to {self.train_labels.max()}, but only {self.num_classes} classes are named")
+            raise InputError(
+                f"{self.source}: train_labels go up to {self.train_labels.max()}, but only {self.num_classes} classes are named"
+            )
         counts = np.bincount(self.train_labels, minlength=self.num_classes)
         if not counts.all():
-            raise InputError(f"{self.source}: class {self.class_names[counts.argmin()]} has no training picture; number the classes from 0 without gaps")
+            raise InputError(
+                f"{self.source}: class {self.class_names[counts.argmin()]} has no training picture; number the classes from 0 without gaps"
+            )
         if self.test_labels.max() >= self.num_classes:
-            raise InputError(f"{self.source}: test_labels has class {self.test_labels.max()}, which train_labels lacks; take it out or add it there")
+            raise InputError(
+                f"{self.source}: test_labels has class {self.test_labels.max()}, which train_labels lacks; take it out or add it there"
+            )
 
     def _check(self, split: str, images: np.ndarray, labels: np.ndarray) -> None:
         shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
         if images.dtype != np.uint8 or images.shape[1:] != shape:
-            raise InputError(f"{self.source}: {split}_images must be uint8 of shape (N, 32, 32, 3), not {images.dtype} of shape {images.shape}")
+            raise InputError(
+                f"{self.source}: {split}_images must be uint8 of shape (N, 32, 32, 3), not {images.dtype} of shape {images.shape}"
+            )
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
             must = f"whole numbers of shape {images.shape[:1]}, one a picture"
             raise InputError(f"{self.source}: {split}_labels must be {must}, not {labels.dtype} of shape {labels.shape}")
@@ -124,7 +132,9 @@ def _read_cifar10(root: Path, log: Log) -> dict[str, np.ndarray]:
         splits = [CIFAR10(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # sockets, tar, gzip, pickle and torchvision itself each have their own
         if isinstance(error, OSError) and error.filename is not None:
-            raise InputError(f"{error.filename}: {error.strerror}; --data-dir must be a directory that can be written, or already hold CIFAR-10") from None
+            raise InputError(
+                f"{error.filename}: {error.strerror}; --data-dir must be a directory that can be written, or already hold CIFAR-10"
+            ) from None
         state = f"{archive} is corrupt or truncated" if there else f"CIFAR-10 is not in {root}"
         raise InputError(
             f"{state} and could not be downloaded ({_one_line(error)}): put {CIFAR10.filename} from the CIFAR-10 home page into {root}, "

@@ -73,7 +73,9 @@ def _classes(split: Path) -> dict[str, list[Path]]:
             for folder in folders
         }
     except OSError as error:
-        raise InputError(f"{error.filename}: {error.strerror}; --data-dir must name a folder with train/CLASS/ and test/CLASS/ in it") from None
+        raise InputError(
+            f"{error.filename}: {error.strerror}; --data-dir must name a folder with train/CLASS/ and test/CLASS/ in it"
+        ) from None
     if not classes:
         raise InputError(f"{split}: no class folders in it; put the pictures of each class into a folder of its own there")
     for name, found in classes.items():
@@ -130,5 +132,7 @@ def _decode_file(file: Path) -> np.ndarray:
     except Exception as error:  # decoders raise what they like, SyntaxError and struct.error among it
         raise InputError(f"{file}: not a whole picture ({error}); replace it or delete it") from None
     if pixels is None:
-        raise InputError(f"{file}: {size[0]} x {size[1]} pixels, mode {mode}; pictures must be {IMAGE_SIZE} x {IMAGE_SIZE} with 8 bits a channel")
+        raise InputError(
+            f"{file}: {size[0]} x {size[1]} pixels, mode {mode}; pictures must be {IMAGE_SIZE} x {IMAGE_SIZE} with 8 bits a channel"
+        )
     return pixels

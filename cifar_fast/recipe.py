@@ -41,15 +41,17 @@ class Recipe:
     label_smoothing: float = _constant(0.2, "label smoothing of the cross entropy")
     momentum: float = _constant(0.9, "Nesterov momentum")
     weight_decay: float = _constant(
-        5e-4, "weight decay on every parameter, for a loss averaged over the batch; the loss is a sum, so the optimiser gets it times the batch size"
+        5e-4,
+        "weight decay on every parameter, for a loss averaged over the batch; the optimiser gets it times the batch size",
     )
     lr_knots: tuple[float, ...] = _constant(
         (0.0, 1.0, 5.0), "times at which the learning rate is given, linear between them, in a unit of which the last knot is the whole run"
     )
     lr_values: tuple[float, ...] = _constant(
-        (0.1, 0.6, 0.0), "learning rates at the knots, for a loss averaged over the batch; the optimiser gets them divided by the batch size"
+        (0.1, 0.6, 0.0),
+        "learning rates at the knots, for a loss averaged over the batch; the optimiser gets them divided by the batch size",
     )
-    crop_padding: int = _constant(4, "reflection padding in pixels; crops start at 0 to this, down and right, so the far side is never reached; 0: no crop")
+    crop_padding: int = _constant(4, "reflection padding in pixels; a crop starts at 0 to this, short of the far side; 0: no crop")
     flip: bool = _constant(True, "mirror half of the pictures left to right")
     cutout_size: int = _constant(8, "side in pixels of the square set to the mean colour; 0: none")
 

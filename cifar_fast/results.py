@@ -159,7 +159,9 @@ class Output:
         self.path = Path(path).expanduser()
         found = [self.path / name for name in FILES if (self.path / name).exists()]
         if found and not overwrite:
-            raise InputError(f"{self.path} already holds results ({found[0].name}); choose another --output, or give --overwrite to replace them")
+            raise InputError(
+                f"{self.path} already holds results ({found[0].name}); choose another --output, or give --overwrite to replace them"
+            )
         above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not above.is_dir():
             raise InputError(f"--output {self.path}: {above} is not a directory")

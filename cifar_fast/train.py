@@ -31,26 +31,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace, recipe: Recipe) -> int:
-    from cifar_fast.backends import choose  # imports torch, which takes seconds: not for --help or a mistyped flag
-    from cifar_fast.results import Output
-    from cifar_fast.trainer import fit
+    from cifar_fast.trainer import check, fit  # imports torch, which takes seconds: not for --help or a mistyped flag
 
-    output = args.output or time.strftime(f"runs/{args.dataset}-%Y%m%d-%H%M%S")
-    choose(args.backend, args.device, args.dtype)  # what is wrong without looking at the data is said before loading it
-    Output(output, args.overwrite)
-    dataset = load_dataset(args.dataset, args.data_dir)
-    fit(
-        recipe,
-        dataset,
-        backend=args.backend,
-        device=args.device,
-        dtype=args.dtype,
-        seed=args.seed,
-        runs=args.runs,
-        output=output,
-        overwrite=args.overwrite,
-    )
-    print(f"written to {output}")
+    how = {name: getattr(args, name) for name in ("backend", "device", "dtype", "seed", "runs", "output", "overwrite")}
+    how["output"] = args.output or time.strftime(f"runs/{args.dataset}-%Y%m%d-%H%M%S")
+    check(**how)  # before the data, which may take long to come
+    fit(recipe, load_dataset(args.dataset, args.data_dir), **how)
+    print(f"written to {how['output']}")
     return 0
 
 
@@ -63,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m cifar_fast.train", description="Train the reference CIFAR-10 recipe.", allow_abbrev=False)
     add_run_flags(parser)
     group = parser.add_argument_group("what is written")
-    group.add_argument("--output", metavar="DIR", help="folder for metrics.jsonl, summary.json, curves.png and model.pt (default: a new one under runs/)")
+    group.add_argument(
+        "--output", metavar="DIR", help="folder for metrics.jsonl, summary.json, curves.png and model.pt (default: a new one under runs/)"
+    )
     group.add_argument("--overwrite", action="store_true", help="replace the results that the output folder holds")
     group.add_argument("--print-recipe", action="store_true", help="print the recipe as JSON and stop")
     return parser
@@ -72,15 +61,21 @@ def _parser() -> argparse.ArgumentParser:
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what is trained, on what and how; a flag for each constant of the recipe among them."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, default="cifar10", help="; ".join(f"{name}: {what}" for name, what in DATASETS.items()))
+    group.add_argument(
+        "--dataset", choices=DATASETS, default="cifar10", help="; ".join(f"{name}: {what}" for name, what in DATASETS.items())
+    )
     group.add_argument("--data-dir", metavar="PATH", help="where the data set is, or for cifar10 goes (default for cifar10: data)")
 
     group = parser.add_argument_group("how it runs")
     backends = ("auto", "eager", "compiled", "fused")
-    group.add_argument("--backend", choices=backends, default="auto", help="eager is the reference; compiled is torch.compile; auto is the fastest here")
+    group.add_argument(
+        "--backend", choices=backends, default="auto", help="eager is the reference; compiled is torch.compile; auto is the fastest here"
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     dtypes = ("auto", "float16", "bfloat16", "float32")
-    group.add_argument("--dtype", choices=dtypes, default="auto", help="float16 and float32 hold everything, bfloat16 keeps float32 weights (autocast)")
+    group.add_argument(
+        "--dtype", choices=dtypes, default="auto", help="float16 and float32 hold everything, bfloat16 keeps float32 weights (autocast)"
+    )
     group.add_argument("--seed", type=int, default=0, help="seed of the first run (default: 0)")
     group.add_argument("--runs", type=int, default=1, help="train that often; run i has seed + i (default: 1)")
 
@@ -89,7 +84,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(Recipe):
         flag, default = f"--{field.name.replace('_', '-')}", field.default
         if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=f"{field.metadata['help']} (default: {default})")
+            group.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=None, help=f"{field.metadata['help']} (default: {default})"
+            )
             continue
         several = isinstance(default, tuple)
         shown = " ".join(f"{value:g}" for value in default) if several else f"{default:g}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cifar_fast.augment import draw_epoch
-from cifar_fast.backends import Eager, choose, keep_freed_memory
+from cifar_fast.backends import Choice, Eager, choose, keep_freed_memory
 from cifar_fast.data import Dataset
 from cifar_fast.errors import InputError
 from cifar_fast.model import CNN
@@ -50,14 +50,12 @@ def fit(
         InputError: something given cannot work here, or the loss stopped being finite.
     """
     log = log or silent
+    choice = check(backend=backend, device=device, dtype=dtype, seed=seed, runs=runs, output=output, overwrite=overwrite)
     n = len(dataset.train_images)
-    if runs < 1:
-        raise InputError(f"runs must be at least 1, not {runs}")
-    if not 0 <= seed < 2**63 - runs:
-        raise InputError(f"seed must lie between 0 and 2^63, not {seed}")
     if n < recipe.batch_size:
-        raise InputError(f"{dataset.source}: {n} training pictures are fewer than one batch of {recipe.batch_size}; give a smaller --batch-size")
-    choice = choose(backend, device, dtype)
+        raise InputError(
+            f"{dataset.source}: {n} training pictures are fewer than one batch of {recipe.batch_size}; give a smaller --batch-size"
+        )
     dtype = str(choice.dtype).removeprefix("torch.")
     facts = environment(choice.device)
     clock = _synchronised_clock(choice.device)
@@ -70,9 +68,9 @@ def fit(
 
         def on_row(row: EpochRow) -> None:
             rows.append(row)
-            log(str(row))
             if folder:
                 folder.add(row)
+            log(str(row))
 
         log(f"torch {facts['torch']}, {facts['device_name']}, {facts['threads']} threads, backend {choice.backend.name}, {dtype}")
         if choice.reason:
@@ -107,7 +105,20 @@ def fit(
     return result
 
 
-def _train(backend: Eager, n: int, run: int, clock: Callable[[], float], on_row: Callable[[EpochRow], None], log: Log) -> tuple[float, float]:
+def check(*, backend: str, device: str, dtype: str, seed: int, runs: int, output: str | Path | None, overwrite: bool) -> Choice:
+    """What :func:`fit` makes of its arguments; :class:`InputError` for what is wrong with them whatever the data."""
+    if runs < 1:
+        raise InputError(f"runs must be at least 1, not {runs}")
+    if not 0 <= seed < 2**63 - runs:
+        raise InputError(f"seed must lie between 0 and 2^63, not {seed}")
+    if output is not None:
+        Output(output, overwrite)
+    return choose(backend, device, dtype)
+
+
+def _train(
+    backend: Eager, n: int, run: int, clock: Callable[[], float], on_row: Callable[[EpochRow], None], log: Log
+) -> tuple[float, float]:
     """All epochs of one run; gives the seconds of training and those of evaluation."""
     recipe, on_cpu = backend.recipe, backend.device.type == "cpu"
     steps = n // recipe.batch_size
@@ -138,9 +149,8 @@ def _check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -
     bad = ~losses.isfinite().view(losses.shape[0] if losses.dim() > 1 else 1, -1).all(dim=1)
     if bad.any():
         step = first_step + int(bad.int().argmax())
-        raise InputError(
-            f"the loss is not finite at step {step} (epoch {(step - 1) // steps_per_epoch + 1}); try smaller --lr-values, or --dtype float32"
-        )
+        epoch = (step - 1) // steps_per_epoch + 1
+        raise InputError(f"the loss is not finite at step {step} (epoch {epoch}); try smaller --lr-values, or --dtype float32")
 
 
 def _synchronised_clock(device: torch.device) -> Callable[[], float]:

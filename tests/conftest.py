@@ -1,0 +1,56 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cifar_fast import Dataset
+
+SHARED = Path(os.environ.get("CIFAR_FAST_SHARED", Path(__file__).parents[2] / "shared"))
+NARROW = (4, 8, 8, 8, 16, 32, 32, 32)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Gives the path of a file that stands beside the project, not in it; skips where it is absent."""
+
+    def find(name):
+        if not (SHARED / name).exists():
+            pytest.skip(f"{name} is not beside the project")
+        return SHARED / name
+
+    return find
+
+
+def small_dataset(train=96, test=40, classes=3, seed=0):
+    """Random pictures whose labels can be learnt: class k is brighter than class k - 1."""
+    random = np.random.RandomState(seed)
+
+    def split(n):
+        labels = np.arange(n) % classes
+        images = random.randint(0, 100, (n, 32, 32, 3)) + labels[:, None, None, None] * (155 // classes)
+        return images.astype(np.uint8), labels
+
+    (train_images, train_labels), (test_images, test_labels) = split(train), split(test)
+    return Dataset("npz", "small.npz", train_images, train_labels, test_images, test_labels)
+
+
+@pytest.fixture(scope="session")
+def small():
+    return small_dataset()
+
+
+def save_npz(path, dataset, **changes):
+    """Write the four arrays of ``dataset`` to ``path``, changed or, where None, left out."""
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    arrays = {name: getattr(dataset, name) for name in names} | changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path

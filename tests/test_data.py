@@ -1,0 +1,290 @@
+import hashlib
+import os
+import pickle
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import cifar_fast.folder
+from cifar_fast import InputError, load_dataset
+from tests.conftest import save_npz, small_dataset
+
+
+def refusal(*words):
+    """The load raises one line that holds all of ``words``."""
+    return pytest.raises(InputError, match="(?s)^(?!.*\n)" + "".join(f"(?=.*{word})" for word in words))
+
+
+# -- npz
+
+
+def test_an_npz_gives_its_arrays_and_class_names(tmp_path, small):
+    path = save_npz(tmp_path / "x.npz", small, class_names=np.array(["cat", "dog", "eel"]))
+    for where in (path, tmp_path):
+        dataset = load_dataset("npz", where)
+        assert dataset.class_names == ("cat", "dog", "eel")
+        assert np.array_equal(dataset.train_images, small.train_images)
+        assert np.array_equal(dataset.test_labels, small.test_labels)
+        assert dataset.train_labels.dtype == np.int64
+        assert dataset.digest == small.digest
+
+
+def test_the_digest_changes_with_any_array(small):
+    digests = {small.digest, small_dataset(seed=1).digest, small_dataset(train=95).digest, small_dataset(test=39).digest}
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_two_to_a_thousand_classes(tmp_path, classes):
+    dataset = load_dataset("npz", save_npz(tmp_path / "x.npz", small_dataset(train=1000, test=classes, classes=classes)))
+    assert dataset.num_classes == classes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(train_images=None, test_labels=None), ["lacks train_images, test_labels"]),
+        (dict(train_images=np.zeros((96, 32, 32, 3), np.float32)), ["train_images must be uint8", "float32"]),
+        (dict(test_images=np.zeros((40, 3, 32, 32), np.uint8)), ["test_images must be", r"\(40, 3, 32, 32\)"]),
+        (dict(test_images=np.uint8(3)), ["test_images must be"]),
+        (dict(train_labels=np.zeros(95, int)), ["train_labels", r"\(95,\)"]),
+        (dict(train_labels=np.zeros(96)), ["train_labels", "float64"]),
+        (dict(train_labels=np.zeros(96, int)), [r"1 class\(es\)"]),
+        (dict(train_labels=np.arange(96) % 3 - 1), ["train_labels must lie in 0 to 999, not -1 to 1"]),
+        (dict(train_labels=np.arange(96) % 3 + 10**12), ["must lie in 0 to 999"]),
+        (dict(train_labels=np.arange(96) % 3 * 2), ["class 1 has no training picture"]),
+        (dict(test_labels=np.full(40, 3)), ["test_labels has class 3, which train_labels lacks"]),
+        (dict(test_images=np.zeros((0, 32, 32, 3), np.uint8), test_labels=np.zeros(0, int)), ["test_images holds no picture"]),
+        (dict(train_labels=np.array([None] * 96)), ["x.npz", "pickle"]),
+        (dict(class_names=np.array(["a", "b"])), ["train_labels go up to 2, but only 2 classes are named"]),
+    ],
+)
+def test_a_wrong_npz_is_refused(tmp_path, small, changes, words):
+    path = save_npz(tmp_path / "x.npz", small, **changes)
+    with refusal("x.npz", *words):
+        load_dataset("npz", path)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.floats(0, 0.999), st.booleans())
+def test_a_damaged_npz_is_refused_by_name(tmp_path, share, truncate):
+    path = save_npz(tmp_path / "whole.npz", small_dataset(train=4, test=2, classes=2))
+    data = bytearray(path.read_bytes())
+    place = int(share * len(data))
+    if truncate:
+        data = data[:place]
+    else:
+        data[place] ^= 0xFF
+    (tmp_path / "damaged.npz").write_bytes(data)
+    try:
+        dataset = load_dataset("npz", tmp_path / "damaged.npz")
+    except InputError as error:
+        assert "damaged.npz" in str(error) and "\n" not in str(error)
+    else:  # a flipped bit where the format keeps nothing of use, such as a date, harms nothing
+        assert not truncate
+        assert dataset.digest == load_dataset("npz", path).digest
+
+
+def test_an_npz_that_is_not_there_is_named(tmp_path):
+    with refusal("none.npz", "no such file"):
+        load_dataset("npz", tmp_path / "none.npz")
+    with refusal("holds 0 .npz files"):
+        load_dataset("npz", tmp_path)
+    with refusal("needs --data-dir"):
+        load_dataset("npz")
+
+
+def test_an_unknown_data_set_is_refused():
+    with refusal("unknown data set 'mnist'", "cifar10, folder, npz, synthetic"):
+        load_dataset("mnist")
+
+
+# -- folder
+
+
+def make_folder(root, splits=(("train", 6), ("test", 2)), classes=("ant", "bee"), suffix="png"):
+    random = np.random.RandomState(0)
+    for split, count in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(random.randint(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / split / name / f"{i:03}.{suffix}")
+    return root
+
+
+def test_a_folder_gives_its_pictures_in_the_order_of_their_names(tmp_path):
+    root = make_folder(tmp_path / "set")
+    dataset = load_dataset("folder", root, log=None)
+    assert dataset.class_names == ("ant", "bee")
+    assert list(dataset.train_labels) == [0] * 6 + [1] * 6
+    assert list(dataset.test_labels) == [0, 0, 1, 1]
+    for index, file in ((2, "train/ant/002.png"), (7, "train/bee/001.png")):
+        assert np.array_equal(dataset.train_images[index], np.asarray(Image.open(root / file)))
+    assert np.array_equal(dataset.test_images[3], np.asarray(Image.open(root / "test/bee/001.png")))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1"])
+def test_a_picture_of_another_mode_becomes_rgb(tmp_path, mode):
+    root = make_folder(tmp_path / "set")
+    file = root / "train/ant/000.png"
+    expected = Image.open(file).convert(mode)
+    expected.save(file)
+    assert np.array_equal(load_dataset("folder", root, log=None).train_images[0], np.asarray(expected.convert("RGB")))
+
+
+def test_the_second_load_reads_the_cache_and_a_change_makes_it_again(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "set")
+    decoded = []
+    real = cifar_fast.folder._decode
+    monkeypatch.setattr(cifar_fast.folder, "_decode", lambda files, log: decoded.append(len(files)) or real(files, log))
+    first = load_dataset("folder", root, log=None)
+    assert load_dataset("folder", root, log=None).digest == first.digest
+    assert decoded == [16]
+
+    shutil.copy(root / "train/bee/000.png", root / "train/ant/000.png")
+    assert np.array_equal(load_dataset("folder", root, log=None).train_images[0], first.train_images[6])
+    (root / "train/bee/005.png").unlink()
+    assert len(load_dataset("folder", root, log=None).train_images) == 11
+    cache = tmp_path / "set.cifar_fast.npz"
+    cache.write_bytes(cache.read_bytes()[:1000])
+    assert len(load_dataset("folder", root, log=None).train_images) == 11
+    assert decoded == [16, 16, 15, 15]
+    assert sorted(os.listdir(tmp_path)) == ["set", "set.cifar_fast.npz"]
+
+
+def test_many_processes_decode_what_one_does(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "set", suffix="jpg")
+    serial = load_dataset("folder", root, log=None).digest
+    (tmp_path / "set.cifar_fast.npz").unlink()
+    monkeypatch.setattr(cifar_fast.folder, "SERIAL", 0)
+    monkeypatch.setattr(cifar_fast.folder, "CHUNK", 3)
+    assert load_dataset("folder", root, log=None).digest == serial
+    (tmp_path / "set.cifar_fast.npz").unlink()
+    (root / "test/bee/001.jpg").write_bytes(b"no picture")
+    with refusal("001.jpg", "not a whole picture"):
+        load_dataset("folder", root, log=None)
+
+
+def test_a_folder_whose_cache_cannot_be_written_loads_all_the_same(tmp_path, capsys):
+    root = make_folder(tmp_path / "set")
+    (tmp_path / "set.cifar_fast.npz").mkdir()
+    assert len(load_dataset("folder", root).train_images) == 12
+    assert "could not keep the decoded pictures" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["set", "set.cifar_fast.npz"]
+
+
+def truncated(root):
+    file = root / "train/bee/001.png"
+    file.write_bytes(file.read_bytes()[:-900])
+
+
+def too_large(root):
+    Image.new("RGB", (33, 32)).save(root / "train/bee/001.png")
+
+
+def sixteen_bits(root):
+    Image.new("I;16", (32, 32)).save(root / "train/bee/001.png")
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (truncated, ["train/bee/001.png", "not a whole picture"]),
+        (too_large, ["train/bee/001.png", "33 x 32 pixels"]),
+        (sixteen_bits, ["train/bee/001.png", "8 bits a channel"]),
+        (lambda root: [file.unlink() for file in (root / "train/bee").iterdir()], ["train/bee: an empty class"]),
+        (lambda root: (root / "test/cow").mkdir(), ["test/cow: an empty class"]),
+        (lambda root: shutil.copytree(root / "test/bee", root / "test/cow"), ["test/cow", "has no such class"]),
+        (lambda root: shutil.rmtree(root / "test"), ["test: No such file or directory", "--data-dir"]),
+        (lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], ["train: no class folders"]),
+        (lambda root: shutil.rmtree(root), ["set/train: No such file"]),
+        (lambda root: [shutil.rmtree(root / split / "ant") for split in ("train", "test")], [r"1 class\(es\)"]),
+    ],
+)
+def test_a_wrong_folder_is_refused(tmp_path, harm, words):
+    root = make_folder(tmp_path / "set")
+    harm(root)
+    with refusal(*words):
+        load_dataset("folder", root, log=None)
+
+
+# -- cifar10, through torchvision's own class on files of the same format
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """Gives a folder with a small archive in CIFAR-10's format, which torchvision is told to expect; no network."""
+    from torchvision.datasets import CIFAR10
+
+    base = tmp_path / "pack" / CIFAR10.base_folder
+    base.mkdir(parents=True)
+
+    def write(name, entry):
+        data = pickle.dumps(entry)
+        (base / name).write_bytes(data)
+        return name, hashlib.md5(data).hexdigest()
+
+    random = np.random.RandomState(0)
+
+    def batch(name):
+        return write(name, {"data": random.randint(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]})
+
+    monkeypatch.setattr(CIFAR10, "train_list", [batch(f"data_batch_{i}") for i in (1, 2)])
+    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch")])
+    name, md5 = write("batches.meta", {"label_names": [f"class {i}" for i in range(10)]})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    root = tmp_path / "data"
+    root.mkdir()
+    with tarfile.open(root / CIFAR10.filename, "w:gz") as archive:
+        archive.add(base, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((root / CIFAR10.filename).read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    return root
+
+
+def test_cifar10_comes_from_its_archive(cifar10, tmp_path):
+    dataset = load_dataset("cifar10", cifar10, log=None)
+    assert dataset.train_images.shape == (40, 32, 32, 3)
+    assert dataset.test_images.shape == (20, 32, 32, 3)
+    assert dataset.class_names[3] == "class 3"
+    with open(tmp_path / "pack/cifar-10-batches-py/test_batch", "rb") as file:
+        raw = pickle.load(file)["data"]
+    assert np.array_equal(dataset.test_images[5], raw[5].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_without_a_network_and_without_files_cifar10_says_what_to_do(cifar10, tmp_path):
+    with refusal("CIFAR-10 is not in .*elsewhere", "--dataset synthetic", "put cifar-10-python.tar.gz .* into .*elsewhere"):
+        load_dataset("cifar10", tmp_path / "elsewhere", log=None)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_truncated_archive_is_named(cifar10):
+    archive = cifar10 / "cifar-10-python.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:-100])
+    with refusal("cifar-10-python.tar.gz is corrupt or truncated", "--dataset synthetic"):
+        load_dataset("cifar10", cifar10, log=None)
+
+
+def test_a_place_where_cifar10_cannot_go_is_named(cifar10, tmp_path):
+    (tmp_path / "file").touch()
+    with refusal("file", "--data-dir must be a directory"):
+        load_dataset("cifar10", tmp_path / "file" / "data", log=None)
+
+
+# -- real pictures
+
+
+@pytest.mark.slow
+def test_all_sixty_thousand_real_pictures_load(shared, tmp_path):
+    with tarfile.open(shared("data/cifar10-jpeg.tar.xz")) as archive:
+        archive.extractall(tmp_path / "set", filter="data")
+    dataset = load_dataset("folder", tmp_path / "set", log=None)
+    assert dataset.class_names[:3] == ("airplane", "automobile", "bird")
+    assert set(np.bincount(dataset.train_labels)) == {5000}
+    assert set(np.bincount(dataset.test_labels)) == {1000}
+    assert np.array_equal(dataset.train_images[5000], np.asarray(Image.open(tmp_path / "set/train/automobile/0000.jpg")))

@@ -1,0 +1,119 @@
+import ast
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cifar_fast
+from cifar_fast import CNN, InputError, Recipe
+
+
+def test_the_network_has_the_references_size():
+    parameters = list(CNN(Recipe(), 10).parameters())
+    sizes = {4: 0, 1: 0, 2: 0}  # by number of dimensions: convolutions, batch norm, linear
+    for parameter in parameters:
+        sizes[parameter.dim()] += parameter.numel()
+    assert sizes == {4: 6_563_520, 1: 4_480, 2: 5_120}
+
+
+def test_every_learning_rate_of_the_run_is_the_references():
+    recipe = Recipe()
+    steps = 97
+    for step in range(1, 24 * steps + 1):
+        time = step / steps
+        warm, cool = 0.1 + 0.5 * time / 4.8, 0.6 * (24 - time) / (24 - 4.8)
+        assert recipe.learning_rate(step, steps) * 512 == pytest.approx(warm if time < 4.8 else cool, abs=1e-12)
+    assert recipe.learning_rate(24 * steps, steps) == 0
+    exact = float(np.interp([1234 / 97], [0, 24 / 5, 24], [0.1 / 512, 0.6 / 512, 0])[0])
+    assert recipe.learning_rate(1234, 97) == exact
+
+
+def test_json_gives_the_recipe_back(tmp_path):
+    recipe = Recipe(epochs=3, widths=(6, 7), lr_knots=(0, 2), lr_values=(1, 0), flip=False)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    recipe.save(tmp_path / "recipe.json")
+    assert Recipe.load(tmp_path / "recipe.json") == recipe
+    assert Recipe.from_json('{"epochs": 5}') == Recipe(epochs=5)
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(epochs=0), "epochs must be at least 1, not 0"),
+        (dict(epochs=1.5), "epochs must be a whole number"),
+        (dict(batch_size=0), "batch_size must be at least 1"),
+        (dict(batch_size=True), "batch_size must be a whole number"),
+        (dict(widths=()), "widths must be one or more positive numbers"),
+        (dict(widths=(8, 0)), "not 8 0"),
+        (dict(widths=7), "widths must be a list of numbers"),
+        (dict(widths=(6, 12, 24, 48, 96, 192)), "double at most 5 times"),
+        (dict(celu_alpha=0), "celu_alpha must be above 0"),
+        (dict(celu_alpha=float("nan")), "celu_alpha must be a finite number"),
+        (dict(output_scale=-1), "output_scale must be above 0"),
+        (dict(label_smoothing=1.1), "label_smoothing must lie in 0 to 1"),
+        (dict(momentum=1), "momentum must lie between 0 and 1"),
+        (dict(momentum=0), "momentum must lie between 0 and 1"),
+        (dict(weight_decay=-1e-9), "weight_decay must be at least 0"),
+        (dict(lr_knots=(1, 2, 3)), "the first of them 0"),
+        (dict(lr_knots=(0,), lr_values=(1,)), "two or more"),
+        (dict(lr_knots=(0, 2, 2)), "lr_knots must rise"),
+        (dict(lr_values=(1, 2)), "lr_values must be 3 numbers"),
+        (dict(lr_values=(1, -2, 0)), "lr_values must be at least 0"),
+        (dict(lr_values=(1, float("inf"), 0)), "lr_values must be a finite number"),
+        (dict(crop_padding=32), "crop_padding must lie in 0 to 31"),
+        (dict(cutout_size=33), "cutout_size must lie in 0 to 32"),
+        (dict(flip=1), "flip must be true or false"),
+    ],
+)
+def test_a_constant_that_makes_no_sense_is_refused_by_name(values, words):
+    with pytest.raises(InputError, match=words) as refusal:
+        Recipe(**values)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "must be JSON"),
+        ("[]", "a JSON object"),
+        ('{"epoch": 3}', "has no epoch; it has epochs"),
+        ('{"epochs": "3"}', "epochs must be a whole number, not '3'"),
+    ],
+)
+def test_a_recipe_file_that_makes_no_sense_is_named(tmp_path, text, words):
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(InputError, match=f"recipe.json: .*{words}"):
+        Recipe.load(tmp_path / "recipe.json")
+
+
+def test_a_missing_recipe_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read the recipe .*none\.json: No such file"):
+        Recipe.load(tmp_path / "none.json")
+
+
+def test_no_other_module_repeats_a_constant_of_the_recipe():
+    constants = {24, 512, 0.075, 0.2, 0.9, 5e-4, 0.6, 0.125}
+    for path in Path(cifar_fast.__file__).parent.glob("*.py"):
+        if path.name == "recipe.py":
+            continue
+        numbers = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not {n for n in numbers if isinstance(n, (int, float))} & constants, path.name
+
+
+def test_widths_choose_the_pools_and_the_head():
+    recipe = Recipe(widths=(5, 10, 10, 20))
+    assert recipe.pools == (False, True, False, True)
+    assert recipe.final_size == 8
+    assert CNN(recipe, 4)(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
+
+
+def test_recipe_to_json_is_readable_by_anyone():
+    assert json.loads(Recipe().to_json())["lr_values"] == [0.1, 0.6, 0.0]

@@ -1,0 +1,159 @@
+"""The command, as a person meets it."""
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from cifar_fast import Recipe
+from cifar_fast.train import _parser, main, recipe_of
+from tests.conftest import save_npz, small_dataset
+
+NARROW = "--widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    return save_npz(tmp_path_factory.mktemp("data") / "small.npz", small_dataset())
+
+
+def run(flags, **how):
+    return subprocess.run([sys.executable, "-m", "cifar_fast.train", *str(flags).split()], capture_output=True, text=True, **how)
+
+
+def test_the_command_prints_plain_lines_and_writes_its_files(tmp_path, npz):
+    done = run(f"--dataset npz --data-dir {npz} --runs 2 --output {tmp_path}/out {NARROW}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("torch ") and "threads, backend eager" in lines[0]
+    assert lines[1].startswith("auto: ")
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert len(epochs) == 4
+    assert all(words in epochs[0] for words in ("epoch  1  train loss ", "  train acc ", "  test acc ", "  training time "))
+    assert "mean of 2 runs" in lines[-2] and lines[-1] == f"written to {tmp_path}/out"
+    assert "\r" not in done.stdout + done.stderr and "it/s" not in done.stderr
+    assert len(json.loads((tmp_path / "out/summary.json").read_text())["runs"]) == 2
+
+
+def test_on_a_terminal_a_bar_shows_the_steps(tmp_path, npz):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    flags = f"-m cifar_fast.train --dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}"
+    with subprocess.Popen([sys.executable, *flags.split()], stdout=subprocess.DEVNULL, stderr=theirs):
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+    os.close(ours)
+    assert b"epoch 1/2" in shown and b"/3 [" in shown
+
+
+def test_without_output_results_go_to_a_new_folder_under_runs(tmp_path, npz, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(f"--dataset npz --data-dir {npz} {NARROW}".split()) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("npz-") and (folder / "summary.json").exists()
+
+
+def test_each_constant_of_the_recipe_is_a_flag_with_help(capsys):
+    flags = (
+        "--epochs 3 --batch-size 7 --widths 6 7 --celu-alpha 0.5 --output-scale 2 --label-smoothing 0.1 --momentum 0.8 --weight-decay 1e-3"
+        " --lr-knots 0 2 --lr-values 1 0 --crop-padding 2 --no-flip --cutout-size 0"
+    )
+    recipe = Recipe(3, 7, (6, 7), 0.5, 2, 0.1, 0.8, 1e-3, (0, 2), (1, 0), 2, False, 0)
+    assert recipe_of(_parser().parse_args(flags.split())) == recipe
+    assert recipe_of(_parser().parse_args([])) == Recipe()
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in flags.split() if flag.startswith("--"))
+
+
+def test_a_recipe_file_is_the_start_and_flags_change_it(tmp_path, capsys):
+    Recipe(epochs=5, cutout_size=6).save(tmp_path / "r.json")
+    assert main(["--recipe", str(tmp_path / "r.json"), "--epochs", "7", "--print-recipe"]) == 0
+    assert Recipe.from_json(capsys.readouterr().out) == Recipe(epochs=7, cutout_size=6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--dataset npz", "needs --data-dir"),
+        ("--dataset npz --data-dir none.npz", "none.npz: no such file"),
+        ("--dataset folder --data-dir none", "none/train: No such file or directory"),
+        ("--dataset mnist", "invalid choice: 'mnist'"),
+        ("--epochs 0", "epochs must be at least 1, not 0"),
+        ("--epochs two", "invalid int value: 'two'"),
+        ("--batch-size -3", "batch_size must be at least 1"),
+        ("--widths 8 0", "widths must be"),
+        ("--lr-knots 0 5 1", "lr_knots must rise"),
+        ("--runs 0", "runs must be at least 1"),
+        ("--seed -1", "seed must lie between 0"),
+        ("--seed 9999999999999999999", "seed must lie between 0"),
+        ("--dtype float16 --device cpu", "float16 needs a GPU"),
+        ("--device cuda:99", "--device cuda:99: "),
+        ("--backend fused", "the fused backend does not exist yet"),
+        ("--recipe none.json", "cannot read the recipe none.json"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("--output {file}/out", "is not a directory"),
+        ("--dataset synthetic --batch-size 20000 --output out", "10000 training pictures are fewer than one batch of 20000"),
+        ("--dataset synthetic --lr-values 1e30 1e30 0 --output out", "the loss is not finite at step"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path, monkeypatch, capfd, flags, words):
+    work = tmp_path / "work"
+    work.mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(work)
+    narrow = "" if "--widths" in flags else "--widths 4 8 8 8 16 32 32 32 "
+    assert main((narrow + flags.format(file=tmp_path / "file")).split()) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and words in error
+    assert error.count("\n") == 1
+    assert not list(work.iterdir())
+
+
+def test_another_runs_results_are_refused_before_the_data_are_read(tmp_path, npz, capsys):
+    (tmp_path / "summary.json").write_text("{}")
+    assert main(f"--dataset npz --data-dir none.npz --output {tmp_path}".split()) == 2
+    assert "already holds results" in capsys.readouterr().err
+
+
+def test_as_a_process_bad_input_shows_no_traceback(tmp_path):
+    done = run("--dataset npz --data-dir none.npz", cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == 2
+    assert done.stderr == "error: none.npz: no such file; --data-dir must name an .npz file\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_importing_the_package_does_nothing_and_imports_nothing_heavy():
+    code = "import sys, cifar_fast; print([name for name in ('torch', 'numpy', 'matplotlib') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_every_public_name_exists():
+    import cifar_fast
+
+    assert all(getattr(cifar_fast, name) is not None for name in cifar_fast.__all__)
+    assert {"Recipe", "fit", "load_dataset", "draw_epoch"} <= set(dir(cifar_fast))
+    with pytest.raises(AttributeError):
+        _ = cifar_fast.nothing
+
+
+@pytest.mark.slow
+def test_the_demo_learns_the_embedded_set(tmp_path):
+    """What `make demo` runs, at a third of its epochs."""
+    flags = "--dataset synthetic --widths 16 32 32 32 64 128 128 128 --epochs 3 --batch-size 128 --device cpu"
+    done = run(f"{flags} --output {tmp_path}/demo")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "demo/summary.json").read_text())["test_accuracy_mean"] > 90

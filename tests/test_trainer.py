@@ -1,0 +1,182 @@
+import dataclasses
+
+import pytest
+import torch
+
+from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
+from cifar_fast.backends import BACKENDS, choose, cpu_has_bfloat16
+from tests.conftest import NARROW, small_dataset
+
+RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
+
+
+def train(dataset, **how):
+    return fit(how.pop("recipe", RECIPE), dataset, **{"backend": "eager", "device": "cpu", "dtype": "float32", "log": None} | how)
+
+
+def untimed(rows):
+    return [dataclasses.replace(row, run=0, train_seconds=0) for row in rows]
+
+
+def test_run_i_is_the_single_run_with_seed_s_plus_i(small):
+    both = train(small, seed=4, runs=2)
+    assert [run.seed for run in both.runs] == [4, 5]
+    for i in range(2):
+        alone = train(small, seed=4 + i)
+        assert untimed(alone.rows) == untimed(row for row in both.rows if row.run == i)
+    assert all(torch.equal(alone.state_dict[name], tensor) for name, tensor in both.state_dict.items())
+    assert both.rows[0].train_loss != both.rows[2].train_loss
+
+
+def test_the_callers_generator_is_left_as_it_was(small):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    train(small)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_result_tells_of_rows_runs_and_data(small):
+    result = train(small, runs=2)
+    assert [(row.run, row.epoch) for row in result.rows] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    for run in result.runs:
+        rows = [row for row in result.rows if row.run == run.run]
+        assert rows[0].train_seconds < rows[1].train_seconds == run.train_seconds
+        assert run.test_accuracy == rows[1].test_accuracy
+        assert run.setup_seconds > 0 and run.evaluation_seconds > 0
+    assert result.dataset["digest"] == small.digest
+    assert (result.dataset["train_pictures"], result.dataset["test_pictures"]) == (96, 40)
+
+
+def test_the_weights_load_into_the_plain_model_and_score_what_the_run_scored(small):
+    result = train(small, backend="eager", dtype="float32")
+    model = CNN(RECIPE, small.num_classes)
+    model.load_state_dict(result.state_dict)
+    model.eval()
+    pixels = torch.tensor(small.train_images).float()
+    std, mean = torch.std_mean(pixels, dim=(0, 1, 2))
+    with torch.no_grad():
+        logits = model(((torch.tensor(small.test_images) - mean) / std).permute(0, 3, 1, 2))
+    accuracy = 100 * (logits.argmax(1) == torch.tensor(small.test_labels)).float().mean().item()
+    assert accuracy == pytest.approx(result.runs[0].test_accuracy)
+
+
+def test_bfloat16_keeps_float32_weights_and_trains(small):
+    result = train(small, dtype="bfloat16", recipe=dataclasses.replace(RECIPE, epochs=6))
+    assert {tensor.dtype for tensor in result.state_dict.values()} == {torch.float32, torch.int64}
+    assert result.rows[-1].train_loss < result.rows[0].train_loss
+    exact = train(small, dtype="float32", recipe=dataclasses.replace(RECIPE, epochs=6))
+    assert result.rows[0].train_loss == pytest.approx(exact.rows[0].train_loss, rel=0.02)
+
+
+def test_the_pictures_left_over_are_dropped_and_the_last_test_batch_is_not():
+    dataset = small_dataset(train=100, test=40)
+    seen = []
+    backend = BACKENDS["eager"](RECIPE, dataset, torch.device("cpu"), torch.float32)
+    backend.prepare(CNN(RECIPE, dataset.num_classes))
+    losses, corrects = backend.train_epoch(0, draw_epoch(100, device="cpu"), lambda step, loss: seen.append(step))
+    assert losses.shape == corrects.shape == (96,)
+    assert seen == [1, 2, 3]
+    assert backend.evaluate().shape == (40,)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small):
+    wild = Recipe(epochs=2, batch_size=32, widths=NARROW, lr_values=(1e30, 1e30, 0))
+    with pytest.raises(InputError, match=r"the loss is not finite at step \d+ \(epoch 1\); try smaller --lr-values"):
+        train(small, recipe=wild)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (dict(runs=0), "runs must be at least 1"),
+        (dict(seed=-1), "seed must lie between 0"),
+        (dict(seed=2**63), "seed must lie between 0"),
+        (dict(backend="fused"), "the fused backend does not exist yet"),
+        (dict(backend="jit"), "unknown backend 'jit'"),
+        (dict(dtype="int8"), "unknown dtype 'int8'"),
+        (dict(dtype="float16"), "float16 needs a GPU"),
+        (dict(device="tpu"), "unknown device 'tpu'"),
+        (dict(device="cpu:3"), "unknown device 'cpu:3'"),
+        (dict(recipe=Recipe()), "96 training pictures are fewer than one batch of 512; give a smaller --batch-size"),
+    ],
+)
+def test_what_cannot_work_is_refused(small, how, words):
+    with pytest.raises(InputError, match=words):
+        train(small, **how)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here")
+def test_a_gpu_that_is_not_here_is_refused(small):
+    with pytest.raises(InputError, match="--device cuda: no CUDA GPU is here"):
+        train(small, device="cuda")
+
+
+def test_auto_on_a_cpu_says_what_it_picked_and_why(small):
+    lines = []
+    result = fit(RECIPE, small, device="cpu", log=lines.append)
+    assert result.dtype == ("bfloat16" if cpu_has_bfloat16() else "float32")
+    assert f"backend eager, {result.dtype}" in lines[0]
+    assert "bfloat16" in lines[1] and "eager was measured faster" in lines[1]
+
+
+def test_pictures_of_one_colour_cannot_be_normalised(small):
+    black = dataclasses.replace(small, train_images=small.train_images * 0)
+    with pytest.raises(InputError, match="the same value everywhere"):
+        train(black)
+
+
+# -- compiled
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    try:
+        return choose("compiled", "cpu", "float32")
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_compiled_trains_as_eager_does_and_its_set_up_leaves_no_trace(small, compiler):
+    """Compiled arithmetic differs in its last bits, which each step makes larger: tight after one epoch, loose after two."""
+    recipe = dataclasses.replace(RECIPE, batch_size=30, lr_values=(0.1, 0.2, 0))  # 10 test pictures in the last, short batch
+    eager = train(small, recipe=recipe, runs=2)
+    compiled = train(small, recipe=recipe, runs=2, backend="compiled")
+    for mine, its in zip(compiled.rows, eager.rows, strict=True):
+        assert mine.train_loss == pytest.approx(its.train_loss, rel=1e-5 if its.epoch == 1 else 1e-2)
+    for name, tensor in eager.state_dict.items():
+        distance = (compiled.state_dict[name].double() - tensor.double()).norm()
+        assert distance <= 0.05 * tensor.double().norm(), name
+
+
+@pytest.mark.slow
+def test_preparing_the_compiled_backend_changes_no_weight_statistic_or_generator(small, compiler):
+    torch.manual_seed(0)
+    model = CNN(RECIPE, small.num_classes)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    backend = BACKENDS["compiled"](RECIPE, small, torch.device("cpu"), torch.float32)
+    backend.prepare(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(backend.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(parameter.grad is None for parameter in backend.model.parameters())
+    assert not backend.optimizer.state
+
+
+def test_a_compiler_that_is_missing_is_said(monkeypatch, small):
+    def broken(*args, **how):
+        raise RuntimeError("no compiler\nwas found")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(InputError, match=r"torch.compile does not work here \(no compiler\); install"):
+        train(small, backend="compiled")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_backend_trains_on_a_gpu(small, backend, dtype):
+    recipe = Recipe(epochs=6, batch_size=32, widths=(64, 128, 128, 128, 256, 512, 512, 512))
+    result = fit(recipe, small, backend=backend, device="cuda", dtype=dtype, log=None)
+    assert result.rows[-1].train_loss < result.rows[0].train_loss
