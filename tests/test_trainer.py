@@ -144,7 +144,7 @@ def test_compiled_trains_as_eager_does_and_its_set_up_leaves_no_trace(small, com
     eager = train(small, recipe=recipe, runs=2)
     compiled = train(small, recipe=recipe, runs=2, backend="compiled")
     for mine, its in zip(compiled.rows, eager.rows, strict=True):
-        assert mine.train_loss == pytest.approx(its.train_loss, rel=1e-5 if its.epoch == 1 else 1e-2)
+        assert mine.train_loss == pytest.approx(its.train_loss, rel=1e-4 if its.epoch == 1 else 1e-2)
     for name, tensor in eager.state_dict.items():
         distance = (compiled.state_dict[name].double() - tensor.double()).norm()
         assert distance <= 0.05 * tensor.double().norm(), name
