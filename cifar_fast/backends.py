@@ -195,7 +195,6 @@ def _device(name: str) -> torch.device:
             raise InputError(f"--device {name}: no CUDA GPU is here that this torch can use; try --device cpu")
         if device.index is not None and device.index >= count:
             raise InputError(f"--device {name}: there are {count} CUDA GPUs here, counted from 0")
-        torch.cuda.set_device(device)  # the default generator and the clock are the current device's
     return device
 
 

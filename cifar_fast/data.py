@@ -41,8 +41,10 @@ class Dataset:
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
-            self._check(split, getattr(self, f"{split}_images"), getattr(self, f"{split}_labels"))
-            object.__setattr__(self, f"{split}_labels", getattr(self, f"{split}_labels").astype(np.int64))
+            images, labels = np.asarray(getattr(self, f"{split}_images")), np.asarray(getattr(self, f"{split}_labels"))
+            self._check(split, images, labels)
+            object.__setattr__(self, f"{split}_images", images)
+            object.__setattr__(self, f"{split}_labels", labels.astype(np.int64))
         if not self.class_names:
             object.__setattr__(self, "class_names", tuple(str(i) for i in range(self.train_labels.max() + 1)))
         if not 2 <= self.num_classes <= MAX_CLASSES:
@@ -118,7 +120,10 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, log: Log = pr
         raise InputError(f"the data set {name} needs --data-dir: {DATASETS[name]}")
     source = "data" if data_dir is None else str(data_dir)
     read = {"cifar10": _read_cifar10, "folder": _read_folder, "npz": _read_npz, "synthetic": _read_synthetic}[name]
-    arrays = read(Path(source).expanduser(), log or silent)
+    try:
+        arrays = read(Path(source).expanduser(), log or silent)
+    except OSError as error:
+        raise InputError(f"{error.filename or source}: {error.strerror or error}; check --data-dir") from None
     names = tuple(map(str, np.atleast_1d(arrays.pop("class_names", ()))))
     return Dataset(name=name, source="synthetic" if name == "synthetic" else source, class_names=names, **arrays)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 import statistics
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,29 +160,29 @@ class Output:
 
     def __init__(self, path: str | Path, overwrite: bool = False) -> None:
         self.path = Path(path).expanduser()
-        found = [self.path / name for name in FILES if (self.path / name).exists()]
+        with self._written():
+            found = [name for name in FILES if (self.path / name).exists()]
+            above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if found and not overwrite:
             raise InputError(
-                f"{self.path} already holds results ({found[0].name}); choose another --output, or give --overwrite to replace them"
+                f"{self.path} already holds results ({found[0]}); choose another --output, or give --overwrite to replace them"
             )
-        above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not above.is_dir():
-            raise InputError(f"--output {self.path}: {above} is not a directory")
+            raise InputError(f"--output {self.path}: {above} is not a directory; choose another folder")
         if not os.access(above, os.W_OK | os.X_OK):
             raise InputError(f"--output {self.path}: {above} cannot be written to; choose another folder")
 
     def __enter__(self) -> Output:
         self._made = [folder for folder in (self.path, *self.path.absolute().parents) if not folder.exists()]
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for name in FILES:
-                (self.path / name).unlink(missing_ok=True)
-            with replacing(self.path / FILES[0]) as draft:  # shows now, not after an epoch, whether files can be made
-                draft.touch()
-            (self.path / FILES[0]).unlink()
-        except OSError as error:
+            with self._written():
+                self.path.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.path).close()  # shows now, not after an epoch, whether files can be made
+                for name in FILES:
+                    (self.path / name).unlink(missing_ok=True)
+        except InputError:
             self.__exit__()
-            raise InputError(f"--output {self.path}: cannot be written to ({error.strerror}); choose another folder") from None
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -188,16 +191,24 @@ class Output:
                 folder.rmdir()
 
     def add(self, row: EpochRow) -> None:
-        with open(self.path / "metrics.jsonl", "a") as file:
+        with self._written(), open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(dataclasses.asdict(row)) + "\n")
 
     def finish(self, result: Result) -> None:
-        with replacing(self.path / "model.pt") as draft:
-            torch.save(result.state_dict, draft)
-        with replacing(self.path / "curves.png") as draft:
-            draw_curves(result, draft)
-        with replacing(self.path / "summary.json") as draft:
-            draft.write_text(json.dumps(result.summary(), indent=2) + "\n")
+        with self._written():
+            with replacing(self.path / "model.pt") as draft:
+                torch.save(result.state_dict, draft)
+            with replacing(self.path / "curves.png") as draft:
+                draw_curves(result, draft)
+            with replacing(self.path / "summary.json") as draft:
+                draft.write_text(json.dumps(result.summary(), indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"--output {self.path}: cannot be written to ({error.strerror or error}); choose another folder") from None
 
 
 def draw_curves(result: Result, path: Path) -> None:

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the rows of the epochs that ended are kept", file=sys.stderr)
+        print("interrupted; the epochs that ended are in the output folder's metrics.jsonl", file=sys.stderr)
         return 130
 
 

@@ -64,7 +64,10 @@ def fit(
 
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(Output(output, overwrite)) if output is not None else None
-        stack.enter_context(torch.random.fork_rng(devices=[choice.device] if choice.device.type == "cuda" else []))
+        gpu = [choice.device] if choice.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=gpu))
+        if gpu:
+            stack.enter_context(torch.cuda.device(choice.device))
 
         def on_row(row: EpochRow) -> None:
             rows.append(row)

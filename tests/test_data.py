@@ -104,6 +104,12 @@ def test_an_unknown_data_set_is_refused():
         load_dataset("mnist")
 
 
+@pytest.mark.parametrize("name", ["npz", "folder"])
+def test_a_path_that_the_system_refuses_is_one_line_too(name):
+    with refusal("File name too long"):
+        load_dataset(name, "x" * 5000)
+
+
 # -- folder
 
 

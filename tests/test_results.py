@@ -77,6 +77,16 @@ def test_a_diverging_run_leaves_no_folder_behind(tmp_path, small):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_disk_that_fills_up_is_said_in_a_line(tmp_path, small, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"--output .*: cannot be written to \(No space left on device\)"):
+        fit(RECIPE, small, output=tmp_path / "out", **HOW)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+
+
 def test_rows_can_be_read_while_the_run_goes_on(tmp_path, small):
     seen = []
     how = HOW | {

@@ -145,9 +145,8 @@ def test_compiled_trains_as_eager_does_and_its_set_up_leaves_no_trace(small, com
     compiled = train(small, recipe=recipe, runs=2, backend="compiled")
     for mine, its in zip(compiled.rows, eager.rows, strict=True):
         assert mine.train_loss == pytest.approx(its.train_loss, rel=1e-4 if its.epoch == 1 else 1e-2)
-    for name, tensor in eager.state_dict.items():
-        distance = (compiled.state_dict[name].double() - tensor.double()).norm()
-        assert distance <= 0.05 * tensor.double().norm(), name
+    mine, its = (torch.cat([tensor.double().flatten() for tensor in result.state_dict.values()]) for result in (compiled, eager))
+    assert (mine - its).norm() <= 0.02 * its.norm()
 
 
 @pytest.mark.slow
