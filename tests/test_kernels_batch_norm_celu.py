@@ -1,0 +1,439 @@
+"""Parity of the fused operator: under Triton's interpreter where there is no GPU, compiled where there is one."""
+
+import ast
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels.launch
+from cifar_fast import CNN, Recipe, load_dataset
+from cifar_fast.backends import normalize
+from kernels.batch_norm_celu import BatchNormCELU2d, batch_norm_celu, batch_norm_celu_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes bfloat16 wrongly, so that only a GPU tests it.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+
+
+def truth(x, weight, bias, running_mean, running_var, *, training, momentum=0.1, eps=1e-5, alpha=0.075, pool=1):
+    """The operator in float64, by its formula: torch's own float64 CELU gradient on a CPU is good to 5e-7 only."""
+    pooled = F.max_pool2d(x, pool) if pool > 1 else x
+    z = F.batch_norm(pooled, running_mean, running_var, weight, bias, training, momentum, eps)
+    return torch.where(z > 0, z, alpha * torch.expm1(z.clamp(max=0) / alpha))
+
+
+def in_float32(x, weight, bias, running_mean, running_var, *, training, momentum=0.1, eps=1e-5, alpha=0.075, pool=1):
+    """The operator in plain float32 operations. Eager's batch norm sums in float32 on a GPU, but in float64 on a CPU."""
+    pooled = F.max_pool2d(x, pool) if pool > 1 else x
+    mean, var = running_mean, running_var
+    if training:
+        mean, var = pooled.mean((0, 2, 3)), pooled.var((0, 2, 3), unbiased=False)
+        m = pooled.numel() // len(mean)
+        with torch.no_grad():
+            running_mean.mul_(1 - momentum).add_(mean * momentum)
+            running_var.mul_(1 - momentum).add_(var * (m / (m - 1)) * momentum)
+    mean, var, weight, bias = (values[:, None, None] for values in (mean, var, weight, bias))
+    return F.celu((pooled - mean) / (var + eps).sqrt() * weight + bias, alpha)
+
+
+def everything(function, tensors, dtype=None, dy=None, **settings):
+    """Output, gradients of x, weight and bias, and running statistics after, of ``function`` on copies of ``tensors``."""
+    x, weight, bias, mean, var = (tensor.detach().to(dtype or tensor.dtype, copy=True) for tensor in tensors)
+    for tensor in (x, weight, bias):
+        tensor.requires_grad_()
+    y = function(x, weight, bias, mean, var, **settings)
+    dy = dy.to(y.dtype) if dy is not None else torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    return dict(zip(("y", "dx", "dweight", "dbias"), (y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy)))) | {
+        "running_mean": mean,
+        "running_var": var,
+    }
+
+
+def make(shape, dtype, seed=0, scale=1.0, shift=0.0, parameters=None):
+    """x in channels_last, weight, bias, running mean and variance."""
+    random = torch.Generator().manual_seed(seed)
+    channels = shape[1]
+    x = (torch.randn(shape, generator=random) * scale + shift).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = 1 + 0.3 * torch.randn(channels, generator=random), 0.3 * torch.randn(channels, generator=random)
+    mean, var = torch.randn(channels, generator=random), 0.5 + torch.rand(channels, generator=random)
+    return x, *(tensor.to(DEVICE, parameters or dtype) for tensor in (weight, bias, mean, var))
+
+
+def assert_as_good_as_eager(tensors, ulps=1, **settings):
+    """Each error against float64 is at most twice eager's, plus one unit in the last place of the largest value.
+
+    Of a few elements the largest error is a matter of luck on both sides: ``ulps`` gives a drawn shape more.
+
+    An eager result that is not finite, of finite input, has no error to compare with: ours must then be finite.
+    """
+    exact = everything(truth, tensors, torch.float64, **settings)
+    fused = everything(batch_norm_celu, tensors, **settings)
+    eager = [everything(batch_norm_celu_reference, tensors, **settings)]
+    if tensors[0].dtype == torch.float32:
+        eager.append(everything(in_float32, tensors, **settings))
+    for name, its in exact.items():
+        assert fused[name].dtype == eager[0][name].dtype and fused[name].shape == eager[0][name].shape, name
+        ulp = torch.finfo(fused[name].dtype).eps
+        fits = its.to(fused[name].dtype).isfinite()  # a float16 running variance may not
+        assert torch.equal(fused[name].isfinite(), fits), name
+        its = its[fits]
+        for size in (lambda tensor: tensor.abs().max(), torch.Tensor.norm):
+            error, *errors = (float(size(result[name][fits].double() - its)) for result in (fused, *eager))
+            allowed = max(value if math.isfinite(value) else math.inf for value in errors)
+            assert error <= 2 * allowed + ulps * ulp * size(its), name
+    assert fused["dx"].is_contiguous(memory_format=torch.channels_last)
+    assert fused["y"].is_contiguous(memory_format=torch.channels_last)
+
+
+CASES = {
+    "normal": dict(),
+    "mean a thousand deviations": dict(shift=1000.0),
+    "deep in the tail": dict(scale=30.0),
+    "small": dict(scale=1e-3),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_the_error_is_at_most_twice_eagers(dtype, pool, training, case):
+    assert_as_good_as_eager(make((4, 24, 10, 6), dtype, **CASES[case]), training=training, pool=pool)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pool", [1, 2])
+def test_constant_channels_and_a_huge_outlier(dtype, pool):
+    x, *rest = make((4, 6, 8, 8), dtype)
+    x[:, 0] = 0
+    x[:, 1] = 3.25
+    x[2, 2, 3, 5] = 3e4
+    assert_as_good_as_eager((x, *rest), training=True, pool=pool)
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+def test_float16_near_overflow(pool):
+    x, *rest = make((4, 6, 8, 8), torch.float16, scale=1.0)
+    assert_as_good_as_eager(((x * 15000).clamp(-65000, 65000), *rest), training=True, pool=pool)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_at_the_kink_and_about_it(dtype):
+    """Evaluation with mean 0 and variance 1 - eps passes x through the norm unchanged."""
+    steps = torch.cat([torch.linspace(-0.2, 0.2, 63), torch.tensor([0.0, -0.0, 1e-6, -1e-6, -60.0])])
+    x = steps.repeat(2, 1).view(2, 1, 2, -1).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+    one, zero = torch.ones(1, device=DEVICE, dtype=dtype), torch.zeros(1, device=DEVICE, dtype=dtype)
+    assert_as_good_as_eager((x, one, zero, zero, one), training=False, eps=1e-30)
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.float16])
+def test_parameters_keep_a_type_of_their_own(parameters):
+    tensors = make((3, 8, 6, 6), torch.float16, parameters=parameters)
+    result = everything(batch_norm_celu, tensors, training=True, pool=2)
+    assert {result[name].dtype for name in ("dweight", "dbias", "running_mean", "running_var")} == {parameters}
+    if parameters == torch.float32:  # what torch's own batch norm takes on a CPU too
+        assert_as_good_as_eager(tensors, training=True, pool=2)
+
+
+SHAPES = [
+    (1, 1, 1, 2),
+    (2, 1, 1, 1),
+    (3, 7, 25, 3),
+    (5, 3, 7, 7),
+    (2, 65, 3, 5),
+    (1, 130, 2, 3),
+    (2, 512, 2, 2),
+    (33, 2, 1, 3),
+    (1, 16, 9, 8),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_odd_in_every_dimension(shape):
+    assert_as_good_as_eager(make(shape, torch.float32), training=True, pool=1)
+    if min(shape[2:]) >= 2 and shape[0] * (shape[2] // 2) * (shape[3] // 2) > 1:
+        assert_as_good_as_eager(make(shape, torch.float32), training=True, pool=2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.tuples(st.integers(1, 5), st.integers(1, 80), st.integers(2, 9), st.integers(2, 9)),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+    st.sampled_from([torch.float16, torch.float32]),
+    st.integers(0, 99),
+)
+def test_any_shape(shape, pool, training, dtype, seed):
+    if shape[0] * (shape[2] // pool) * (shape[3] // pool) > 1:
+        assert_as_good_as_eager(make(shape, dtype, seed), ulps=4, training=training, pool=pool)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Launch parameters with which small tensors take many blocks, stretches of several blocks, and short last ones."""
+    entry = {"*": dict(rows=4, channels=8, stretches=3, num_warps=4)}
+    names = ("statistics", "backward_sums", "apply", "backward_apply")
+    table = {f"batch_norm_celu.{name}": entry for name in names} | {"batch_norm_celu.merge": {"*": dict(channels=4, num_warps=4)}}
+    monkeypatch.setattr(kernels.launch, "_table", lambda: table)
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 20, 6, 6), (2, 9, 7, 5), (1, 8, 2, 4), (4, 17, 5, 3)])
+def test_several_blocks_a_stretch_and_stretches_a_channel(shape, pool, small_blocks):
+    assert_as_good_as_eager(make(shape, torch.float32), training=True, pool=pool)
+    assert_as_good_as_eager(make(shape, torch.float32, shift=1000), training=True, pool=pool)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_real_activations(shared, dtype):
+    """The first two convolutions of the model on real pictures."""
+    dataset = load_dataset("npz", shared("data/cifar10-mini.npz"))
+    images, _ = normalize(dataset, torch.device("cpu"), torch.float32)
+    torch.manual_seed(0)
+    model = CNN(Recipe(), 10)
+    with torch.no_grad():
+        first = model.seq[0](images[:2].permute(0, 3, 1, 2))
+        second = model.seq[3](model.seq[2](model.seq[1](first)))
+    for x, pool in ((first, 1), (second, 2)):
+        x = x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+        assert_as_good_as_eager((x, *make(x.shape, dtype)[1:]), training=True, pool=pool)
+
+
+@pytest.mark.parametrize(("pool", "training"), itertools.product([1, 2], [True, False]))
+def test_gradcheck_in_float64(pool, training):
+    x, weight, bias, mean, var = make((2, 2, 5, 2), torch.float64)
+
+    def function(x, weight, bias):
+        return batch_norm_celu(x, weight, bias, mean.clone(), var.clone(), training=training, pool=pool)
+
+    assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in (x, weight, bias)])
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+def test_every_element_is_written_and_no_scratch_is_read_before(pool, monkeypatch, small_blocks):
+    """All fresh memory is poisoned: NaN, or an index that is none."""
+    tensors = make((3, 10, 7, 5), torch.float32)
+    expected = everything(batch_norm_celu, tensors, training=True, pool=pool)
+
+    def poisoned(make_empty):
+        def fill(*args, **kwargs):
+            tensor = make_empty(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+
+        return fill
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    result = everything(batch_norm_celu, tensors, training=True, pool=pool)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_input_gives_the_same_bits(dtype, small_blocks):
+    tensors = make((3, 10, 8, 8), dtype)
+    first, second = (everything(batch_norm_celu, tensors, training=True, pool=2) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_ties_and_nan_are_pooled_as_torch_pools_them():
+    x = torch.randint(0, 2, (2, 5, 6, 7)).float().to(DEVICE)
+    x[0, 0, 2, 2] = float("nan")
+    x = x.contiguous(memory_format=torch.channels_last)
+    parameters = make((2, 5, 6, 7), torch.float32)[1:]
+    fused = everything(batch_norm_celu, (x, *parameters), training=False, pool=2)
+    eager = everything(batch_norm_celu_reference, (x, *parameters), training=False, pool=2)
+    assert torch.equal(fused["y"].isnan(), eager["y"].isnan()) and fused["y"].isnan().sum() == 1
+    assert torch.equal(fused["dx"] != 0, eager["dx"] != 0)
+
+
+def test_a_gradient_in_another_layout_gives_the_same():
+    tensors = make((3, 10, 6, 6), torch.float32)
+    dy = torch.randn(3, 10, 6, 6, device=DEVICE)
+    layouts = [dy, dy.contiguous(memory_format=torch.channels_last), dy.transpose(2, 3).contiguous().transpose(2, 3)]
+    results = [everything(batch_norm_celu, tensors, dy=layout, training=True) for layout in layouts]
+    assert all(torch.equal(result["dx"], results[0]["dx"]) for result in results)
+
+    x = tensors[0].requires_grad_()
+    batch_norm_celu(x, *tensors[1:], training=True).sum().backward()  # expanded from one number: strides of 0
+    assert x.grad.isfinite().all()
+
+
+def test_without_running_statistics_training_works_and_evaluation_is_refused():
+    x, weight, bias, mean, var = make((3, 4, 5, 5), torch.float32)
+    expected = batch_norm_celu(x, weight, bias, mean, var, training=True)
+    assert torch.equal(batch_norm_celu(x, weight, bias, None, None, training=True), expected)
+    with pytest.raises(ValueError, match="expected running_mean to be a tensor"):
+        batch_norm_celu(x, weight, bias, None, None, training=False)
+
+
+def test_evaluation_with_and_without_gradients_is_the_same():
+    for pool in (1, 2):
+        tensors = make((3, 10, 7, 7), torch.float16)
+        with torch.no_grad():
+            one_pass = batch_norm_celu(*tensors, training=False, pool=pool)
+        tensors[0].requires_grad_()
+        assert torch.equal(batch_norm_celu(*tensors, training=False, pool=pool), one_pass)
+
+
+def test_double_backward_is_refused():
+    x, *rest = make((2, 3, 4, 4), torch.float32)
+    y = batch_norm_celu(x.requires_grad_(), *rest, training=True)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once only"):
+        dx.sum().backward()
+
+
+# -- the module
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.3, None])
+def test_the_module_is_batch_norm_with_its_state_dict(momentum):
+    fused = BatchNormCELU2d(6, momentum=momentum, pool=2).to(DEVICE)
+    plain = torch.nn.BatchNorm2d(6, momentum=momentum).to(DEVICE)
+    plain.load_state_dict(fused.state_dict())
+    for seed in range(3):
+        x = make((4, 6, 6, 6), torch.float32, seed)[0]
+        expected = F.celu(plain(F.max_pool2d(x, 2)), 0.075)
+        assert torch.allclose(fused(x), expected, rtol=1e-5, atol=1e-6)
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(fused.state_dict()[name], tensor, rtol=1e-5), name
+    assert torch.allclose(fused.eval()(x), F.celu(plain.eval()(F.max_pool2d(x, 2)), 0.075), rtol=1e-5, atol=1e-6)
+
+
+# -- as an operator of torch
+
+
+@pytest.mark.parametrize(("pool", "training", "gradient"), itertools.product([1, 2], [True, False], [True, False]))
+def test_opcheck(pool, training, gradient):
+    x, weight, bias, mean, var = make((2, 5, 5, 4), torch.float32)
+    inputs = [tensor.requires_grad_(gradient) for tensor in (x, weight, bias)]
+    torch.library.opcheck(torch.ops.cifar_fast.batch_norm_celu.default, (*inputs, mean, var, training, 1e-5, 0.075, pool))
+
+
+def test_opcheck_of_inference():
+    torch.library.opcheck(torch.ops.cifar_fast.batch_norm_celu_inference.default, (*make((2, 5, 4, 4), torch.float32), 1e-5, 0.075, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", [1, 2])
+def test_compile_takes_it_without_a_graph_break(pool):
+    """A convolution before it, as in the model, so that the compiler has strides to choose."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3, padding=1, bias=False), BatchNormCELU2d(6, pool=pool)).to(DEVICE)
+    model = model.to(memory_format=torch.channels_last)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = make((2, 3, 6, 6), torch.float32)[0]
+
+    def train(function):
+        model.load_state_dict(before)
+        model.zero_grad()
+        y = function(x)
+        y.square().sum().backward()
+        return [y.detach(), *(parameter.grad for parameter in model.parameters()), *(buffer.clone() for buffer in model.buffers())]
+
+    torch.compiler.reset()
+    plain, compiled = train(model), train(torch.compile(model, fullgraph=True, dynamic=False))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(plain, compiled, strict=True))
+    assert compiled[0].is_contiguous(memory_format=torch.channels_last)
+
+
+# -- what is refused
+
+
+def wrong(**changes):
+    names = ("x", "weight", "bias", "running_mean", "running_var")
+    arguments = dict(zip(names, make((2, 4, 4, 4), torch.float32))) | dict(training=True) | changes
+    return batch_norm_celu(*[arguments.pop(name) for name in names], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        (dict(x=torch.zeros(2, 4, 4)), ValueError, r"expected 4D input \(got 3D input\)"),
+        (dict(x=torch.zeros(2, 4, 4, 4, dtype=torch.int32)), TypeError, "floating-point"),
+        (dict(x=torch.zeros(2, 4, 4, 4)), ValueError, "expected x in channels_last"),
+        (dict(x=torch.zeros(0, 4, 4, 4)), ValueError, "at least one value per channel"),
+        (dict(x=torch.zeros(2, 4, 1, 1), pool=2), ValueError, "at least one value per channel"),
+        (dict(x=torch.zeros(1, 4, 1, 1)), ValueError, "Expected more than 1 value per channel when training"),
+        (dict(x=torch.zeros(1, 4, 3, 3), pool=2), ValueError, "Expected more than 1 value per channel when training"),
+        (dict(pool=3), ValueError, "pool must be 1 or 2"),
+        (dict(alpha=0.0), ValueError, "alpha and eps must be above 0"),
+        (dict(weight=torch.ones(5)), ValueError, r"expected weight contiguous, of size \[4\]"),
+        (dict(bias=torch.ones(4, dtype=torch.int64)), TypeError, "expected bias of a floating-point type"),
+        (dict(bias=None), ValueError, "expected bias to be a tensor"),
+        (dict(running_mean=None), ValueError, "both, or neither"),
+        (dict(weight=torch.ones(4, device="meta")), RuntimeError, "x is on .* and weight on meta"),
+    ],
+)
+def test_what_is_wrong_is_refused(changes, error, words):
+    changes = {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(error, match=words):
+        wrong(**changes)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="for a machine without a GPU")
+def test_without_gpu_and_interpreter_the_error_says_what_to_do(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match=r"need tensors on a GPU.*TRITON_INTERPRET=1"):
+        wrong()
+
+
+# -- what the interpreter cannot see
+
+
+@pytest.mark.parametrize("path", sorted(Path(kernels.launch.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_every_masked_load_says_what_the_rest_is(path):
+    """The interpreter fills what a mask leaves out with zero, a GPU with anything."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
+            words = {keyword.arg for keyword in node.keywords}
+            assert "mask" not in words or "other" in words, f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.Call):
+            assert "atomic" not in ast.unparse(node.func), f"{path.name}:{node.lineno}"
+
+
+RECIPE_SHAPES = [
+    (512, 64, 32, 32, 1),
+    (512, 128, 32, 32, 2),
+    (512, 128, 16, 16, 1),
+    (512, 256, 16, 16, 2),
+    (512, 512, 8, 8, 2),
+    (512, 512, 4, 4, 1),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", RECIPE_SHAPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_parity_at_the_recipes_shapes_on_a_gpu(shape, dtype, training):
+    assert_as_good_as_eager(make(shape[:4], dtype), training=training, pool=shape[4])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", RECIPE_SHAPES)
+def test_capture_and_replay_give_what_a_plain_launch_gives(shape):
+    tensors = make(shape[:4], torch.float16)
+    dy = torch.randn_like(batch_norm_celu(*tensors, training=False, pool=shape[4]))
+    expected = everything(batch_norm_celu, tensors, dy=dy, training=True, pool=shape[4])
+    x, weight, bias, mean, var = (tensor.clone() for tensor in tensors)
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = batch_norm_celu(*leaves, mean, var, training=True, pool=shape[4])
+        gradients = torch.autograd.grad(y, leaves, dy)
+    for tensor, start in zip((mean, var), tensors[3:]):
+        tensor.copy_(start)
+    graph.replay()
+    torch.cuda.synchronize()
+    replayed = dict(zip(expected, (y.detach(), *gradients, mean, var)))
+    assert all(torch.equal(replayed[name], expected[name]) for name in expected)
