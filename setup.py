@@ -10,7 +10,16 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["cifar_fast"],
-    install_requires=["torch>=2.11", "torchvision>=0.26", "numpy>=2", "pillow", "matplotlib", "tqdm"],
+    packages=["cifar_fast", "kernels"],
+    package_data={"kernels": ["launch.json"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy>=2",
+        "pillow",
+        "matplotlib",
+        "tqdm",
+    ],
     extras_require={"dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff"]},
 )

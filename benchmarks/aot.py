@@ -198,9 +198,7 @@ def main() -> int:
         print("error: TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it", file=sys.stderr)
         return 2
     rows = compile_all(Recipe(), getattr(torch, args.dtype), args.targets)
-    print(
-        f"triton {triton.__version__}, {args.dtype}, batch {Recipe().batch_size}; widths are bits of the widest access of each tensor from 1 MiB"
-    )
+    print(f"triton {triton.__version__}, {args.dtype}, batch {Recipe().batch_size}; widths: each large tensor's widest access in bits")
     print(f"{'case':24s} {'kernel':26s} {'target':8s} {'regs':>4s} {'spill':>5s} {'shared':>6s} {'occup.':>6s}  loads; stores")
     for row in rows:
         share = "" if row.occupancy is None else f"{row.occupancy:.0%}"

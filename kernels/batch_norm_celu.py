@@ -108,6 +108,7 @@ def statistics_kernel(
     argmax,  # uint8 [rows, C], written where POOL is 2
     means,  # [stretches, C], of each stretch, less the channel's first value
     squares,  # [stretches, C], the sum of squared deviations from it
+    firsts,  # [C], the channels' first values
     rows,  # N * (H // POOL) * (W // POOL)
     H: tl.constexpr,
     W: tl.constexpr,
@@ -119,8 +120,8 @@ def statistics_kernel(
     ACC: tl.constexpr,
 ):
     stretch = tl.program_id(0)
-    zero, channel, exists = _tile(0, tl.program_id(1), 1, C, 1, BLOCK_C)
-    shift, _ = _load_pooled(x, zero, channel, exists, H, W, C, POOL, ACC)
+    first_row, first_channel, first_exists = _tile(0, tl.program_id(1), 1, C, 1, BLOCK_C)
+    first, _ = _load_pooled(x, first_row, first_channel, first_exists, H, W, C, POOL, ACC)
     mean = tl.zeros([BLOCK_R, BLOCK_C], ACC)
     square = tl.zeros([BLOCK_R, BLOCK_C], ACC)
     met = tl.zeros([1, 1], ACC)
@@ -132,41 +133,39 @@ def statistics_kernel(
             offset = row.to(tl.int64) * C + channel
             tl.store(pooled + offset, value.to(pooled.dtype.element_ty), mask=exists)
             tl.store(argmax + offset, which, mask=exists)
-        difference = value - shift - mean
+        difference = value - first - mean
         met += 1.0
         step = difference / met
         mean = tl.where(exists, mean + step, mean)
         square = tl.where(exists, square + difference * (difference - step), square)
 
-    first = stretch * BLOCKS * BLOCK_R
+    start = stretch * BLOCKS * BLOCK_R
     lane = tl.arange(0, BLOCK_R)[:, None]
-    here = tl.minimum(rows - first, BLOCKS * BLOCK_R)
+    here = tl.minimum(rows - start, BLOCKS * BLOCK_R)
     count = (here - lane + BLOCK_R - 1) // BLOCK_R  # rows that each lane has met
-    mean = mean.to(tl.float64)
     total = tl.sum(count * mean, axis=0) / here
+    total += tl.sum(count * (mean - total[None, :]), axis=0) / here  # what rounding left
     square = tl.sum(square + count * (mean - total[None, :]) * (mean - total[None, :]), axis=0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     tl.store(means + stretch * C + channel, total, mask=channel < C)
     tl.store(squares + stretch * C + channel, square, mask=channel < C)
+    if stretch == 0:
+        tl.store(firsts + channel, tl.sum(first, axis=0), mask=channel < C)
 
 
 @triton.jit
 def merge_statistics_kernel(
-    x,  # [N, H, W, C]
     means,  # [stretches, C]
     squares,  # [stretches, C]
+    firsts,  # [C]
     statistics,  # [3, C], written: mean, var (biased), 1 / sqrt(var + eps)
     rows,
     stretches,
     rows_per_stretch,
-    H: tl.constexpr,
-    W: tl.constexpr,
     C: tl.constexpr,
-    POOL: tl.constexpr,
     BLOCK_P: tl.constexpr,  # at least the stretches
     BLOCK_C: tl.constexpr,
     EPS: tl.constexpr,
-    ACC: tl.constexpr,
 ):
     stretch, channel, exists = _tile(0, tl.program_id(0), stretches, C, BLOCK_P, BLOCK_C)
     offset = stretch * C + channel
@@ -176,11 +175,10 @@ def merge_statistics_kernel(
     total = tl.sum(count * part, axis=0) / rows
     deviation = part - total[None, :]
     square = tl.sum(square + count * deviation * deviation, axis=0)
-    zero, channel, exists = _tile(0, tl.program_id(0), 1, C, 1, BLOCK_C)
-    shift, _ = _load_pooled(x, zero, channel, exists, H, W, C, POOL, ACC)
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     var = square / rows
-    tl.store(statistics + column, total + tl.sum(shift, axis=0), mask=column < C)
+    first = tl.load(firsts + column, mask=column < C, other=0.0)
+    tl.store(statistics + column, total + first, mask=column < C)
     tl.store(statistics + C + column, var, mask=column < C)
     tl.store(statistics + 2 * C + column, 1.0 / tl.sqrt(var + EPS), mask=column < C)
 
@@ -366,17 +364,17 @@ def stretches(x: torch.Tensor, pool: int, kernel: str) -> int:
 def plan_statistics(
     x: torch.Tensor, pooled: torch.Tensor, argmax: torch.Tensor, partial: torch.Tensor, statistics: torch.Tensor, eps: float, pool: int
 ) -> list[Launch]:
-    """Pool, and the ``statistics`` ``[3, C]``: mean, biased var, 1 / sqrt(var + eps). ``partial``: scratch ``[2, stretches, C]``."""
+    """Pool, and the ``statistics`` ``[3, C]``: mean, biased var, 1 / sqrt(var + eps). ``partial``: scratch ``[2 stretches + 1, C]``."""
     shape = _Shape(x, pool)
     count, blocks = shape.cut("statistics")
     tile = shape.tile("statistics")
     merge = shape.table("merge")
-    means, squares = partial[0], partial[1]
+    partials = dict(means=partial[:count], squares=partial[count : 2 * count], firsts=partial[2 * count])
     return [
         Launch(
             statistics_kernel,
             shape.grid(count, tile),
-            dict(x=x, pooled=pooled, argmax=argmax, means=means, squares=squares, rows=shape.rows),
+            dict(x=x, pooled=pooled, argmax=argmax, **partials, rows=shape.rows),
             shape.size | tile | {"BLOCKS": blocks, "ACC": shape.acc},
             shape.table("statistics")["num_warps"],
         ),
@@ -384,15 +382,13 @@ def plan_statistics(
             merge_statistics_kernel,
             (triton.cdiv(shape.channels, merge["channels"]),),
             dict(
-                x=x,
-                means=means,
-                squares=squares,
+                **partials,
                 statistics=statistics,
                 rows=shape.rows,
                 stretches=count,
                 rows_per_stretch=blocks * tile["BLOCK_R"],
             ),
-            shape.size | {"BLOCK_P": triton.next_power_of_2(count), "BLOCK_C": merge["channels"], "EPS": eps, "ACC": shape.acc},
+            {"C": shape.channels, "BLOCK_P": triton.next_power_of_2(count), "BLOCK_C": merge["channels"], "EPS": eps},
             merge["num_warps"],
         ),
     ]
@@ -401,10 +397,11 @@ def plan_statistics(
 def plan_apply(x: torch.Tensor, y: torch.Tensor, channel_values: dict[str, torch.Tensor], alpha: float, pool: int) -> list[Launch]:
     """Normalise and activate; with ``pool`` 2, pool on the way. ``channel_values``: statistics ``[3, C]``, weight and bias ``[C]``."""
     shape = _Shape(x, pool)
-    tile = shape.tile("apply")
+    kernel = "apply" if pool == 1 else "pool_apply"
+    tile = shape.tile(kernel)
     constants = shape.size | tile | {"ALPHA": alpha, "TERMS": 13 if shape.double else 7, "ACC": shape.acc}
     grid = shape.grid(triton.cdiv(shape.rows, tile["BLOCK_R"]), tile)
-    return [Launch(apply_kernel, grid, dict(x=x, y=y, **channel_values, rows=shape.rows), constants, shape.table("apply")["num_warps"])]
+    return [Launch(apply_kernel, grid, dict(x=x, y=y, **channel_values, rows=shape.rows), constants, shape.table(kernel)["num_warps"])]
 
 
 def plan_backward(
@@ -491,7 +488,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, the pooled tensor and its argmax (empty where pool is 1), and the statistics ``[3, C]`` that were used."""
     y, pooled, argmax, statistics = _outputs(x, pool)
-    partial = statistics.new_empty(2, stretches(x, pool, "statistics"), x.shape[1])
+    partial = statistics.new_empty(2 * stretches(x, pool, "statistics") + 1, x.shape[1])
     launches = plan_statistics(x, pooled, argmax, partial, statistics, eps, pool)
     if not training:
         statistics = _running_statistics(x, running_mean, running_var, eps)

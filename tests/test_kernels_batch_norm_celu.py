@@ -82,6 +82,8 @@ def assert_as_good_as_eager(tensors, ulps=1, **settings):
         ulp = torch.finfo(fused[name].dtype).eps
         fits = its.to(fused[name].dtype).isfinite()  # a float16 running variance may not
         assert torch.equal(fused[name].isfinite(), fits), name
+        if not fits.any():
+            continue
         its = its[fits]
         for size in (lambda tensor: tensor.abs().max(), torch.Tensor.norm):
             error, *errors = (float(size(result[name][fits].double() - its)) for result in (fused, *eager))
@@ -178,7 +180,7 @@ def test_any_shape(shape, pool, training, dtype, seed):
 def small_blocks(monkeypatch):
     """Launch parameters with which small tensors take many blocks, stretches of several blocks, and short last ones."""
     entry = {"*": dict(rows=4, channels=8, stretches=3, num_warps=4)}
-    names = ("statistics", "backward_sums", "apply", "backward_apply")
+    names = ("statistics", "backward_sums", "apply", "pool_apply", "backward_apply")
     table = {f"batch_norm_celu.{name}": entry for name in names} | {"batch_norm_celu.merge": {"*": dict(channels=4, num_warps=4)}}
     monkeypatch.setattr(kernels.launch, "_table", lambda: table)
 
