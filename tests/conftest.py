@@ -8,6 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU
 
+import kernels.launch
 from cifar_fast import Dataset
 
 SHARED = Path(os.environ.get("CIFAR_FAST_SHARED", Path(__file__).parents[2] / "shared"))
@@ -57,3 +58,12 @@ def save_npz(path, dataset, **changes):
     arrays = {name: getattr(dataset, name) for name in names} | changes
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Launch parameters with which small tensors take many blocks, stretches of several blocks, and short last ones."""
+    entry = {"*": dict(rows=4, channels=8, stretches=3, num_warps=4)}
+    names = ("statistics", "backward_sums", "apply", "pool_apply", "backward_apply")
+    table = {f"batch_norm_celu.{name}": entry for name in names} | {"batch_norm_celu.merge": {"*": dict(channels=4, num_warps=4)}}
+    monkeypatch.setattr(kernels.launch, "_table", lambda: table)

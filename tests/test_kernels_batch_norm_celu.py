@@ -176,15 +176,6 @@ def test_any_shape(shape, pool, training, dtype, seed):
         assert_as_good_as_eager(make(shape, dtype, seed), ulps=4, training=training, pool=pool)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Launch parameters with which small tensors take many blocks, stretches of several blocks, and short last ones."""
-    entry = {"*": dict(rows=4, channels=8, stretches=3, num_warps=4)}
-    names = ("statistics", "backward_sums", "apply", "pool_apply", "backward_apply")
-    table = {f"batch_norm_celu.{name}": entry for name in names} | {"batch_norm_celu.merge": {"*": dict(channels=4, num_warps=4)}}
-    monkeypatch.setattr(kernels.launch, "_table", lambda: table)
-
-
 @pytest.mark.parametrize("pool", [1, 2])
 @pytest.mark.parametrize("shape", [(3, 20, 6, 6), (2, 9, 7, 5), (1, 8, 2, 4), (4, 17, 5, 3)])
 def test_several_blocks_a_stretch_and_stretches_a_channel(shape, pool, small_blocks):
