@@ -95,10 +95,11 @@ def _load_pooled(x, row, channel, exists, H: tl.constexpr, W: tl.constexpr, C: t
 @triton.jit
 def _expm1(t, TERMS: tl.constexpr):
     """exp(t) - 1 for t <= 0: by its series near 0, where the difference would lose the digits."""
+    near = tl.maximum(t, -0.3)
     series = tl.full(t.shape, 1.0, t.dtype)
     for i in tl.static_range(TERMS):
-        series = 1.0 + series * t * (1.0 / (TERMS + 1 - i))
-    return tl.where(t > -0.3, series * t, tl.exp(t) - 1.0)
+        series = 1.0 + series * near * (1.0 / (TERMS + 1 - i))
+    return tl.where(t > -0.3, series * near, tl.exp(t) - 1.0)
 
 
 @triton.jit

@@ -198,7 +198,7 @@ def test_real_activations(shared, dtype):
         assert_as_good_as_eager((x, *make(x.shape, dtype)[1:]), training=True, pool=pool)
 
 
-@pytest.mark.parametrize(("pool", "training"), itertools.product([1, 2], [True, False]))
+@pytest.mark.parametrize(("pool", "training"), list(itertools.product([1, 2], [True, False])))
 def test_gradcheck_in_float64(pool, training):
     x, weight, bias, mean, var = make((2, 2, 5, 2), torch.float64)
 
@@ -302,7 +302,7 @@ def test_the_module_is_batch_norm_with_its_state_dict(momentum):
 # -- as an operator of torch
 
 
-@pytest.mark.parametrize(("pool", "training", "gradient"), itertools.product([1, 2], [True, False], [True, False]))
+@pytest.mark.parametrize(("pool", "training", "gradient"), list(itertools.product([1, 2], [True, False], [True, False])))
 def test_opcheck(pool, training, gradient):
     x, weight, bias, mean, var = make((2, 5, 5, 4), torch.float32)
     inputs = [tensor.requires_grad_(gradient) for tensor in (x, weight, bias)]
