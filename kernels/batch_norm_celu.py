@@ -252,8 +252,8 @@ def backward_sums_kernel(
     for k in range(BLOCKS):
         row, channel, exists = _tile(stretch * BLOCKS + k, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
         q, normalized, _ = _gradient_of_norm(dy, x, statistics, weight, bias, row, channel, exists, ALPHA, C, ACC)
-        of_q += tl.where(exists, q, 0.0)
-        of_qx += tl.where(exists, q * normalized, 0.0)
+        of_q += q  # 0 where no element exists, as dy is loaded
+        of_qx += q * normalized
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     tl.store(sums + stretch * C + channel, tl.sum(of_q.to(tl.float64), axis=0), mask=channel < C)
     tl.store(sums + (stretches + stretch) * C + channel, tl.sum(of_qx.to(tl.float64), axis=0), mask=channel < C)
