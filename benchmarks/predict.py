@@ -4,10 +4,10 @@
 
 A prediction, made before a measurement and to be held against it. Each kernel is taken to touch each
 element that it needs once, in memory, at the bandwidth of a device-to-device copy; neither a cache nor
-the cost of a launch comes into it. Of the augmentation's pictures
-all bytes count, though a crop and the cutout leave some unread. The sizes are those of the planned launches' own tensors. The ideal
-of an operator is what a single kernel would move that kept everything else on the chip: each tensor
-that enters or leaves the operator, once.
+the cost of a launch comes into it. Of the augmentation's pictures all bytes count, though a crop and
+the cutout leave some unread. The sizes are those of the planned launches' own tensors. The ideal of an
+operator is what a single kernel would move that kept everything else on the chip: each tensor that
+enters or leaves the operator, once.
 """
 
 from __future__ import annotations

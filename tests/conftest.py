@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def shared():
-    """Gives the path of a file that stands beside the project, not in it; skips where it is absent."""
+    """Gives the path of a file that stands beside the project; skips where it is absent, since it is not part of the project."""
 
     def find(name):
         if not (SHARED / name).exists():

@@ -217,9 +217,8 @@ def test_a_json_file_that_cannot_be_written_is_an_error_in_a_line(tmp_path, caps
 # -- tuning
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here, on which the command would tune")
 def test_tuning_without_a_gpu_is_an_error_in_a_line(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("a CUDA GPU is here")
     assert tune.main([]) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "error: tuning needs a CUDA GPU\n")

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -131,10 +132,10 @@ def test_pictures_of_one_colour_cannot_be_normalised(small):
 
 @pytest.fixture(scope="module")
 def compiler():
-    try:
-        return choose("compiled", "cpu", "float32")
-    except InputError as error:
-        pytest.skip(str(error))
+    """Skips where torch.compile has no C++ compiler to call; with one there, its failure is a failure."""
+    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+        pytest.skip("no C++ compiler here, which torch.compile needs on a CPU")
+    return choose("compiled", "cpu", "float32")
 
 
 @pytest.mark.slow
