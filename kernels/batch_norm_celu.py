@@ -276,8 +276,9 @@ def merge_sums_kernel(
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     tl.store(totals + column, of_q, mask=column < C)
     tl.store(totals + C + column, of_qx, mask=column < C)
-    tl.store(dbias + column, of_q.to(dbias.dtype.element_ty), mask=column < C)
-    tl.store(dweight + column, of_qx.to(dweight.dtype.element_ty), mask=column < C)
+    acc = totals.dtype.element_ty  # on the way to a narrow type, as float64 to bfloat16 is not to be relied on
+    tl.store(dbias + column, of_q.to(acc).to(dbias.dtype.element_ty), mask=column < C)
+    tl.store(dweight + column, of_qx.to(acc).to(dweight.dtype.element_ty), mask=column < C)
 
 
 @triton.jit
