@@ -30,7 +30,8 @@ import torch
 from benchmarks import reference
 from cifar_fast import CNN, Dataset, Recipe, draw_epoch
 from cifar_fast.augment import augment
-from cifar_fast.backends import choose, keep_freed_memory, normalize
+from cifar_fast.backends import keep_freed_memory, normalize
+from cifar_fast.choose import choose
 from cifar_fast.results import environment
 
 PICTURES = 50_000
@@ -62,7 +63,7 @@ def measure_ours(recipe: Recipe, steps: int) -> dict[str, float]:
     dataset = pictures()
     choice = choose(device="cpu")
     keep_freed_memory()
-    backend = choice.backend(recipe, dataset, choice.device, choice.dtype)
+    backend = choice.backends[0](recipe, dataset, choice.device, choice.dtype)
     torch.manual_seed(0)
     backend.prepare(CNN(recipe, 10))
     _check_batches(dataset, choice.dtype, recipe)
@@ -79,7 +80,7 @@ def measure_ours(recipe: Recipe, steps: int) -> dict[str, float]:
     one = draws.slice(0, size)
 
     def step() -> torch.Tensor:  # an epoch of one step: augmentation, which the reference's step has not, included
-        return backend.train_epoch(0, one, lambda step, losses: None)[0]
+        return next(backend.train_epoch(0, one))[0]
 
     return {"augment": statistics.median(timed), "step": _timed_steps(step, steps)}
 

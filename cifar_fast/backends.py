@@ -1,17 +1,18 @@
-"""Ways to run the recipe: small objects with the same four methods, and the choice among them.
+"""Ways to run the recipe in plain torch: small objects with the same four methods.
 
-``prepare(model)`` takes the weights of a fresh model, ``train_epoch(epoch, draws, on_step)`` and
-``evaluate()`` return per-picture tensors on the device, ``state_dict()`` the weights under the names
-of the plain model. Set-up that is worth keeping is done once and serves every later ``prepare``.
+``prepare(model)`` starts a run from the weights of a fresh model, ``train_epoch(epoch, draws)`` trains
+a step at a time and gives what each picture cost, ``evaluate()`` scores the test pictures, and
+``state_dict()`` gives the weights under the names of the plain model. Set-up that is worth keeping
+is done once and serves every later ``prepare``. ``fused.py`` has one more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 
@@ -20,11 +21,6 @@ from cifar_fast.data import Dataset
 from cifar_fast.errors import InputError
 from cifar_fast.model import CNN, loss_and_correct
 from cifar_fast.recipe import Recipe
-
-OnStep = Callable[[int, torch.Tensor], None]
-"""Called after each step with its number, counted from 1 over the whole run, and its losses ``[batch_size]``."""
-
-DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Eager:
@@ -36,13 +32,14 @@ class Eager:
     """
 
     name = "eager"
+    model: CNN | None = None
 
     def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, dtype: torch.dtype) -> None:
         self.recipe, self.device, self.dtype = recipe, device, dtype
         self.autocast = dtype == torch.bfloat16
-        self.train_images, self.test_images = normalize(dataset, device, dtype)
         self.train_labels = torch.from_numpy(dataset.train_labels).to(device)
         self.test_labels = torch.from_numpy(dataset.test_labels).to(device)
+        self.train_images, self.test_images = self._load(dataset)
         self.score = self._score
 
     def prepare(self, model: CNN) -> None:
@@ -50,27 +47,26 @@ class Eager:
         self.model = model.to(torch.float32 if self.autocast else self.dtype).to(self.device)
         self._new_optimizer()
 
-    def train_epoch(self, epoch: int, draws: Draws, on_step: OnStep) -> tuple[torch.Tensor, torch.Tensor]:
-        """Train epoch number ``epoch``, from 0; gives the loss of each picture trained on, and 100 where it was right."""
+    def train_epoch(self, epoch: int, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Train epoch number ``epoch``, from 0, one step each time the next item is asked for.
+
+        Gives the step's losses ``[batch_size]``, and 100 where a picture was right, 0 where not; they
+        hold until the next epoch.
+        """
         size, steps = self.recipe.batch_size, len(draws) // self.recipe.batch_size
-        losses, corrects = [], []
         self.model.train()
         for i in range(steps):
-            step = epoch * steps + i + 1
-            self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate(step, steps)
+            self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate(epoch * steps + i + 1, steps)
             batch = draws.slice(i * size, (i + 1) * size)
             loss, correct = self.score(augment(self.train_images, batch, self.recipe), self.train_labels[batch.permutation])
             self.model.zero_grad()
             loss.sum().backward()
             self.optimizer.step()
-            losses.append(loss.detach())
-            corrects.append(correct)
-            on_step(step, losses[-1])
-        return torch.cat(losses), torch.cat(corrects)
+            yield loss.detach(), correct
 
     @torch.no_grad()
     def evaluate(self) -> torch.Tensor:
-        """For each test picture, 100 where the model is right and 0 where it is not."""
+        """For each test picture, 100 where the model is right and 0 where it is not; holds until the next evaluation."""
         self.model.eval()
         batches = zip(self.test_images.permute(0, 3, 1, 2).split(self.recipe.batch_size), self.test_labels.split(self.recipe.batch_size))
         return torch.cat([self.score(images, labels)[1] for images, labels in batches])
@@ -78,46 +74,50 @@ class Eager:
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict()
 
+    def _load(self, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        """Training and test pictures ``[N, 32, 32, C]`` on the device."""
+        return normalize(dataset, self.device, self.dtype)
+
     def _score(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return loss_and_correct(self.model(images), labels, self.recipe)
 
-    def _new_optimizer(self) -> None:
+    def _new_optimizer(self, lr: float | torch.Tensor = 0.0, fused: bool = False) -> None:
         recipe = self.recipe
-        weight_decay = recipe.weight_decay * recipe.batch_size
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0, momentum=recipe.momentum, weight_decay=weight_decay, nesterov=True)
+        how = dict(momentum=recipe.momentum, weight_decay=recipe.weight_decay * recipe.batch_size, nesterov=True, fused=fused)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr, **how)
 
 
 class Compiled(Eager):
     """The same model in channels_last under torch.compile, with the compiler's own kernels alone."""
 
     name = "compiled"
-    model: CNN | None = None
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(recipe, dataset, device, dtype)
+        torch.compiler.reset()  # graphs of an earlier instance would count against the limit of recompilations
 
     def prepare(self, model: CNN) -> None:
-        if self.model is not None:  # what is compiled refers to this model: it stays, its numbers change
-            self.model.load_state_dict(model.state_dict())
-            self._new_optimizer()
-            return
-        super().prepare(model.to(memory_format=torch.channels_last))
-        torch.compiler.reset()  # graphs of an earlier instance would count against the limit of recompilations
-        self.score = torch.compile(self._score, dynamic=False)
-        self._compile()
+        if self.model is None:  # what is set up refers to this copy: it stays, and each run gives it new numbers
+            super().prepare(copy.deepcopy(model).to(memory_format=torch.channels_last))
+            self.score = torch.compile(self._score, dynamic=False, fullgraph=True)
+            self._warm_up()
+        self._restart(model)
 
-    def _compile(self) -> None:
-        """Compile for each shape that a run meets, and leave weights, statistics and gradients as they were."""
-        before = {key: value.clone() for key, value in self.model.state_dict().items()}
+    def _warm_up(self) -> None:
+        """Compile for each shape that a run meets."""
         size = self.recipe.batch_size
         self.model.train()
         first = torch.arange(size, device=self.device)
         still = Draws(first, torch.zeros_like(first), torch.ones_like(first), torch.zeros_like(first))
         self.score(augment(self.train_images, still, self.recipe), self.train_labels[:size])[0].sum().backward()
-        self.model.zero_grad()
         self.evaluate()
-        self.model.load_state_dict(before)
 
-
-BACKENDS = {"eager": Eager, "compiled": Compiled}
+    def _restart(self, model: CNN) -> None:
+        """Weights and statistics as in ``model``, and all else as before the first step."""
+        self.model.load_state_dict(model.state_dict())
+        self.model.zero_grad()
+        self._new_optimizer()
 
 
 def normalize(dataset: Dataset, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,88 +130,6 @@ def normalize(dataset: Dataset, device: torch.device, dtype: torch.dtype) -> tup
     if not std.all():
         raise InputError(f"{dataset.source}: a colour channel of train_images has the same value everywhere; it cannot be normalised")
     return ((train - mean) / std).to(dtype), ((test - mean) / std).to(dtype)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What is to run, and in ``reason`` why, where that was left to us."""
-
-    backend: type[Eager]
-    device: torch.device
-    dtype: torch.dtype
-    reason: str
-
-
-def choose(backend: str = "auto", device: str = "auto", dtype: str = "auto") -> Choice:
-    """Settle what ``auto`` means here; :class:`InputError` for what cannot work here."""
-    if backend not in ("auto", "fused", *BACKENDS):
-        raise InputError(f"unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}, fused")
-    if dtype not in ("auto", *DTYPES):
-        raise InputError(f"unknown dtype {dtype!r}; there are auto, {', '.join(DTYPES)}")
-    if backend == "fused":
-        raise InputError("the fused backend does not exist yet: its kernels are still to come; use --backend auto, eager or compiled")
-    reasons = []
-
-    where = _device(device)
-    if device == "auto":
-        reasons.append("a GPU is here" if where.type == "cuda" else "no CUDA GPU is here")
-
-    if dtype == "float16" and where.type == "cpu":
-        raise InputError("--dtype float16 needs a GPU (on a CPU torch has no fast float16 convolutions); use bfloat16 or float32")
-    if dtype == "auto" and where.type == "cuda":
-        dtype = "float16"
-        reasons.append("float16 as the reference")
-    elif dtype == "auto":
-        dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
-        reasons.append("this CPU computes in bfloat16" if dtype == "bfloat16" else "this CPU has no bfloat16 arithmetic")
-
-    if backend == "auto" and where.type == "cpu":
-        backend = "eager"
-        reasons.append("eager was measured faster than compiled on a CPU")
-    elif backend == "auto":
-        backend, trouble = "compiled", compile_trouble(where)
-        if trouble:
-            backend = "eager"
-            reasons.append(f"torch.compile does not work here ({trouble})")
-        else:
-            reasons.append("torch.compile works")
-    elif backend == "compiled" and (trouble := compile_trouble(where)):
-        raise InputError(f"torch.compile does not work here ({trouble}); install a C++ compiler, or use --backend eager")
-    return Choice(BACKENDS[backend], where, getattr(torch, dtype), "; ".join(reasons))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise InputError(f"unknown device {name!r}; there are auto, cpu, cuda, cuda:0, cuda:1, ...")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise InputError(f"--device {name}: no CUDA GPU is here that this torch can use; try --device cpu")
-        if device.index is not None and device.index >= count:
-            raise InputError(f"--device {name}: there are {count} CUDA GPUs here, counted from 0")
-    return device
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16, AMX, or Arm's BF16)."""
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def compile_trouble(device: torch.device) -> str | None:
-    """Why torch.compile does not work on ``device``; None where it does."""
-    try:
-        torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.zeros(8, device=device))
-    except Exception as error:  # no compiler, no Triton, an old GPU: each layer below raises its own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return lines[0] if lines else type(error).__name__
-    return None
 
 
 def keep_freed_memory() -> None:

@@ -63,6 +63,13 @@ class Dataset:
                 f"{self.source}: test_labels has class {self.test_labels.max()}, which train_labels lacks; take it out or add it there"
             )
 
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Steps of whole batches in an epoch; :class:`InputError` where there is none."""
+        n = len(self.train_images)
+        if n < batch_size:
+            raise InputError(f"{self.source}: {n} training pictures are fewer than one batch of {batch_size}; give a smaller --batch-size")
+        return n // batch_size
+
     def _check(self, split: str, images: np.ndarray, labels: np.ndarray) -> None:
         shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
         if images.dtype != np.uint8 or images.shape[1:] != shape:

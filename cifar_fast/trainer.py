@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from cifar_fast.augment import draw_epoch
-from cifar_fast.backends import Choice, Eager, choose, keep_freed_memory
+from cifar_fast.backends import Eager, keep_freed_memory
+from cifar_fast.choose import Choice, choose
 from cifar_fast.data import Dataset
 from cifar_fast.errors import InputError
 from cifar_fast.model import CNN
@@ -39,7 +40,7 @@ def fit(
     :func:`cifar_fast.backends.keep_freed_memory`.
 
     Args:
-        backend: auto, eager, compiled.
+        backend: auto, eager, compiled, fused.
         device: auto, cpu, cuda, cuda:N.
         dtype: auto, float16, bfloat16, float32.
         output: folder for metrics.jsonl, summary.json, curves.png and model.pt; None writes nothing.
@@ -51,11 +52,7 @@ def fit(
     """
     log = log or silent
     choice = check(backend=backend, device=device, dtype=dtype, seed=seed, runs=runs, output=output, overwrite=overwrite)
-    n = len(dataset.train_images)
-    if n < recipe.batch_size:
-        raise InputError(
-            f"{dataset.source}: {n} training pictures are fewer than one batch of {recipe.batch_size}; give a smaller --batch-size"
-        )
+    dataset.steps_per_epoch(recipe.batch_size)
     dtype = str(choice.dtype).removeprefix("torch.")
     facts = environment(choice.device)
     clock = _synchronised_clock(choice.device)
@@ -75,27 +72,27 @@ def fit(
                 folder.add(row)
             log(str(row))
 
-        log(f"torch {facts['torch']}, {facts['device_name']}, {facts['threads']} threads, backend {choice.backend.name}, {dtype}")
+        log(f"torch {facts['torch']}, {facts['device_name']}, {facts['threads']} threads, backend {choice.backends[0].name}, {dtype}")
         if choice.reason:
             log(f"auto: {choice.reason}")
         if choice.device.type == "cpu":
             keep_freed_memory()
         start = clock()
-        trained = choice.backend(recipe, dataset, choice.device, choice.dtype)
+        trained = set_up(choice, recipe, dataset, log)
         for run in range(runs):
             if runs > 1:
                 log(f"run {run + 1} of {runs}, seed {seed + run}")
             torch.manual_seed(seed + run)
             trained.prepare(CNN(recipe, dataset.num_classes))
             setup_seconds = clock() - start
-            train_seconds, evaluation_seconds = _train(trained, n, run, clock, on_row, log)
+            train_seconds, evaluation_seconds = _train(trained, len(dataset.train_images), run, clock, on_row, log)
             done.append(Run(run, seed + run, rows[-1].test_accuracy, train_seconds, setup_seconds, evaluation_seconds))
             start = clock()
 
         result = Result(
             recipe=recipe,
             environment=facts,
-            backend=choice.backend.name,
+            backend=trained.name,
             dtype=dtype,
             dataset=dataset.facts(),
             rows=rows,
@@ -116,7 +113,34 @@ def check(*, backend: str, device: str, dtype: str, seed: int, runs: int, output
         raise InputError(f"seed must lie between 0 and 2^63, not {seed}")
     if output is not None:
         Output(output, overwrite)
-    return choose(backend, device, dtype)
+    choice = choose(backend, device, dtype)
+    if choice.dtype == torch.float16 and choice.device.type == "cpu":
+        raise InputError("--dtype float16 needs a GPU (on a CPU torch has no fast float16 convolutions); use bfloat16 or float32")
+    return choice
+
+
+def set_up(choice: Choice, recipe: Recipe, dataset: Dataset, log: Log) -> Eager:
+    """The first backend of ``choice`` that works here, set up: compiled, and captured, for every run to come.
+
+    It is left prepared with weights of no use. Where a backend fails and there is another, a line says
+    so; where there is none, :class:`InputError` does.
+    """
+    for backend, following in zip(choice.backends, (*choice.backends[1:], None)):
+        if backend is not Eager:
+            log(f"setting up the {backend.name} backend, which compiles: a minute or so, less when it has been done before")
+        try:
+            ready = backend(recipe, dataset, choice.device, choice.dtype)
+            ready.prepare(CNN(recipe, dataset.num_classes))
+            return ready
+        except InputError:
+            raise
+        except Exception as error:  # compiler, driver, memory: each layer below raises its own
+            said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            trouble = f"the {backend.name} backend cannot be set up here ({type(error).__name__}: {said})"
+            if following is None:
+                raise InputError(f"{trouble}; see --backend for others") from error
+            log(f"auto: {trouble}, {following.name} instead")
+    raise AssertionError("a choice has at least one backend")
 
 
 def _train(
@@ -128,16 +152,16 @@ def _train(
     train_seconds = evaluation_seconds = 0.0
     for epoch in range(recipe.epochs):
         with progress_bar(steps, f"epoch {epoch + 1}/{recipe.epochs}", "step", log) as bar:
-
-            def on_step(step: int, losses: torch.Tensor) -> None:
+            start = clock()
+            scores = []
+            for scored in backend.train_epoch(epoch, draw_epoch(n, device=backend.device, recipe=recipe)):
+                scores.append(scored)
                 bar.update()
                 if on_cpu:  # elsewhere reading a loss would make the device wait
-                    _check_finite(losses, step, steps)
-
-            start = clock()
-            losses, corrects = backend.train_epoch(epoch, draw_epoch(n, device=backend.device, recipe=recipe), on_step)
+                    _check_finite(scored[0][None], epoch * steps + len(scores), steps)
             train_seconds += clock() - start
-        _check_finite(losses.view(steps, -1), epoch * steps + 1, steps)
+        losses, corrects = (torch.stack(values) for values in zip(*scores))
+        _check_finite(losses, epoch * steps + 1, steps)
 
         start = clock()
         test_corrects = backend.evaluate()
@@ -149,7 +173,7 @@ def _train(
 
 def _check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -> None:
     """Raise :class:`InputError` at the first of the steps, a row of ``losses`` each, with a loss that is not finite."""
-    bad = ~losses.isfinite().view(losses.shape[0] if losses.dim() > 1 else 1, -1).all(dim=1)
+    bad = ~losses.isfinite().all(dim=1)
     if bad.any():
         step = first_step + int(bad.int().argmax())
         epoch = (step - 1) // steps_per_epoch + 1

@@ -67,3 +67,18 @@ def small_blocks(monkeypatch):
     names = ("statistics", "backward_sums", "apply", "pool_apply", "backward_apply")
     table = {f"batch_norm_celu.{name}": entry for name in names} | {"batch_norm_celu.merge": {"*": dict(channels=4, num_warps=4)}}
     monkeypatch.setattr(kernels.launch, "_table", lambda: table)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """What torch.compile makes of the model is tested by itself; without it a test takes seconds."""
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Launch parameters for tiny tensors: the interpreter takes a millisecond and more a program."""
+    names = ("statistics", "backward_sums", "apply", "pool_apply", "backward_apply")
+    table = {f"batch_norm_celu.{name}": {"*": dict(rows=512, channels=32, stretches=64, num_warps=4)} for name in names}
+    table |= {"batch_norm_celu.merge": {"*": dict(channels=32, num_warps=4)}, "augment": {"*": dict(block=8192, num_warps=4)}}
+    monkeypatch.setattr(kernels.launch, "_table", lambda: table)

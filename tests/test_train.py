@@ -101,7 +101,7 @@ def test_a_recipe_file_is_the_start_and_flags_change_it(tmp_path, capsys):
         ("--seed 9999999999999999999", "seed must lie between 0"),
         ("--dtype float16 --device cpu", "float16 needs a GPU"),
         ("--device cuda:99", "--device cuda:99: "),
-        ("--backend fused", "the fused backend does not exist yet"),
+        ("--backend fused --device cuda:98", "--device cuda:98: "),
         ("--recipe none.json", "cannot read the recipe none.json"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
         ("--output {file}/out", "is not a directory"),

@@ -1,0 +1,82 @@
+"""What the commands share: the flags that say what is trained and how, and how a mistake is told."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from cifar_fast.data import DATASETS
+from cifar_fast.errors import InputError
+from cifar_fast.recipe import Recipe
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises :class:`InputError` for flags that are wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the flags")
+
+
+def run_command(command: Callable[[], int], on_interrupt: str = "interrupted") -> int:
+    """The exit code of ``command``: its own, 2 with a line on what is wrong for :class:`InputError`, 130 for Ctrl-C."""
+    try:
+        return command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(on_interrupt, file=sys.stderr)
+        return 130
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is trained, on what and how; a flag for each constant of the recipe among them."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset", choices=DATASETS, default="cifar10", help="; ".join(f"{name}: {what}" for name, what in DATASETS.items())
+    )
+    group.add_argument("--data-dir", metavar="PATH", help="where the data set is, or for cifar10 goes (default for cifar10: data)")
+
+    group = parser.add_argument_group("how it runs")
+    backends = ("auto", "eager", "compiled", "fused")
+    group.add_argument(
+        "--backend",
+        choices=backends,
+        default="auto",
+        help="eager: the reference; compiled: torch.compile; fused: our kernels in one CUDA graph; auto: the fastest here",
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    dtypes = ("auto", "float16", "bfloat16", "float32")
+    group.add_argument(
+        "--dtype", choices=dtypes, default="auto", help="float16 and float32 hold everything, bfloat16 keeps float32 weights (autocast)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the weights, the order and the augmentation (default: 0)")
+
+    group = parser.add_argument_group("the recipe")
+    group.add_argument("--recipe", metavar="FILE", help="recipe to start from, JSON as --print-recipe gives it (default: the reference's)")
+    for field in dataclasses.fields(Recipe):
+        flag, default = f"--{field.name.replace('_', '-')}", field.default
+        if isinstance(default, bool):
+            group.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=None, help=f"{field.metadata['help']} (default: {default})"
+            )
+            continue
+        several = isinstance(default, tuple)
+        shown = " ".join(f"{value:g}" for value in default) if several else f"{default:g}"
+        group.add_argument(
+            flag,
+            type=type(default[0] if several else default),
+            nargs="+" if several else None,
+            metavar="N" if isinstance(default, int) or (several and isinstance(default[0], int)) else "X",
+            help=f"{field.metadata['help']} (default: {shown})",
+        )
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe that the flags of :func:`add_run_flags` state."""
+    recipe = Recipe.load(args.recipe) if args.recipe else Recipe()
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
+    return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,178 @@
+"""The comparison in lockstep: green for what computes the same, red for each of several small mistakes."""
+
+import json
+import math
+
+import pytest
+
+import cifar_fast.fused
+from cifar_fast import load_dataset
+from cifar_fast.compare import Row, main, past_tolerance
+from cifar_fast.fused import Fused
+from tests.conftest import save_npz, small_dataset
+
+NARROW = "--widths 4 8 8 8 16 32 32 32 --device cpu"
+LAYERS = ["loss", *(f"{kind} {i}" for i in range(1, 9) for kind in ("conv", "norm")), "linear 1"]
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    """96 of the embedded textures: in float16, noise makes a narrow model's features tie, and a max-pool's choice a matter of luck."""
+    textures = load_dataset("synthetic")
+    some = dict(train_images=textures.train_images[:96], train_labels=textures.train_labels[:96])
+    return save_npz(
+        tmp_path_factory.mktemp("data") / "small.npz",
+        textures,
+        **some,
+        test_images=textures.test_images[:6],
+        test_labels=textures.test_labels[:6],
+    )
+
+
+def compare(npz, flags):
+    return main(f"--dataset npz --data-dir {npz} {NARROW} --batch-size 8 {flags}".split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_fused_is_eager_within_eagers_own_error_at_every_layer_of_four_steps(tmp_path, npz, few_programs, capsys, dtype):
+    """Four steps of which the fourth is a second epoch's first, compiled, under the interpreter."""
+    file = tmp_path / "report.json"
+    assert compare(npz, f"--backend fused --against eager --steps 4 --batch-size 32 --dtype {dtype} --json {file}") == 0
+    report = json.loads(file.read_text())
+    assert report["within"] and report["dtype"] == dtype and report["backend"] == "fused"
+    assert report["higher_precision"] == {"float32": "float64", "float16": "float32"}[dtype]
+    rows = report["rows"]
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows) and rows[-1]["step"] == 4
+    for step in range(1, 5):
+        of_step = [row for row in rows if row["step"] == step]
+        assert list(dict.fromkeys(row["layer"] for row in of_step)) == LAYERS
+        assert len(of_step) == 1 + 8 * 2 + 8 * 6 + 2
+    assert all(0 < row["yardstick"] < 1 for row in rows if row["layer"] == "loss")
+    assert any(row["difference"] > 0 for row in rows), "two backends that agree to the last bit are one backend"
+    shown = capsys.readouterr().out
+    assert "step 4" in shown and "67 of 67 tensors are within 3 times" in shown
+
+
+def alpha(patch):
+    patch.setattr(cifar_fast.fused, "fuse", with_change(cifar_fast.fused.fuse, lambda layer: setattr(layer, "alpha", 0.08)))
+
+
+def eps(patch):
+    patch.setattr(cifar_fast.fused, "fuse", with_change(cifar_fast.fused.fuse, lambda layer: setattr(layer, "eps", 1e-4)))
+
+
+def statistics_momentum(patch):
+    patch.setattr(cifar_fast.fused, "fuse", with_change(cifar_fast.fused.fuse, lambda layer: setattr(layer, "momentum", 0.11)))
+
+
+def with_change(fuse, change):
+    def changed(model):
+        fused = fuse(model)
+        change(fused.seq[5])
+        return fused
+
+    return changed
+
+
+def in_the_optimizer(**changes):
+    def mistake(patch):
+        whole = Fused._new_optimizer
+
+        def broken(self):
+            whole(self)
+            self.optimizer.param_groups[0].update(changes)
+
+        patch.setattr(Fused, "_new_optimizer", broken)
+
+    return mistake
+
+
+def rate(patch):
+    whole = Fused.__init__
+
+    def broken(self, *how):
+        whole(self, *how)
+        self.schedule *= 1.001
+
+    patch.setattr(Fused, "__init__", broken)
+
+
+def draws(patch):
+    patch.setattr(Fused, "train_epoch", with_other_draws(Fused.train_epoch))
+
+
+def with_other_draws(train_epoch):
+    def other(self, epoch, draws):
+        return train_epoch(self, epoch, type(draws)(draws.permutation.roll(1), draws.crop, draws.flip, draws.cutout))
+
+    return other
+
+
+MISTAKES = {
+    "alpha": (alpha, "norm 2"),
+    "eps": (eps, "norm 2"),
+    "momentum of the statistics": (statistics_momentum, "norm 2, statistics"),
+    "weight decay": (in_the_optimizer(weight_decay=5e-4 * 8 * 1.1), "weight"),
+    "momentum": (in_the_optimizer(momentum=0.91), "weight"),
+    "no nesterov": (in_the_optimizer(nesterov=False), "weight"),
+    "learning rate": (rate, "weight"),
+    "draws": (draws, "loss"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_small_mistake_is_past_the_tolerance(npz, uncompiled, few_programs, monkeypatch, capsys, mistake):
+    make, named = MISTAKES[mistake]
+    make(monkeypatch)
+    steps = 3 if "momentum" in mistake else 1  # at the first step momentum has nothing to do
+    assert compare(npz, f"--steps {steps} --dtype float32") == 1
+    verdict = capsys.readouterr().out.split("\n\n")[-1]
+    assert any(line.startswith(named) or named in line for line in verdict.splitlines() if line.endswith("eager's own difference"))
+
+
+def test_eager_against_itself_differs_by_nothing(npz, capsys, tmp_path):
+    assert compare(npz, f"--backend eager --steps 2 --dtype float32 --drift --json {tmp_path}/r.json") == 0
+    assert all(row["difference"] == 0 for row in json.loads((tmp_path / "r.json").read_text())["rows"])
+
+
+def rows(*ratios, layer="conv 1", quantity="gradient of weight"):
+    return [Row(step + 1, layer, quantity, 0.1, 0.1, 0.1, 0.1, ratio) for step, ratio in enumerate(ratios)]
+
+
+def test_one_step_may_pass_the_tolerance_in_a_gradient_and_none_in_the_statistics():
+    assert not past_tolerance(rows(1, 50, 1, 1), 3)
+    assert past_tolerance(rows(1, 50, 50, 50), 3) == [("conv 1", "gradient of weight", 50)]
+    assert past_tolerance(rows(1, 50, 1, 1, layer="norm 1", quantity="statistics, mean"), 3)
+    assert past_tolerance(rows(1, 50, 1, 1, layer="loss", quantity="of each picture"), 3)
+    assert past_tolerance(rows(1, math.nan, 1, 1), 3) and past_tolerance(rows(1, math.inf, 1, 1), 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--steps 0", "--steps must be at least 1"),
+        ("--tolerance 0", "--tolerance must be above 0"),
+        ("--against jit", "invalid choice: 'jit'"),
+        ("--batch-size 97 --backend eager", "96 training pictures are fewer than one batch of 97"),
+        ("--runs 2", "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(npz, capsys, flags, words):
+    assert compare(npz, flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+def test_a_report_that_cannot_be_written_is_said(npz, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert compare(npz, f"--backend eager --steps 1 --dtype float32 --json {tmp_path}/file/r.json") == 2
+    assert "--json" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_fused_is_eager_on_a_gpu_at_full_width(tmp_path, dtype):
+    dataset = save_npz(tmp_path / "small.npz", small_dataset(train=1024, test=6, classes=10))
+    flags = f"--dataset npz --data-dir {dataset} --device cuda --batch-size 256 --steps 4 --dtype {dtype}"
+    assert main(flags.split()) == 0

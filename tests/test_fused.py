@@ -1,0 +1,261 @@
+"""The fused backend's device-side bookkeeping: on the CPU the step runs uncaptured, its kernels under Triton's interpreter."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
+from cifar_fast.backends import Compiled, Eager
+from cifar_fast.fused import CHANNELS, Fused, fastest_deterministic_convolutions, fuse
+from tests.conftest import NARROW, small_dataset
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+RECIPE = Recipe(epochs=2, batch_size=4, widths=NARROW)
+
+
+def make(dataset, recipe=RECIPE, dtype=torch.float32, seed=0):
+    """A prepared fused backend, and the plain model that it was prepared with."""
+    torch.manual_seed(seed)
+    model = CNN(recipe, dataset.num_classes)
+    backend = Fused(recipe, dataset, DEVICE, dtype)
+    backend.prepare(copy.deepcopy(model))
+    return backend, model
+
+
+def momenta(backend):
+    return [backend.optimizer.state[parameter]["momentum_buffer"] for parameter in backend.model.parameters()]
+
+
+def train(backend, draws, epoch=0):
+    """All losses and answers of an epoch, copied."""
+    losses, corrects = zip(*((loss.clone(), correct.clone()) for loss, correct in backend.train_epoch(epoch, draws)))
+    return torch.stack(losses), torch.stack(corrects)
+
+
+def test_the_fused_model_has_the_plain_models_state_dict_both_ways():
+    plain = CNN(RECIPE, 3)
+    fused = fuse(copy.deepcopy(plain))
+    theirs, ours = plain.state_dict(), fused.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    other = CNN(RECIPE, 3)
+    fused.load_state_dict(other.state_dict())
+    plain.load_state_dict(fused.state_dict())
+    assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
+    assert tuple(ours["seq.0.weight"].shape) == (4, 3, 3, 3), "a person sees three colours"
+
+
+def test_every_norm_activation_and_pool_is_fused_but_the_heads():
+    layers = [type(layer).__name__ for layer in fuse(CNN(Recipe(), 10)).seq]
+    assert layers.count("BatchNormCELU2d") == 8 and layers.count("PaddedConv2d") == 1 and layers.count("Conv2d") == 7
+    assert not {"BatchNorm2d", "CELU"} & set(layers) and layers.count("MaxPool2d") == 1
+    assert [layer.pool for layer in fuse(CNN(Recipe(), 10)).seq if hasattr(layer, "pool")] == [1, 2, 1, 1, 2, 2, 1, 1]
+
+
+def test_channels_of_zeros_change_the_first_convolution_by_rounding_only():
+    torch.manual_seed(0)
+    plain = CNN(Recipe(), 10)
+    padded = fuse(copy.deepcopy(plain)).seq[0]
+    x = torch.randn(2, 3, 32, 32)
+    expected = plain.seq[0](x)
+    y = padded(F.pad(x, (0, 0, 0, 0, 0, CHANNELS - 3)))
+    assert (y - expected).norm() <= 1e-6 * expected.norm()
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    assert padded.weight.grad.shape == (64, 3, 3, 3)
+    assert (padded.weight.grad - plain.seq[0].weight.grad).norm() <= 1e-5 * plain.seq[0].weight.grad.norm()
+
+
+def test_set_up_leaves_no_trace(uncompiled, few_programs):
+    dataset = small_dataset(train=10, test=6)
+    torch.manual_seed(0)
+    model = CNN(RECIPE, dataset.num_classes)
+    state = torch.get_rng_state()
+    device_state = torch.cuda.get_rng_state() if CUDA else None
+    backend = Fused(RECIPE, dataset, DEVICE, torch.float32)
+    backend.prepare(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not CUDA or torch.equal(torch.cuda.get_rng_state(), device_state)
+    plain = CNN(RECIPE, dataset.num_classes)
+    plain.load_state_dict(backend.state_dict())
+    assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(not momentum.any() for momentum in momenta(backend)) and backend.done.item() == 0
+
+
+def test_set_up_does_run_the_step_whose_trace_is_taken_back(uncompiled, few_programs, monkeypatch):
+    """Else the test before this one would pass of itself."""
+    monkeypatch.setattr(Fused, "_restart", lambda self, model: None)
+    backend, model = make(small_dataset(train=10, test=6))
+    assert backend.done.item() > 0 and any(momentum.any() for momentum in momenta(backend))
+    assert not torch.equal(backend.state_dict()["seq.0.weight"].cpu(), model.state_dict()["seq.0.weight"])
+
+
+def test_a_second_run_is_the_one_that_a_fresh_backend_gives(uncompiled, few_programs):
+    dataset = small_dataset(train=10, test=6)
+    draws = [draw_epoch(10, device=DEVICE) for _ in range(2)]
+    backend, model = make(dataset)
+    first = [train(backend, drawn, epoch)[0] for epoch, drawn in enumerate(draws)]
+    scores = backend.evaluate().clone()
+    weights = {name: tensor.clone() for name, tensor in backend.state_dict().items()}
+    assert not torch.equal(first[0], first[1])
+    backend.prepare(model)
+    again = [train(backend, drawn, epoch)[0] for epoch, drawn in enumerate(draws)]
+    assert torch.equal(torch.stack(first), torch.stack(again)) and torch.equal(backend.evaluate(), scores)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in backend.state_dict().items())
+
+
+def test_an_epoch_files_each_steps_losses_and_answers_where_eager_has_them(uncompiled, few_programs):
+    """And takes the draws, of which two pictures are left over, and the test set, whose last batch is short, as eager does."""
+    dataset = small_dataset(train=10, test=6)
+    draws = draw_epoch(10, device=DEVICE)
+    fused, model = make(dataset)
+    eager = Eager(RECIPE, dataset, DEVICE, torch.float32)
+    eager.prepare(model)
+    ours, theirs = train(fused, draws), train(eager, draws)
+    assert ours[0].shape == (2, 4)
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-4) and torch.equal(ours[1], theirs[1])
+    assert torch.equal(fused.evaluate(), eager.evaluate()) and len(fused.evaluate()) == 6
+    assert fused.done.item() == 2
+
+
+def test_an_epoch_starts_where_it_should_whatever_ran_before(uncompiled, few_programs):
+    backend, _ = make(small_dataset(train=10, test=6))
+    training = backend.train_epoch(1, draw_epoch(10, device=DEVICE))
+    next(training)
+    assert (backend.done.item(), backend.position.item()) == (3, 0)
+    assert backend.rate.item() == pytest.approx(RECIPE.learning_rate(3, 2))
+    next(training)
+    assert (backend.done.item(), backend.position.item()) == (4, 1)
+
+
+def test_the_optimiser_sees_the_schedules_rate_at_each_of_the_2328_steps(uncompiled, few_programs):
+    """The real counter, table and optimiser of 24 epochs of 97 steps, with a model of one weight in place of the network."""
+    recipe = Recipe(batch_size=1, widths=(1,))
+    backend, _ = make(small_dataset(train=97, test=2), recipe)
+    weight = next(backend.model.parameters())
+    backend.score = lambda images, labels: (images.mean((1, 2, 3)) * weight.mean(), (labels == 0) * 100)
+    seen = []
+    backend.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"].item()))
+    draws = draw_epoch(97, device=DEVICE)
+    if CUDA:  # a replay runs no hook
+        backend.run_step = backend._step
+    for epoch in range(recipe.epochs):
+        for _ in backend.train_epoch(epoch, draws):
+            pass
+    expected = torch.tensor([recipe.learning_rate(step, 97) for step in range(1, 2329)])  # as float32, which is the table's type
+    assert torch.equal(torch.tensor(seen), expected) and seen[-1] == 0
+
+
+def test_momentum_of_zeros_is_a_first_step(uncompiled):
+    """SGD makes its buffers at the first step; ours exist before, as a captured step needs."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(5), torch.randn(3, 5)
+    results = []
+    for prepared in (False, True):
+        parameter = torch.nn.Parameter(start.clone())
+        how = dict(momentum=0.9, weight_decay=0.1, nesterov=True, fused=True)
+        optimizer = torch.optim.SGD([parameter], lr=torch.full((1,), 0.1), **how)
+        if prepared:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros(5)
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        results.append(parameter.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_model_compiles_without_a_break_forward_and_backward(few_programs, dtype):
+    """As the backend compiles it: `fullgraph=True` raises at anything that the compiler would leave to Python."""
+    dataset = small_dataset(train=10, test=6)
+    compiled, _ = make(dataset, dtype=dtype)
+    assert hasattr(compiled.score, "_torchdynamo_orig_callable") or CUDA
+    draws = draw_epoch(10, device=DEVICE)
+    ours = train(compiled, draws)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **how: function)
+        plain, _ = make(dataset, dtype=dtype)
+        theirs = train(plain, draws)[0]
+    for step, slack in enumerate((1, 100)):  # the second takes the gradients of the first through a chaotic little network
+        tolerance = slack * (1e-5 if dtype == torch.float32 else 2e-3)
+        assert (ours[step] - theirs[step]).norm() <= tolerance * theirs[step].norm()
+
+
+# -- what cannot work
+
+
+def test_without_a_gpu_and_without_the_interpreter_fused_is_refused_with_the_reason(small, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(InputError, match=r"the fused backend cannot run here \(its kernels need a CUDA GPU; .*\); use --backend"):
+        fit(RECIPE, small, backend="fused", device="cpu", dtype="float32", log=None)
+
+
+def test_an_old_gpu_is_refused_with_the_reason(monkeypatch):
+    from cifar_fast.choose import fused_trouble
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert fused_trouble(torch.device("cuda")) == "a GPU of compute capability 6.1, and its kernels need 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert fused_trouble(torch.device("cuda")) is None
+
+
+def test_auto_falls_back_to_the_next_backend_and_says_so_in_a_line(small, monkeypatch):
+    import cifar_fast.trainer
+    from cifar_fast.choose import Choice
+
+    def broken(*args, **how):
+        raise RuntimeError("no compiler\nwas found")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    choice = Choice((Fused, Compiled, Eager), torch.device("cpu"), torch.float32, "as on a GPU")
+    monkeypatch.setattr(cifar_fast.trainer, "choose", lambda *how: choice)
+    lines = []
+    recipe = Recipe(epochs=1, batch_size=32, widths=NARROW)
+    result = fit(recipe, small, log=lines.append)
+    assert result.backend == "eager"
+    said = [line for line in lines if "cannot be set up" in line]
+    assert said == [
+        "auto: the fused backend cannot be set up here (RuntimeError: no compiler), compiled instead",
+        "auto: the compiled backend cannot be set up here (RuntimeError: no compiler), eager instead",
+    ]
+    alone = fit(recipe, small, backend="eager", device="cpu", dtype="float32", log=None)
+    monkeypatch.undo()
+    assert [row.train_loss for row in result.rows] == [row.train_loss for row in alone.rows], "what failed left no trace"
+
+
+# -- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_replay_is_the_uncaptured_step_bit_for_bit(dtype):
+    dataset = small_dataset(train=200, test=40)
+    recipe = Recipe(epochs=1, batch_size=64)
+    replayed, _ = make(dataset, recipe, getattr(torch, dtype))
+    called, _ = make(dataset, recipe, getattr(torch, dtype))
+    called.run_step = called._step
+    draws = draw_epoch(200, device=DEVICE)
+    with fastest_deterministic_convolutions():
+        assert torch.equal(train(replayed, draws)[0], train(called, draws)[0])
+    for name, tensor in replayed.state_dict().items():
+        assert torch.equal(tensor, called.state_dict()[name]), name
+    assert torch.equal(replayed.evaluate(), called.evaluate())
+
+
+@pytest.mark.gpu
+def test_an_epoch_does_not_wait_for_the_device():
+    backend, _ = make(small_dataset(train=2000, test=40), Recipe(epochs=2, batch_size=64), torch.float16)
+    draws = draw_epoch(2000, device=DEVICE)
+    torch.cuda.synchronize()
+    with pytest.MonkeyPatch.context():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            scores = list(backend.train_epoch(0, draws))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(scores) == 31
