@@ -132,6 +132,11 @@ def normalize(dataset: Dataset, device: torch.device, dtype: torch.dtype) -> tup
     return ((train - mean) / std).to(dtype), ((test - mean) / std).to(dtype)
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make ``device`` the current GPU meanwhile, where it is one: streams and graphs belong to the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def keep_freed_memory() -> None:
     """Have the C library keep freed memory for the next tensor instead of handing it back to the system.
 

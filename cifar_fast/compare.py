@@ -91,7 +91,7 @@ def compare(
     import torch
 
     from cifar_fast.augment import draw_epoch
-    from cifar_fast.backends import Eager
+    from cifar_fast.backends import Eager, on
     from cifar_fast.model import CNN
     from cifar_fast.progress import silent
     from cifar_fast.trainer import set_up
@@ -101,7 +101,7 @@ def compare(
     dataset = dataclasses.replace(dataset, test_images=dataset.test_images[:2], test_labels=dataset.test_labels[:2])  # none is needed
     next_higher = higher_precision(dtype)
     gpu = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpu), _on(device), _without_tf32():
+    with torch.random.fork_rng(devices=gpu), on(device), _without_tf32():
         torch.manual_seed(seed)
         model = CNN(recipe, dataset.num_classes)
         ours, theirs = (set_up(choice, recipe, dataset, log or silent) for choice in (first, second))
@@ -210,12 +210,6 @@ def _without_tf32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    import torch
-
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ def _command(argv: list[str] | None) -> int:
     if args.print_recipe:
         print(recipe.to_json())
         return 0
-    return _train(args, recipe)
+    return (_profile if args.profile else _train)(args, recipe)
 
 
 def _train(args: argparse.Namespace, recipe: Recipe) -> int:
@@ -36,6 +36,29 @@ def _train(args: argparse.Namespace, recipe: Recipe) -> int:
     return 0
 
 
+def _profile(args: argparse.Namespace, recipe: Recipe) -> int:
+    """Train a few steps, and tell where their time goes."""
+    import torch
+
+    from cifar_fast.augment import draw_epoch
+    from cifar_fast.backends import on
+    from cifar_fast.model import CNN
+    from cifar_fast.profile import profile
+    from cifar_fast.trainer import check, set_up
+
+    how = {name: getattr(args, name) for name in ("backend", "device", "dtype", "seed")}
+    choice = check(**how, runs=1, output=None, overwrite=False)
+    dataset = load_dataset(args.dataset, args.data_dir)
+    dataset.steps_per_epoch(recipe.batch_size)
+    torch.manual_seed(args.seed)
+    with on(choice.device):
+        trained = set_up(choice, recipe, dataset, print)
+        trained.prepare(CNN(recipe, dataset.num_classes))
+        profile(trained, draw_epoch(len(dataset.train_images), device=choice.device, recipe=recipe), args.profile)
+    print(f"written to {args.profile}: trace.json for ui.perfetto.dev, and profile.json")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m cifar_fast.train", description="Train the reference CIFAR-10 recipe.", allow_abbrev=False)
     add_run_flags(parser)
@@ -45,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         "--output", metavar="DIR", help="folder for metrics.jsonl, summary.json, curves.png and model.pt (default: a new one under runs/)"
     )
     group.add_argument("--overwrite", action="store_true", help="replace the results that the output folder holds")
+    group.add_argument(
+        "--profile", metavar="DIR", help="do not train: trace a few steps, and write the trace and a table of where their time goes there"
+    )
     group.add_argument("--print-recipe", action="store_true", help="print the recipe as JSON and stop")
     return parser
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cifar_fast.augment import draw_epoch
-from cifar_fast.backends import Eager, keep_freed_memory
+from cifar_fast.backends import Eager, keep_freed_memory, on
 from cifar_fast.choose import Choice, choose
 from cifar_fast.data import Dataset
 from cifar_fast.errors import InputError
@@ -63,8 +63,7 @@ def fit(
         folder = stack.enter_context(Output(output, overwrite)) if output is not None else None
         gpu = [choice.device] if choice.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=gpu))
-        if gpu:
-            stack.enter_context(torch.cuda.device(choice.device))
+        stack.enter_context(on(choice.device))
 
         def on_row(row: EpochRow) -> None:
             rows.append(row)

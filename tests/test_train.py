@@ -57,6 +57,15 @@ def test_on_a_terminal_a_bar_shows_the_steps(tmp_path, npz):
     assert b"epoch 1/2" in shown and b"/3 [" in shown
 
 
+def test_profile_tells_where_a_steps_time_goes_and_trains_no_further(tmp_path, npz, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(f"--dataset npz --data-dir {npz} --profile traces {NARROW}".split()) == 0
+    shown = capsys.readouterr().out
+    assert "convolutions forward" in shown and "gaps" in shown and "optimiser" in shown
+    assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == ["profile.json", "trace.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["traces"]
+
+
 def test_without_output_results_go_to_a_new_folder_under_runs(tmp_path, npz, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(f"--dataset npz --data-dir {npz} {NARROW}".split()) == 0
