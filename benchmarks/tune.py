@@ -19,7 +19,9 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -50,6 +52,7 @@ TIMED = {
 }
 LAUNCHES = 50  # a graph, at least
 REPLAYS = 15
+WARM_UP = 3  # replays that do not count
 
 
 class Unfit(Exception):
@@ -227,27 +230,52 @@ def measure(key: str, case: Case, table: Table) -> Timing:
     part = timed(key, launches)
     size = moved(part)
     sets = 1 + math.ceil(2 * torch.cuda.get_device_properties(device).L2_cache_size / size)
-    rounds = math.ceil(LAUNCHES / (sets * len(part)))
-    rotation = []
+    calls = []
     for _ in range(sets):
         # In one call, so that a tensor which two launches share stays one tensor.
         own = copy.deepcopy([launch.arguments for launch in part])
-        rotation += [dataclasses.replace(launch, arguments=arguments) for launch, arguments in zip(part, own)]
-    execute(rotation)
+        calls.append(partial(execute, [dataclasses.replace(launch, arguments=arguments) for launch, arguments in zip(part, own)]))
+    for call in calls:
+        call()
+    graph, _, count = capture(calls, LAUNCHES / len(part))
+    times = [seconds * 1e6 / count for seconds in replay_times(graph)]
+    return Timing(statistics.median(times), min(times), max(times), size)
+
+
+def capture(
+    calls: Sequence[Callable[[], Any]], least: float, stream: torch.cuda.Stream | None = None
+) -> tuple[torch.cuda.CUDAGraph, list[Any], int]:
+    """A CUDA graph in which ``calls``, each of which has run before, take turns until there are ``least``.
+
+    What a call gives is kept until its next turn, so that outputs rotate through memory as inputs do.
+
+    Args:
+        stream: where to capture, if not on one that torch chooses.
+
+    Returns:
+        The graph, what each call gave in the last turn, and how many calls the graph holds.
+    """
+    count = len(calls) * math.ceil(least / len(calls))
+    outputs: list[Any] = [None] * len(calls)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        execute(rotation * rounds)
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(count):
+            outputs[i % len(calls)] = calls[i % len(calls)]()
+    return graph, outputs, count
+
+
+def replay_times(graph: torch.cuda.CUDAGraph) -> list[float]:
+    """Seconds of each of several replays, after some that do not count."""
     times = []
-    for _ in range(3 + REPLAYS):
+    for _ in range(WARM_UP + REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / (sets * rounds))
-    times = times[3:]
-    return Timing(statistics.median(times), min(times), max(times), size)
+        times.append(start.elapsed_time(end) / 1e3)
+    return times[WARM_UP:]
 
 
 def tune(key: str, shape_class: str, table: Table, cases: list[Case]) -> Entry:

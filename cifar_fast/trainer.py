@@ -55,7 +55,7 @@ def fit(
     dataset.steps_per_epoch(recipe.batch_size)
     dtype = str(choice.dtype).removeprefix("torch.")
     facts = environment(choice.device)
-    clock = _synchronised_clock(choice.device)
+    clock = synchronised_clock(choice.device)
     rows: list[EpochRow] = []
     done: list[Run] = []
 
@@ -84,7 +84,7 @@ def fit(
             torch.manual_seed(seed + run)
             trained.prepare(CNN(recipe, dataset.num_classes))
             setup_seconds = clock() - start
-            train_seconds, evaluation_seconds = _train(trained, len(dataset.train_images), run, clock, on_row, log)
+            train_seconds, evaluation_seconds = train_once(trained, len(dataset.train_images), run, clock, on_row, log)
             done.append(Run(run, seed + run, rows[-1].test_accuracy, train_seconds, setup_seconds, evaluation_seconds))
             start = clock()
 
@@ -142,7 +142,7 @@ def set_up(choice: Choice, recipe: Recipe, dataset: Dataset, log: Log) -> Eager:
     raise AssertionError("a choice has at least one backend")
 
 
-def _train(
+def train_once(
     backend: Eager, n: int, run: int, clock: Callable[[], float], on_row: Callable[[EpochRow], None], log: Log
 ) -> tuple[float, float]:
     """All epochs of one run; gives the seconds of training and those of evaluation."""
@@ -179,7 +179,7 @@ def _check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -
         raise InputError(f"the loss is not finite at step {step} (epoch {epoch}); try smaller --lr-values, or --dtype float32")
 
 
-def _synchronised_clock(device: torch.device) -> Callable[[], float]:
+def synchronised_clock(device: torch.device) -> Callable[[], float]:
     """Seconds, read when the device has done what it was given."""
 
     def clock() -> float:
