@@ -104,7 +104,8 @@ class Fused(Compiled):
         return train_images, F.pad(test_images, (0, CHANNELS - test_images.shape[3]))
 
     def _new_optimizer(self) -> None:
-        super()._new_optimizer(self.rate, fused=True)
+        on_gpu = self.device.type == "cuda"  # on a CPU torch 2.11's fused SGD is wrong in half precision
+        super()._new_optimizer(self.rate, fused=on_gpu)
         for parameter in self.model.parameters():  # zeros are what the first step would make of having none
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
