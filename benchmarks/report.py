@@ -87,7 +87,8 @@ def kernels(part: Results, results: Results) -> str:
     for row in part["rows"]:
         cells = f"{row['seconds'] * 1e6:.1f}", f"{row['cold_seconds'] * 1e6:.1f}", f"{row['gbps']:,.0f}", f"{row['percent_of_copy']:.0f} %"
         rows.append((row["case"], row["implementation"], *cells, str(row["launches"] if row["launches"] is not None else "-")))
-    return markdown(header, rows, 2)
+    lost = [f"Not given, for its result was wrong: {why}." for why in part["wrong"]] + ["Cut short."] * part["cut_short"]
+    return "\n\n".join([markdown(header, rows, 2), *lost])
 
 
 def steps(part: Results, results: Results) -> str:

@@ -140,20 +140,24 @@ def kernels(suite: Suite) -> dict[str, Any]:
     """Each kernel at each shape of the recipe beside eager torch and torch.compile."""
     if not suite.cuda:
         raise Skip("the kernels need a CUDA GPU")
-    from benchmarks.kernels import cases, measure
+    from benchmarks.kernels import Wrong, cases, measure
 
-    rows = []
+    rows, wrong = [], []
     for case in cases(suite.recipe, suite.choice.dtype):
         for implementation in ("fused", "compiled", "eager"):
-            rows.append(measure(case, implementation, suite.done["ceilings"]["bandwidth"]))
+            try:
+                rows.append(measure(case, implementation, suite.done["ceilings"]["bandwidth"]))
+            except Wrong as error:  # no figure of it is told
+                wrong.append(str(error))
             if suite.left() < 0:
-                return dict(rows=rows, cut_short=True)
-    return dict(rows=rows, cut_short=False)
+                return dict(rows=rows, wrong=wrong, cut_short=True)
+    return dict(rows=rows, wrong=wrong, cut_short=False)
 
 
 def steps(suite: Suite) -> dict[str, Any]:
     """A training step of each backend, in turn; and where its time goes."""
-    found = time_steps(suite, suite.backends, rounds=10 if suite.cuda else 3)
+    last = list(suite.backends)[-1]
+    found = time_steps(suite, suite.backends | {f"{last}, again": suite.backends[last]}, rounds=10 if suite.cuda else 3)
     limits = suite.done["ceilings"]
     for name, row in found.items():
         row["flops"] = limits["step_flop"] / row["median"]
@@ -168,10 +172,8 @@ def steps(suite: Suite) -> dict[str, Any]:
     return found
 
 
-def time_steps(suite: Suite, backends: dict[str, Eager], rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds a step: a whole epoch a turn on a GPU, three steps without one. The last backend runs twice a turn."""
-    last = list(backends)[-1]
-    sides = backends | {f"{last}, again": backends[last]}
+def time_steps(suite: Suite, sides: dict[str, Eager], rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds a step, sides in turn: a whole epoch a turn on a GPU, three steps without one."""
     clock = synchronised_clock(suite.device)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-1, rounds):  # the first does not count

@@ -79,6 +79,6 @@ def uncompiled(monkeypatch):
 def few_programs(monkeypatch):
     """Launch parameters for tiny tensors: the interpreter takes a millisecond and more a program."""
     names = ("statistics", "backward_sums", "apply", "pool_apply", "backward_apply")
-    table = {f"batch_norm_celu.{name}": {"*": dict(rows=512, channels=32, stretches=64, num_warps=4)} for name in names}
+    table = {f"batch_norm_celu.{name}": {"*": dict(rows=4096, channels=32, stretches=64, num_warps=4)} for name in names}
     table |= {"batch_norm_celu.merge": {"*": dict(channels=32, num_warps=4)}, "augment": {"*": dict(block=8192, num_warps=4)}}
     monkeypatch.setattr(kernels.launch, "_table", lambda: table)
