@@ -70,7 +70,7 @@ def cpu(part: Results, results: Results) -> str:
             seconds = sorted(turn[what] for turn in turns)
             row = dict(median=seconds[len(seconds) // 2] if len(seconds) % 2 else sum(seconds[len(seconds) // 2 - 1 :][:2]) / 2)
             row |= dict(min=seconds[0], max=seconds[-1])
-            rows.append((f"{title}, {name}", spread(row, lambda x: f"{x:.3g}"), ratio([turn[what] for turn in turns], ours)))
+            rows.append((f"{title}, {name}", spread(row, lambda x: f"{x:#.3g}"), ratio([turn[what] for turn in turns], ours)))
     step = sorted(turn["step"] for turn in sides["ours"])[len(sides["ours"]) // 2]
     flop = results["parts"].get("ceilings", {}).get("result", {}).get("step_flop", 1.1633e12)
     table = markdown((f"batch {batch}", "seconds", "times ours, turn by turn"), rows, 1)

@@ -53,7 +53,11 @@ def choose(backend: str = "auto", device: str = "auto", dtype: str = "auto") -> 
     elif backend == "auto":
         trouble = fused_trouble(where)
         backends = (Compiled, Eager) if trouble else (_fused(), Compiled, Eager)
-        reasons.append(f"the fused backend cannot run here ({trouble}), compiled instead" if trouble else "fused is the fastest")
+        reasons.append(
+            f"the fused backend cannot run here ({trouble}), compiled instead"
+            if trouble
+            else "fused first, which has the least to do on the host"
+        )
     elif backend == "fused":
         if trouble := fused_trouble(where):
             raise InputError(f"the fused backend cannot run here ({trouble}); use --backend compiled, eager or auto")

@@ -252,10 +252,9 @@ def test_an_epoch_does_not_wait_for_the_device():
     backend, _ = make(small_dataset(train=2000, test=40), Recipe(epochs=2, batch_size=64), torch.float16)
     draws = draw_epoch(2000, device=DEVICE)
     torch.cuda.synchronize()
-    with pytest.MonkeyPatch.context():
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            scores = list(backend.train_epoch(0, draws))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scores = list(backend.train_epoch(0, draws))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert len(scores) == 31
