@@ -448,9 +448,9 @@ def run(output: Path, suite: Suite, settings: dict[str, Any], only: list[str]) -
             suite.done[name] = part["result"]
         except Skip as reason:
             part = {"skipped": str(reason)}
-        except (RuntimeError, subprocess.CalledProcessError, InputError) as error:
+        except Exception as error:  # compiler, driver, memory, a child process: the rest can still be measured
             stderr = getattr(error, "stderr", None) or ""
-            part = {"failed": " ".join(f"{error} {stderr[-300:]}".split())}
+            part = {"failed": " ".join(f"{type(error).__name__}: {error} {stderr[-300:]}".split())}
         part["seconds"] = time.perf_counter() - begun
         results["parts"][name] = part
         with replacing(file) as draft:

@@ -93,7 +93,7 @@ def test_a_part_that_fails_is_told_and_the_rest_runs(tmp_path, parts):
     ran, change = parts
     change("convolutions", RuntimeError("out of memory\nby far"))
     assert suite(tmp_path) == 1
-    assert results(tmp_path)["parts"]["convolutions"]["failed"] == "out of memory by far"
+    assert results(tmp_path)["parts"]["convolutions"]["failed"] == "RuntimeError: out of memory by far"
     assert ran[-1] == "epochs"
 
 
