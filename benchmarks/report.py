@@ -84,10 +84,12 @@ def cpu(part: Results, results: Results) -> str:
 def kernels(part: Results, results: Results) -> str:
     header = ("kernel", "side", "us in a loop", "us cold", "GB/s", "of the copy bandwidth", "launches")
     rows = []
-    for row in part["rows"]:
+    for row in sorted(part["rows"], key=lambda row: row["case"]):  # a case's implementations together
         cells = f"{row['seconds'] * 1e6:.1f}", f"{row['cold_seconds'] * 1e6:.1f}", f"{row['gbps']:,.0f}", f"{row['percent_of_copy']:.0f} %"
         rows.append((row["case"], row["implementation"], *cells, str(row["launches"] if row["launches"] is not None else "-")))
-    lost = [f"Not given, for its result was wrong: {why}." for why in part["wrong"]] + ["Cut short."] * part["cut_short"]
+    lost = ["Not given, for its result was wrong: {case}, {implementation} ({why}).".format(**row) for row in part["wrong"]] + [
+        "Cut short."
+    ] * part["cut_short"]
     return "\n\n".join([markdown(header, rows, 2), *lost])
 
 

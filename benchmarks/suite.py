@@ -142,15 +142,21 @@ def kernels(suite: Suite) -> dict[str, Any]:
         raise Skip("the kernels need a CUDA GPU")
     from benchmarks.kernels import Wrong, cases, measure
 
-    rows, wrong = [], []
-    for case in cases(suite.recipe, suite.choice.dtype):
-        for implementation in ("fused", "compiled", "eager"):
+    before = suite.done.get("kernels", dict(rows=[], wrong=[]))
+    rows, wrong = list(before["rows"]), list(before["wrong"])
+    measured = {(row["case"], row["implementation"]) for row in rows + wrong}
+    stop = suite.left() / 2  # the parts after this one are worth as much; what is left here comes when the suite goes on
+    for implementation in ("fused", "compiled", "eager"):
+        for case in cases(suite.recipe, suite.choice.dtype):
+            name = f"{case.name}, {case.direction}"
+            if (name, implementation) in measured:
+                continue
+            if suite.left() < stop:
+                return dict(rows=rows, wrong=wrong, cut_short=True)
             try:
                 rows.append(measure(case, implementation, suite.done["ceilings"]["bandwidth"]))
             except Wrong as error:  # no figure of it is told
-                wrong.append(str(error))
-            if suite.left() < 0:
-                return dict(rows=rows, wrong=wrong, cut_short=True)
+                wrong.append(dict(case=name, implementation=implementation, why=str(error)))
     return dict(rows=rows, wrong=wrong, cut_short=False)
 
 
@@ -435,7 +441,7 @@ def run(output: Path, suite: Suite, settings: dict[str, Any], only: list[str]) -
     results = start(file, settings, environment(suite.device))
     suite.done = {name: part["result"] for name, part in results["parts"].items() if "result" in part}
     for name in [*FIRST, *(name for name in only if name not in FIRST)]:
-        if name in suite.done:
+        if name in suite.done and not suite.done[name].get("cut_short"):
             print(f"{name}: done before")
             continue
         if name not in FIRST and suite.left() <= 0:

@@ -211,6 +211,38 @@ def test_every_table_and_picture_can_be_made_of_what_the_parts_give(like_a_gpu, 
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("steps.png", "roofline.png"))
 
 
+def test_kernels_leave_half_of_the_minutes_and_go_on_where_they_were_cut_short(like_a_gpu, monkeypatch):
+    import benchmarks.kernels as bench
+
+    spent, asked = [], []
+
+    def measure(case, implementation, bandwidth):
+        spent.append(10.0)
+        asked.append((f"{case.name}, {case.direction}", implementation))
+        if len(asked) == 2:
+            raise bench.Wrong("off by far")
+        return dict(case=asked[-1][0], implementation=implementation)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(Suite, "left", lambda self: 100.0 - sum(spent))
+    first = benchmarks.suite.kernels(like_a_gpu)
+    assert first["cut_short"] and len(first["rows"]) == 5 and first["wrong"][0]["why"] == "off by far"
+    spent.clear()
+    like_a_gpu.done["kernels"] = first
+    benchmarks.suite.kernels(like_a_gpu)
+    assert len(asked) == len(set(asked)) == 12, "nothing is measured twice"
+    assert {implementation for _, implementation in asked[:3]} == {"fused"}
+
+
+def test_a_part_that_was_cut_short_goes_on(tmp_path, parts):
+    ran, change = parts
+    change("kernels", dict(rows=[], wrong=[], cut_short=True))
+    assert suite(tmp_path) == 0
+    ran.clear()
+    assert suite(tmp_path) == 0
+    assert "kernels" in ran and "ceilings" not in ran
+
+
 AIRBENCH = """
 |  run     |  epoch  |  train_loss  |  train_acc  |  val_acc  |  tta_val_acc  |  total_time_seconds  |
 |       0  |      9  |      0.9310  |     0.9860  |   0.9312  |               |              3.2034  |
