@@ -27,6 +27,7 @@ import torch
 from benchmarks.launches import recipe_cases
 from cifar_fast import Recipe
 from cifar_fast.errors import InputError
+from cifar_fast.flags import run_command
 from cifar_fast.recipe import IMAGE_SIZE
 from kernels.launch import Launch
 
@@ -214,39 +215,43 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def _bandwidth(text: str) -> float:
+def rate(text: str) -> float:
+    """A flag's number of bytes, or FLOP, a second."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"must be a number of bytes a second above 0, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
     return value
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command with ``argv`` (default: the process's own); gives the exit code, 2 for bad input."""
+    return run_command(lambda: _command(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m benchmarks.predict", description=__doc__.splitlines()[0])
     what = "bytes a second of a device-to-device copy measured on the GPU, reads and writes both counted"
-    parser.add_argument("--bandwidth", type=_bandwidth, required=True, metavar="BYTES_PER_S", help=what)
+    parser.add_argument("--bandwidth", type=rate, required=True, metavar="BYTES_PER_S", help=what)
     parser.add_argument("--name", default="a GPU", help="the GPU that has this bandwidth, for the heading")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
-    try:
-        args = parser.parse_args(argv)
-        recipe = Recipe()
-        kernels, operators = predict(recipe, getattr(torch, args.dtype), args.bandwidth)
-        if args.json:
-            facts: dict[str, Any] = {"what": "a prediction; nothing was measured but the bandwidth", "gpu": args.name}
-            facts |= {"bandwidth": args.bandwidth, "dtype": args.dtype, "batch_size": recipe.batch_size}
-            facts |= {"kernels": [asdict(row) for row in kernels], "operators": [asdict(row) for row in operators]}
-            try:
-                args.json.write_text(json.dumps(facts | {"step": asdict(step(operators))}, indent=1) + "\n")
-            except OSError as error:
-                raise InputError(f"--json {args.json}: cannot be written ({error.strerror or error})") from None
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser
+
+
+def _command(args: argparse.Namespace) -> int:
+    recipe = Recipe()
+    kernels, operators = predict(recipe, getattr(torch, args.dtype), args.bandwidth)
+    if args.json:
+        facts: dict[str, Any] = {"what": "a prediction; nothing was measured but the bandwidth", "gpu": args.name}
+        facts |= {"bandwidth": args.bandwidth, "dtype": args.dtype, "batch_size": recipe.batch_size}
+        facts |= {"kernels": [asdict(row) for row in kernels], "operators": [asdict(row) for row in operators]}
+        try:
+            args.json.write_text(json.dumps(facts | {"step": asdict(step(operators))}, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"--json {args.json}: cannot be written ({error.strerror or error})") from None
     print(f"## Predicted for {args.name}, {args.dtype}, batch {recipe.batch_size}, at {args.bandwidth / 1e12:g} TB/s: no measurement\n")
     print(report(kernels, operators))
     return 0

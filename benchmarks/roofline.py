@@ -52,7 +52,7 @@ from typing import Any
 import torch
 
 from benchmarks.launches import PICTURES
-from benchmarks.predict import markdown
+from benchmarks.predict import markdown, rate
 from cifar_fast import Recipe
 from cifar_fast.choose import DTYPES, choose
 from cifar_fast.errors import InputError
@@ -270,16 +270,6 @@ def report(recipe: Recipe, passes: Sequence[Pass], ceilings: Ceilings, run: int)
     )
 
 
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return value
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command with ``argv`` (default: the process's own); gives the exit code, 2 for bad input."""
     return run_command(lambda: _command(_parser().parse_args(argv)))
@@ -293,8 +283,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16; where a CPU is measured, bfloat16 or float32")
     parser.add_argument("--classes", type=int, default=10, metavar="N", help="default: 10")
     parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N", help=f"training pictures (default: {PICTURES})")
-    parser.add_argument("--bandwidth", type=_rate, metavar="X", help="bytes a second of a copy, reads and writes both counted")
-    parser.add_argument("--flops", type=_rate, metavar="Y", help="FLOP a second of a matrix product in the dtype")
+    parser.add_argument("--bandwidth", type=rate, metavar="X", help="bytes a second of a copy, reads and writes both counted")
+    parser.add_argument("--flops", type=rate, metavar="Y", help="FLOP a second of a matrix product in the dtype")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     for flag, nargs in (("--batch-size", None), ("--widths", "+"), ("--epochs", None)):
         parser.add_argument(flag, type=int, nargs=nargs, metavar="N", help="of the recipe (default: the reference's)")

@@ -222,6 +222,8 @@ def _command(argv: list[str] | None) -> int:
     recipe = recipe_of(args)
     if args.steps < 1:
         raise InputError(f"--steps must be at least 1, not {args.steps}")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must lie between 0 and 2^63, not {args.seed}")
     if not args.tolerance > 0:
         raise InputError(f"--tolerance must be above 0, not {args.tolerance:g}")
 

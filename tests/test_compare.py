@@ -152,6 +152,7 @@ def test_one_step_may_pass_the_tolerance_in_a_gradient_and_none_in_the_statistic
     ("flags", "words"),
     [
         ("--steps 0", "--steps must be at least 1"),
+        ("--seed -1", "--seed must lie between 0 and 2^63"),
         ("--tolerance 0", "--tolerance must be above 0"),
         ("--against jit", "invalid choice: 'jit'"),
         ("--batch-size 97 --backend eager", "96 training pictures are fewer than one batch of 97"),
