@@ -19,8 +19,14 @@ WIDTHS = (64, 128, 128, 128, 256, 512, 512, 512)
 
 
 def normalized(train: np.ndarray, test: np.ndarray, dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 ``[N, 32, 32, 3]`` to ``[N, 3, 32, 32]``, with the training pictures' mean and deviation a channel."""
-    train_pixels, test_pixels = torch.tensor(train, device=device), torch.tensor(test, device=device)
+    """uint8 ``[N, 32, 32, 3]`` to ``[N, 3, 32, 32]``, with the training pictures' mean and deviation a channel.
+
+    torchvision's CIFAR-10, which the script trains on, is a transposed view of ``[N, 3, 32, 32]``, and torch.tensor keeps
+    its strides: all that follows is NCHW in memory.
+    """
+    train_pixels, test_pixels = (
+        torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1), device=device) for images in (train, test)
+    )
     deviation, mean = torch.std_mean(train_pixels.float(), dim=(0, 1, 2), unbiased=True, keepdim=True)
     scaled = [(pixels - mean) / deviation for pixels in (train_pixels, test_pixels)]
     return scaled[0].to(dtype).permute(0, 3, 1, 2), scaled[1].to(dtype).permute(0, 3, 1, 2)

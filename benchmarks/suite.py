@@ -89,7 +89,9 @@ class Suite:
 
     def set_up(self, kind: type[Eager], recipe: Recipe) -> Eager:
         torch.manual_seed(0)
-        return set_up(dataclasses.replace(self.choice, backends=(kind,)), recipe, self.dataset, silent)
+        memory_format = torch.contiguous_format if kind is Eager else torch.channels_last
+        choice = dataclasses.replace(self.choice, backends=(kind,), memory_format=memory_format)
+        return set_up(choice, recipe, self.dataset, silent)
 
     @property
     def fastest(self) -> type[Eager]:

@@ -96,12 +96,12 @@ def reference_training() -> tuple[reference.Training, list[tuple[torch.Tensor, t
     return training, list(training.batches(*reference_images(torch.float32)))
 
 
-def eager_backend(dtype: torch.dtype) -> tuple[Eager, Draws]:
+def eager_backend(dtype: torch.dtype, memory_format: torch.memory_format = torch.channels_last) -> tuple[Eager, Draws]:
     """What ``auto`` takes on a CPU, in ``dtype``, set up from the same seed, and the draws of its first epoch."""
     torch.manual_seed(0)
     model = CNN(STEP, 10)
     draws = draw_epoch(PICTURES, device=CPU, recipe=STEP)
-    backend = choose(device="cpu").backends[0](STEP, dataset(), CPU, dtype)
+    backend = choose(device="cpu").backends[0](STEP, dataset(), CPU, dtype, memory_format)
     backend.prepare(model)
     return backend, draws
 
@@ -109,7 +109,7 @@ def eager_backend(dtype: torch.dtype) -> tuple[Eager, Draws]:
 def check_steps_are_the_references(count: int = 2) -> None:
     """The losses of the first steps, bit for bit: the second has met the first's gradients."""
     training, batches = reference_training()
-    backend, draws = eager_backend(torch.float32)
+    backend, draws = eager_backend(torch.float32, torch.contiguous_format)
     for i, (losses, _) in zip(range(count), backend.train_epoch(0, draws)):
         expected, _ = training.step(*batches[i], PICTURES // STEP.batch_size)
         assert torch.equal(losses, expected), f"the losses of step {i + 1} are not the reference's"

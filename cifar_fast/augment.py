@@ -52,7 +52,7 @@ def draw_epoch(n: int, *, device: torch.device | str, recipe: Recipe | None = No
     )
 
 
-def augment(images: torch.Tensor, draws: Draws, recipe: Recipe) -> torch.Tensor:
+def augment(images: torch.Tensor, draws: Draws, recipe: Recipe, memory_format: torch.memory_format = torch.channels_last) -> torch.Tensor:
     """The batch that ``draws`` chooses from ``images``: gathered, cropped, mirrored, cut out.
 
     Args:
@@ -60,7 +60,7 @@ def augment(images: torch.Tensor, draws: Draws, recipe: Recipe) -> torch.Tensor:
         draws: the choices of B positions of an epoch, on the same device.
 
     Returns:
-        ``[B, C, S, S]`` in channels_last, dtype of ``images``; no two batches share memory.
+        ``[B, C, S, S]`` in ``memory_format``, dtype of ``images``; no two batches share memory.
     """
     size, channels = images.shape[2], images.shape[3]
     padding, cutout = recipe.crop_padding, recipe.cutout_size
@@ -78,7 +78,7 @@ def augment(images: torch.Tensor, draws: Draws, recipe: Recipe) -> torch.Tensor:
     in_rows = (pixel >= top) & (pixel < top + cutout)
     in_columns = (pixel >= left) & (pixel < left + cutout)
     batch.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[..., None], 0)
-    return batch.permute(0, 3, 1, 2)
+    return batch.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
 
 
 def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:

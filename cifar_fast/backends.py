@@ -24,7 +24,10 @@ from cifar_fast.recipe import Recipe
 
 
 class Eager:
-    """The reference: the same operations on the same numbers in the same order.
+    """The reference: the same operations on the same numbers in the same order, and in the same layout of memory.
+
+    On CIFAR-10 the script's batches are NCHW in memory, ``torch.contiguous_format``; in channels_last
+    other kernels give other last bits, and on a CPU take less time.
 
     float16 and float32 hold everything in that type, as the reference does: weights, batch norm,
     momentum. bfloat16, which has too few bits to add a small step to a weight, is the type of the
@@ -34,8 +37,15 @@ class Eager:
     name = "eager"
     model: CNN | None = None
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, dtype: torch.dtype) -> None:
-        self.recipe, self.device, self.dtype = recipe, device, dtype
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        device: torch.device,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+    ) -> None:
+        self.recipe, self.device, self.dtype, self.memory_format = recipe, device, dtype, memory_format
         self.autocast = dtype == torch.bfloat16
         self.train_labels = torch.from_numpy(dataset.train_labels).to(device)
         self.test_labels = torch.from_numpy(dataset.test_labels).to(device)
@@ -58,7 +68,8 @@ class Eager:
         for i in range(steps):
             self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate(epoch * steps + i + 1, steps)
             batch = draws.slice(i * size, (i + 1) * size)
-            loss, correct = self.score(augment(self.train_images, batch, self.recipe), self.train_labels[batch.permutation])
+            images = augment(self.train_images, batch, self.recipe, self.memory_format)
+            loss, correct = self.score(images, self.train_labels[batch.permutation])
             self.model.zero_grad()
             loss.sum().backward()
             self.optimizer.step()
@@ -68,15 +79,17 @@ class Eager:
     def evaluate(self) -> torch.Tensor:
         """For each test picture, 100 where the model is right and 0 where it is not; holds until the next evaluation."""
         self.model.eval()
-        batches = zip(self.test_images.permute(0, 3, 1, 2).split(self.recipe.batch_size), self.test_labels.split(self.recipe.batch_size))
+        size = self.recipe.batch_size
+        batches = zip(self.test_images.split(size), self.test_labels.split(size))
         return torch.cat([self.score(images, labels)[1] for images, labels in batches])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict()
 
     def _load(self, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training and test pictures ``[N, 32, 32, C]`` on the device."""
-        return normalize(dataset, self.device, self.dtype)
+        """Training pictures ``[N, 32, 32, C]`` to gather from, and test pictures ``[N, C, 32, 32]``, on the device."""
+        train_images, test_images = normalize(dataset, self.device, self.dtype)
+        return train_images, test_images.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
 
     def _score(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -89,17 +102,24 @@ class Eager:
 
 
 class Compiled(Eager):
-    """The same model in channels_last under torch.compile, with the compiler's own kernels alone."""
+    """The same model under torch.compile, with the compiler's own kernels alone; in channels_last unless told."""
 
     name = "compiled"
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(recipe, dataset, device, dtype)
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        device: torch.device,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+    ) -> None:
+        super().__init__(recipe, dataset, device, dtype, memory_format)
         torch.compiler.reset()  # graphs of an earlier instance would count against the limit of recompilations
 
     def prepare(self, model: CNN) -> None:
         if self.model is None:  # what is set up refers to this copy: it stays, and each run gives it new numbers
-            super().prepare(copy.deepcopy(model).to(memory_format=torch.channels_last))
+            super().prepare(copy.deepcopy(model).to(memory_format=self.memory_format))
             self.score = torch.compile(self._score, dynamic=False, fullgraph=True)
             self._warm_up()
         self._restart(model)
@@ -110,7 +130,8 @@ class Compiled(Eager):
         self.model.train()
         first = torch.arange(size, device=self.device)
         still = Draws(first, torch.zeros_like(first), torch.ones_like(first), torch.zeros_like(first))
-        self.score(augment(self.train_images, still, self.recipe), self.train_labels[:size])[0].sum().backward()
+        images = augment(self.train_images, still, self.recipe, self.memory_format)
+        self.score(images, self.train_labels[:size])[0].sum().backward()
         self.evaluate()
 
     def _restart(self, model: CNN) -> None:
@@ -126,10 +147,15 @@ def normalize(dataset: Dataset, device: torch.device, dtype: torch.dtype) -> tup
     Both are those of the training pictures' 0..255 values, a channel each, the deviation with N - 1.
     """
     train, test = (torch.tensor(images, device=device) for images in (dataset.train_images, dataset.test_images))
-    std, mean = torch.std_mean(train.float(), dim=(0, 1, 2), unbiased=True, keepdim=True)
+    std, mean = torch.std_mean(planar(train).float(), dim=(0, 1, 2), unbiased=True, keepdim=True)
     if not std.all():
         raise InputError(f"{dataset.source}: a colour channel of train_images has the same value everywhere; it cannot be normalised")
     return ((train - mean) / std).to(dtype), ((test - mean) / std).to(dtype)
+
+
+def planar(images: torch.Tensor) -> torch.Tensor:
+    """The same ``[N, S, S, C]``, NCHW in memory, as torchvision's arrays are: a sum over them has the script's order and bits."""
+    return images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -11,6 +11,7 @@ from cifar_fast.errors import InputError
 
 BACKENDS = ("eager", "compiled", "fused")
 DTYPES = ("float16", "bfloat16", "float32")
+MEMORY_FORMATS = ("contiguous_format", "channels_last")
 OLDEST_GPU = (7, 5)
 """The lowest compute capability that the kernels are compiled for in the tests."""
 
@@ -25,15 +26,20 @@ class Choice:
     backends: tuple[type[Eager], ...]
     device: torch.device
     dtype: torch.dtype
+    memory_format: torch.memory_format
     reason: str
 
 
-def choose(backend: str = "auto", device: str = "auto", dtype: str = "auto") -> Choice:
+def choose(backend: str = "auto", device: str = "auto", dtype: str = "auto", memory_format: str = "auto") -> Choice:
     """Settle what ``auto`` means here; :class:`InputError` for what cannot work here."""
     if backend not in ("auto", *BACKENDS):
         raise InputError(f"unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"unknown dtype {dtype!r}; there are auto, {', '.join(DTYPES)}")
+    if memory_format not in ("auto", *MEMORY_FORMATS):
+        raise InputError(f"unknown memory format {memory_format!r}; there are auto, {', '.join(MEMORY_FORMATS)}")
+    if backend == "fused" and memory_format == "contiguous_format":
+        raise InputError("the fused backend's kernels need --memory-format channels_last; eager and compiled have both")
     reasons = []
 
     where = _device(device)
@@ -47,11 +53,17 @@ def choose(backend: str = "auto", device: str = "auto", dtype: str = "auto") -> 
         dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
         reasons.append("this CPU computes in bfloat16" if dtype == "bfloat16" else "this CPU has no bfloat16 arithmetic")
 
+    if memory_format == "auto" and backend == "eager":
+        memory_format = "contiguous_format"  # the reference script's
+    elif memory_format == "auto":
+        memory_format = "channels_last"
+        reasons += ["channels_last was measured fastest on a CPU"] if backend == "auto" and where.type == "cpu" else []
+
     if backend == "auto" and where.type == "cpu":
         backends = (Eager,)
         reasons.append("eager was measured faster than compiled on a CPU")
     elif backend == "auto":
-        trouble = fused_trouble(where)
+        trouble = "its kernels need channels_last" if memory_format == "contiguous_format" else fused_trouble(where)
         backends = (Compiled, Eager) if trouble else (_fused(), Compiled, Eager)
         reasons.append(
             f"the fused backend cannot run here ({trouble}), compiled instead"
@@ -64,7 +76,7 @@ def choose(backend: str = "auto", device: str = "auto", dtype: str = "auto") -> 
         backends = (_fused(),)
     else:
         backends = ({"eager": Eager, "compiled": Compiled}[backend],)
-    return Choice(backends, where, getattr(torch, dtype), "; ".join(reasons))
+    return Choice(backends, where, getattr(torch, dtype), getattr(torch, memory_format), "; ".join(reasons))
 
 
 def _fused() -> type[Eager]:

@@ -9,9 +9,10 @@ it the relative difference |a - b| / |b|, Euclidean over a tensor, is told of th
 * statistics: the running mean and variance of a norm, which are those of the layer's activations;
 * gradients and weights.
 
-How large may it be? As large as the error that eager itself makes: beside each difference stands that of
-eager in the dtype from eager in the next higher precision, and the error of both sides against eager in
-float64. The pictures are rounded to the dtype once, for all. A difference is within ``--tolerance`` times
+How large may it be? As large as the error that eager itself makes in the first side's memory format, since torch sums
+in other orders and types in each (on a CPU its batch norm adds up in double where the format is contiguous, and in
+single in channels_last): beside each difference stands that of eager in the dtype from eager in the next higher
+precision, and the error of both against eager in float64. The pictures are rounded to the dtype once, for all. A difference is within ``--tolerance`` times
 eager's own, plus a quarter of the last bit for where eager happens to be exact, or past it.
 
 Loss and statistics must be within it at every step. Of a gradient, and of the weight made with it, the
@@ -105,9 +106,11 @@ def compare(
         torch.manual_seed(seed)
         model = CNN(recipe, dataset.num_classes)
         ours, theirs = (set_up(choice, recipe, dataset, log or silent) for choice in (first, second))
-        eager = theirs if type(theirs) is Eager else Eager(recipe, dataset, device, dtype)
-        higher = Eager(recipe, dataset, device, next_higher)
-        truth = higher if next_higher == torch.float64 else Eager(recipe, dataset, device, torch.float64)
+        layout = first.memory_format
+        same_layout = type(theirs) is Eager and theirs.memory_format == layout
+        eager = theirs if same_layout else Eager(recipe, dataset, device, dtype, layout)
+        higher = Eager(recipe, dataset, device, next_higher, layout)
+        truth = higher if next_higher == torch.float64 else Eager(recipe, dataset, device, torch.float64, layout)
         for side in (higher, truth):
             side.train_images = eager.train_images.to(side.dtype)
         sides = list({id(side): side for side in (ours, theirs, eager, higher, truth)}.values())

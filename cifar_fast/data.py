@@ -28,7 +28,9 @@ class Dataset:
     """Labelled pictures, checked when made: a data set that exists is sound, else :class:`InputError` is raised.
 
     ``*_images`` are uint8 ``[N, 32, 32, 3]``, ``*_labels`` int64 ``[N]`` from 0 to the number of classes
-    less one; each class has a training picture. ``source`` says in errors where the data came from.
+    less one; each class has a training picture. They may be given in any layout and any integer type of labels,
+    and are held C-contiguous, writable and in native byte order: copied where they are not. ``source`` says
+    in errors where the data came from.
     """
 
     name: str
@@ -43,8 +45,11 @@ class Dataset:
         for split in ("train", "test"):
             images, labels = np.asarray(getattr(self, f"{split}_images")), np.asarray(getattr(self, f"{split}_labels"))
             self._check(split, images, labels)
-            object.__setattr__(self, f"{split}_images", images)
-            object.__setattr__(self, f"{split}_labels", labels.astype(np.int64))
+            # torchvision's arrays are transposed views, OpenCV's reversed ones: torch refuses some layouts and computes
+            # in others, so that every later step would have to know them.
+            layout = ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE", "ENSUREARRAY"]
+            object.__setattr__(self, f"{split}_images", np.require(images, np.uint8, layout))
+            object.__setattr__(self, f"{split}_labels", np.require(labels, np.int64, layout))
         if not self.class_names:
             object.__setattr__(self, "class_names", tuple(str(i) for i in range(self.train_labels.max() + 1)))
         if not 2 <= self.num_classes <= MAX_CLASSES:
@@ -104,7 +109,7 @@ class Dataset:
         digest = hashlib.sha256()
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(repr(array.shape).encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array)
         return digest.hexdigest()
 
 

@@ -53,6 +53,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=dtypes, default="auto", help="float16 and float32 hold everything, bfloat16 keeps float32 weights (autocast)"
     )
+    group.add_argument(
+        "--memory-format",
+        choices=("auto", "contiguous_format", "channels_last"),
+        default="auto",
+        help="of the batches; contiguous_format (NCHW) is the reference script's; auto: that for eager, else channels_last",
+    )
     group.add_argument("--seed", type=int, default=0, help="of the weights, the order and the augmentation (default: 0)")
 
     group = parser.add_argument_group("the recipe")

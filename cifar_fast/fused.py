@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from cifar_fast.augment import Draws
-from cifar_fast.backends import Compiled, normalize
+from cifar_fast.backends import Compiled, normalize, planar
 from cifar_fast.data import Dataset
 from cifar_fast.model import CNN
 from cifar_fast.recipe import Recipe
@@ -40,8 +40,15 @@ class Fused(Compiled):
 
     name = "fused"
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(recipe, dataset, device, dtype)
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        device: torch.device,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+    ) -> None:
+        super().__init__(recipe, dataset, device, dtype, memory_format)
         n, size = len(dataset.train_images), recipe.batch_size
         self.steps = n // size
         self.draws = Draws(*(torch.zeros(n, dtype=torch.int64, device=device) for _ in range(4)))
@@ -100,8 +107,8 @@ class Fused(Compiled):
         """The training pictures as they are, which :func:`kernels.augment` normalises, and the test pictures normalised."""
         test_images = normalize(dataset, self.device, self.dtype)[1]
         train_images = torch.from_numpy(dataset.train_images).to(self.device)
-        self.table = normalization_table(train_images, self.dtype)
-        return train_images, F.pad(test_images, (0, CHANNELS - test_images.shape[3]))
+        self.table = normalization_table(planar(train_images), self.dtype)
+        return train_images, F.pad(test_images, (0, CHANNELS - test_images.shape[3])).permute(0, 3, 1, 2)
 
     def _new_optimizer(self) -> None:
         on_gpu = self.device.type == "cuda"  # on a CPU torch 2.11's fused SGD is wrong in half precision

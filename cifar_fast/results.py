@@ -62,6 +62,7 @@ class Result:
     environment: dict[str, Any]
     backend: str
     dtype: str
+    memory_format: str
     dataset: dict[str, Any]
     rows: list[EpochRow]
     runs: list[Run]
@@ -76,6 +77,7 @@ class Result:
             "environment": self.environment,
             "backend": self.backend,
             "dtype": self.dtype,
+            "memory_format": self.memory_format,
             "dataset": self.dataset,
             "runs": [dataclasses.asdict(run) for run in self.runs],
             "test_accuracy_mean": statistics.fmean(accuracies),

@@ -10,6 +10,8 @@ from cifar_fast.data import load_dataset
 from cifar_fast.flags import Parser, add_run_flags, recipe_of, run_command
 from cifar_fast.recipe import Recipe
 
+HOW = ("backend", "device", "dtype", "memory_format", "seed")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command with ``argv`` (default: the process's own); gives the exit code, 2 for bad input."""
@@ -28,7 +30,7 @@ def _command(argv: list[str] | None) -> int:
 def _train(args: argparse.Namespace, recipe: Recipe) -> int:
     from cifar_fast.trainer import check, fit  # imports torch, which takes seconds: not for --help or a mistyped flag
 
-    how = {name: getattr(args, name) for name in ("backend", "device", "dtype", "seed", "runs", "output", "overwrite")}
+    how = {name: getattr(args, name) for name in (*HOW, "runs", "output", "overwrite")}
     how["output"] = args.output or time.strftime(f"runs/{args.dataset}-%Y%m%d-%H%M%S")
     check(**how)  # before the data, which may take long to come
     fit(recipe, load_dataset(args.dataset, args.data_dir), **how)
@@ -46,7 +48,7 @@ def _profile(args: argparse.Namespace, recipe: Recipe) -> int:
     from cifar_fast.profile import profile
     from cifar_fast.trainer import check, set_up
 
-    how = {name: getattr(args, name) for name in ("backend", "device", "dtype", "seed")}
+    how = {name: getattr(args, name) for name in HOW}
     choice = check(**how, runs=1, output=None, overwrite=False)
     dataset = load_dataset(args.dataset, args.data_dir)
     dataset.steps_per_epoch(recipe.batch_size)

@@ -27,6 +27,7 @@ def fit(
     backend: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
+    memory_format: str = "auto",
     seed: int = 0,
     runs: int = 1,
     output: str | Path | None = None,
@@ -43,6 +44,8 @@ def fit(
         backend: auto, eager, compiled, fused.
         device: auto, cpu, cuda, cuda:N.
         dtype: auto, float16, bfloat16, float32.
+        memory_format: contiguous_format (NCHW, the reference script's), channels_last; auto is the first for
+            eager by name, the second for all others.
         output: folder for metrics.jsonl, summary.json, curves.png and model.pt; None writes nothing.
         overwrite: replace the results that ``output`` holds already.
         log: takes the lines that a person reads; None is silent, without a progress bar too.
@@ -51,9 +54,18 @@ def fit(
         InputError: something given cannot work here, or the loss stopped being finite.
     """
     log = log or silent
-    choice = check(backend=backend, device=device, dtype=dtype, seed=seed, runs=runs, output=output, overwrite=overwrite)
+    choice = check(
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        memory_format=memory_format,
+        seed=seed,
+        runs=runs,
+        output=output,
+        overwrite=overwrite,
+    )
     dataset.steps_per_epoch(recipe.batch_size)
-    dtype = str(choice.dtype).removeprefix("torch.")
+    dtype, memory_format = (str(chosen).removeprefix("torch.") for chosen in (choice.dtype, choice.memory_format))
     facts = environment(choice.device)
     clock = synchronised_clock(choice.device)
     rows: list[EpochRow] = []
@@ -71,7 +83,8 @@ def fit(
                 folder.add(row)
             log(str(row))
 
-        log(f"torch {facts['torch']}, {facts['device_name']}, {facts['threads']} threads, backend {choice.backends[0].name}, {dtype}")
+        machine = f"torch {facts['torch']}, {facts['device_name']}, {facts['threads']} threads"
+        log(f"{machine}, backend {choice.backends[0].name}, {memory_format}, {dtype}")
         if choice.reason:
             log(f"auto: {choice.reason}")
         if choice.device.type == "cpu":
@@ -93,6 +106,7 @@ def fit(
             environment=facts,
             backend=trained.name,
             dtype=dtype,
+            memory_format=memory_format,
             dataset=dataset.facts(),
             rows=rows,
             runs=done,
@@ -104,7 +118,17 @@ def fit(
     return result
 
 
-def check(*, backend: str, device: str, dtype: str, seed: int, runs: int, output: str | Path | None, overwrite: bool) -> Choice:
+def check(
+    *,
+    backend: str,
+    device: str,
+    dtype: str,
+    memory_format: str,
+    seed: int,
+    runs: int,
+    output: str | Path | None,
+    overwrite: bool,
+) -> Choice:
     """What :func:`fit` makes of its arguments; :class:`InputError` for what is wrong with them whatever the data."""
     if runs < 1:
         raise InputError(f"runs must be at least 1, not {runs}")
@@ -112,7 +136,7 @@ def check(*, backend: str, device: str, dtype: str, seed: int, runs: int, output
         raise InputError(f"seed must lie between 0 and 2^63, not {seed}")
     if output is not None:
         Output(output, overwrite)
-    choice = choose(backend, device, dtype)
+    choice = choose(backend, device, dtype, memory_format)
     if choice.dtype == torch.float16 and choice.device.type == "cpu":
         raise InputError("--dtype float16 needs a GPU (on a CPU torch has no fast float16 convolutions); use bfloat16 or float32")
     return choice
@@ -128,7 +152,7 @@ def set_up(choice: Choice, recipe: Recipe, dataset: Dataset, log: Log) -> Eager:
         if backend is not Eager:
             log(f"setting up the {backend.name} backend, which compiles: a minute or so, less when it has been done before")
         try:
-            ready = backend(recipe, dataset, choice.device, choice.dtype)
+            ready = backend(recipe, dataset, choice.device, choice.dtype, choice.memory_format)
             ready.prepare(CNN(recipe, dataset.num_classes))
             return ready
         except InputError:

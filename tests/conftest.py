@@ -10,6 +10,8 @@ if not torch.cuda.is_available():
 
 import kernels.launch
 from cifar_fast import Dataset
+from cifar_fast.synthetic import PATTERNS, textures
+from tests.archives import KINDS, write_archive
 
 SHARED = Path(os.environ.get("CIFAR_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 NARROW = (4, 8, 8, 8, 16, 32, 32, 32)
@@ -58,6 +60,28 @@ def save_npz(path, dataset, **changes):
     arrays = {name: getattr(dataset, name) for name in names} | changes
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
+
+
+def published(name, dataset, root, monkeypatch):
+    """``root`` with the archive of ``name`` in it as published, torchvision told to expect it; and nothing on the network."""
+    kind = KINDS[name]
+    for attribute, value in write_archive(root, name, dataset).items():
+        monkeypatch.setattr(kind, attribute, value)
+    monkeypatch.setattr(kind, "url", f"http://127.0.0.1:9/{kind.filename}")
+    return root
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """A folder with a small CIFAR-10 in its published form: 100 of the embedded textures to train on, 50 to test."""
+    dataset = Dataset("textures", "textures", *textures(100, seed=0), *textures(50, seed=1), tuple(PATTERNS))
+    return published("cifar10", dataset, tmp_path / "cifar10", monkeypatch)
+
+
+@pytest.fixture
+def cifar100(tmp_path, monkeypatch):
+    """The same of CIFAR-100: 200 training images, 100 test images, a hundred classes."""
+    return published("cifar100", small_dataset(200, 100, 100), tmp_path / "cifar100", monkeypatch)
 
 
 @pytest.fixture

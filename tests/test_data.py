@@ -1,6 +1,4 @@
-import hashlib
 import os
-import pickle
 import shutil
 import tarfile
 
@@ -219,48 +217,7 @@ def test_a_wrong_folder_is_refused(tmp_path, harm, words):
         load_dataset("folder", root, log=None)
 
 
-# -- cifar10, through torchvision's own class on files of the same format
-
-
-@pytest.fixture
-def cifar10(tmp_path, monkeypatch):
-    """Gives a folder with a small archive in CIFAR-10's format, which torchvision is told to expect; no network."""
-    from torchvision.datasets import CIFAR10
-
-    base = tmp_path / "pack" / CIFAR10.base_folder
-    base.mkdir(parents=True)
-
-    def write(name, entry):
-        data = pickle.dumps(entry)
-        (base / name).write_bytes(data)
-        return name, hashlib.md5(data).hexdigest()
-
-    random = np.random.RandomState(0)
-
-    def batch(name):
-        return write(name, {"data": random.randint(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]})
-
-    monkeypatch.setattr(CIFAR10, "train_list", [batch(f"data_batch_{i}") for i in (1, 2)])
-    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch")])
-    name, md5 = write("batches.meta", {"label_names": [f"class {i}" for i in range(10)]})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
-    root = tmp_path / "data"
-    root.mkdir()
-    with tarfile.open(root / CIFAR10.filename, "w:gz") as archive:
-        archive.add(base, CIFAR10.base_folder)
-    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((root / CIFAR10.filename).read_bytes()).hexdigest())
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    return root
-
-
-def test_cifar10_comes_from_its_archive(cifar10, tmp_path):
-    dataset = load_dataset("cifar10", cifar10, log=None)
-    assert dataset.train_images.shape == (40, 32, 32, 3)
-    assert dataset.test_images.shape == (20, 32, 32, 3)
-    assert dataset.class_names[3] == "class 3"
-    with open(tmp_path / "pack/cifar-10-batches-py/test_batch", "rb") as file:
-        raw = pickle.load(file)["data"]
-    assert np.array_equal(dataset.test_images[5], raw[5].reshape(3, 32, 32).transpose(1, 2, 0))
+# -- cifar10
 
 
 def test_without_a_network_and_without_files_cifar10_says_what_to_do(cifar10, tmp_path):

@@ -20,7 +20,7 @@ def make(dataset, recipe=RECIPE, dtype=torch.float32, seed=0):
     """A prepared fused backend, and the plain model that it was prepared with."""
     torch.manual_seed(seed)
     model = CNN(recipe, dataset.num_classes)
-    backend = Fused(recipe, dataset, DEVICE, dtype)
+    backend = Fused(recipe, dataset, DEVICE, dtype, torch.channels_last)
     backend.prepare(copy.deepcopy(model))
     return backend, model
 
@@ -75,7 +75,7 @@ def test_set_up_leaves_no_trace(uncompiled, few_programs):
     model = CNN(RECIPE, dataset.num_classes)
     state = torch.get_rng_state()
     device_state = torch.cuda.get_rng_state() if CUDA else None
-    backend = Fused(RECIPE, dataset, DEVICE, torch.float32)
+    backend = Fused(RECIPE, dataset, DEVICE, torch.float32, torch.channels_last)
     backend.prepare(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert not CUDA or torch.equal(torch.cuda.get_rng_state(), device_state)
@@ -112,7 +112,7 @@ def test_an_epoch_files_each_steps_losses_and_answers_where_eager_has_them(uncom
     dataset = small_dataset(train=10, test=6)
     draws = draw_epoch(10, device=DEVICE)
     fused, model = make(dataset)
-    eager = Eager(RECIPE, dataset, DEVICE, torch.float32)
+    eager = Eager(RECIPE, dataset, DEVICE, torch.float32, torch.contiguous_format)
     eager.prepare(model)
     ours, theirs = train(fused, draws), train(eager, draws)
     assert ours[0].shape == (2, 4)
@@ -212,7 +212,7 @@ def test_auto_falls_back_to_the_next_backend_and_says_so_in_a_line(small, monkey
         raise RuntimeError("no compiler\nwas found")
 
     monkeypatch.setattr(torch, "compile", broken)
-    choice = Choice((Fused, Compiled, Eager), torch.device("cpu"), torch.float32, "as on a GPU")
+    choice = Choice((Fused, Compiled, Eager), torch.device("cpu"), torch.float32, torch.channels_last, "as on a GPU")
     monkeypatch.setattr(cifar_fast.trainer, "choose", lambda *how: choice)
     lines = []
     recipe = Recipe(epochs=1, batch_size=32, widths=NARROW)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cifar_fast import Recipe
 from cifar_fast.augment import Draws
 from cifar_fast.augment import augment as eager_augment
-from cifar_fast.backends import normalize
+from cifar_fast.backends import normalize, planar
 from kernels.augment import DTYPES, augment, augment_reference, normalization_table, plan_augment
 from kernels.launch import interpreted
 
@@ -28,7 +28,7 @@ class Pictures:
         self.labels = torch.tensor(labels, device=DEVICE)
         dataset = SimpleNamespace(source="pictures", train_images=images, test_images=images if test_images is None else test_images)
         self.normalized, self.test_normalized = normalize(dataset, DEVICE, dtype)
-        self.table = normalization_table(self.images, dtype)
+        self.table = normalization_table(planar(self.images), dtype)
 
     def eager(self, draws, padding=4, cutout_size=8):
         recipe = Recipe(crop_padding=padding, cutout_size=cutout_size)

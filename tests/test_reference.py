@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+from torchvision.datasets import CIFAR10
 
 from benchmarks.reference import Network, Training, augmented_epoch, normalized
 from cifar_fast import CNN, Recipe, draw_epoch, fit, load_dataset
 from cifar_fast.augment import augment
 from cifar_fast.backends import normalize
-from tests.conftest import NARROW, small_dataset
+from cifar_fast.train import main
+from tests.conftest import NARROW, published, small_dataset
 
 
 def reference_metrics(dataset, recipe, dtype, device="cpu", seed=0):
@@ -44,7 +46,8 @@ def test_the_batches_of_an_epoch_are_the_references_bit_for_bit(dtype, seed):
     draws = draw_epoch(len(images), device="cpu")
     assert torch.rand(()) == after, "the draws leave the generator elsewhere than the reference's"
 
-    batches = [augment(images, draws.slice(i, i + 512), Recipe()) for i in range(0, len(images), 512)]
+    nchw = torch.contiguous_format
+    batches = [augment(images, draws.slice(i, i + 512), Recipe(), nchw) for i in range(0, len(images), 512)]
     assert torch.equal(torch.cat(batches), expected)
     assert torch.equal(labels[draws.permutation], expected_labels)
     assert batches[0].stride() == expected[:512].stride(), "other strides choose other convolution algorithms"
@@ -59,21 +62,33 @@ def test_the_initial_weights_are_the_references_bit_for_bit():
     assert all(torch.equal(model[name], expected[name]) for name in expected)
 
 
-def test_training_is_the_references_bit_for_bit(small):
+def test_the_second_statement_lays_out_its_images_as_torchvision_does(cifar10):
+    theirs = CIFAR10(cifar10, train=True, download=True).data
+    dataset = load_dataset("cifar10", cifar10, log=None)
+    as_torchvision = (torch.tensor(theirs) / 1.0).permute(0, 3, 1, 2)
+    ours, _ = normalized(dataset.train_images, dataset.test_images, torch.float32)
+    assert ours.stride() == as_torchvision.stride() and ours.is_contiguous()
+
+
+def test_training_on_cifar10_is_the_references_bit_for_bit(cifar10):
     recipe = Recipe(epochs=3, batch_size=32, widths=NARROW)
-    result = fit(recipe, small, backend="eager", device="cpu", dtype="float32", seed=5, log=None)
-    expected, weights = reference_metrics(small, recipe, torch.float32, seed=5)
+    dataset = load_dataset("cifar10", cifar10, log=None)
+    result = fit(recipe, dataset, backend="eager", device="cpu", dtype="float32", seed=5, log=None)
+    expected, weights = reference_metrics(dataset, recipe, torch.float32, seed=5)
     assert metrics(result) == expected
     for name, tensor in weights.items():
         assert torch.equal(result.state_dict[name], tensor), name
 
 
 @pytest.mark.slow
-def test_metrics_on_real_pictures_are_those_of_the_reference(shared, tmp_path):
-    """2,000 pictures, batch 64, 2 epochs, full width: by the second statement and by the reference's own script."""
+def test_metrics_on_real_pictures_are_those_of_the_references_script(shared, tmp_path, monkeypatch):
+    """2,000 pictures as CIFAR-10 is published, batch 64, 2 epochs, full width, by both commands."""
     pictures, script = shared("data/cifar10-mini.npz"), shared("reference/cifar94.py")
-    recipe = Recipe(epochs=2, batch_size=64)
-    ours = metrics(fit(recipe, load_dataset("npz", pictures), backend="eager", device="cpu", dtype="float32", seed=0, log=None))
+    root = published("cifar10", load_dataset("npz", pictures), tmp_path / "data", monkeypatch)
+    flags = "--backend eager --device cpu --dtype float32 --epochs 2 --batch-size 64 --seed 0"
+    assert main(f"--dataset cifar10 --data-dir {root} --output {tmp_path}/out {flags}".split()) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    ours = [(row["train_loss"], row["train_accuracy"], row["test_accuracy"]) for row in rows]
     file = tmp_path / "metrics.jsonl"
     flags = f"--data {pictures} --device cpu --dtype float32 --epochs 2 --batch-size 64 --seed 0 --metrics {file}"
     subprocess.run([sys.executable, str(script), *flags.split()], check=True, capture_output=True)

@@ -73,7 +73,7 @@ def test_bfloat16_keeps_float32_weights_and_trains(small):
 
 def test_the_pictures_left_over_are_dropped_and_the_last_test_batch_is_not():
     dataset = small_dataset(train=100, test=40)
-    backend = Eager(RECIPE, dataset, torch.device("cpu"), torch.float32)
+    backend = Eager(RECIPE, dataset, torch.device("cpu"), torch.float32, torch.contiguous_format)
     backend.prepare(CNN(RECIPE, dataset.num_classes))
     scores = list(backend.train_epoch(0, draw_epoch(100, device="cpu")))
     assert [(loss.shape, correct.shape) for loss, correct in scores] == [((32,), (32,))] * 3
@@ -115,7 +115,7 @@ def test_auto_on_a_cpu_says_what_it_picked_and_why(small):
     lines = []
     result = fit(RECIPE, small, device="cpu", log=lines.append)
     assert result.dtype == ("bfloat16" if cpu_has_bfloat16() else "float32")
-    assert f"backend eager, {result.dtype}" in lines[0]
+    assert f"backend eager, channels_last, {result.dtype}" in lines[0]
     assert "bfloat16" in lines[1] and "eager was measured faster" in lines[1]
 
 
@@ -153,7 +153,7 @@ def test_preparing_the_compiled_backend_changes_no_weight_statistic_or_generator
     model = CNN(RECIPE, small.num_classes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    backend = Compiled(RECIPE, small, torch.device("cpu"), torch.float32)
+    backend = Compiled(RECIPE, small, torch.device("cpu"), torch.float32, torch.channels_last)
     backend.prepare(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(backend.state_dict()[name], tensor) for name, tensor in before.items())
