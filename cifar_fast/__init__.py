@@ -7,12 +7,13 @@ first used.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cifar_fast.augment import Draws, draw_epoch
     from cifar_fast.data import Dataset, load_dataset
-    from cifar_fast.errors import InputError
+    from cifar_fast.errors import Diverged, InputError
     from cifar_fast.model import CNN
     from cifar_fast.recipe import Recipe
     from cifar_fast.results import Result
@@ -20,9 +21,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# The kernels are installed as cifar_fast.kernels; in a checkout their folder stands beside this one.
+_HERE = os.path.dirname(__file__)
+if not os.path.isdir(os.path.join(_HERE, "kernels")):
+    __path__.append(os.path.dirname(_HERE))
+
 _MODULE_OF = {
     "CNN": "model",
     "Dataset": "data",
+    "Diverged": "errors",
     "Draws": "augment",
     "InputError": "errors",
     "Recipe": "recipe",

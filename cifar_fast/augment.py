@@ -2,7 +2,7 @@
 
 Shuffle, reflection-padded crop, mirror and cutout only move pixels about, so a whole batch is one
 gather: every output pixel has one source pixel, found by arithmetic on its row and column. The
-square of the cutout is then set to zero, which is the mean colour of normalised pictures.
+square of the cutout is then set to zero, which is the mean color of normalized images.
 """
 
 from __future__ import annotations
@@ -16,47 +16,61 @@ from cifar_fast.recipe import IMAGE_SIZE, Recipe
 
 @dataclass(frozen=True)
 class Draws:
-    """An epoch's random choices, int64 ``[n]`` each; entry k belongs to position k after the shuffle.
+    """An epoch's random choices, one int64 ``tensor`` ``[4, n]``; column k belongs to position k after the shuffle.
 
-    ``permutation``: which picture stands there. ``crop``: option ``x0 * (padding + 1) + y0``, the
-    window's offset in the padded picture. ``flip``: 0 mirrors left to right, 1 does not.
-    ``cutout``: option ``x0 * (size - cutout_size + 1) + y0``, the square's upper left corner.
+    Its rows: ``permutation``, which image stands there; ``crop``, option ``x0 * (padding + 1) + y0``, the window's
+    offset in the padded image; ``flip``, 0 mirrors left to right and 1 does not (the published script's encoding, kept
+    for parity); ``cutout``, option ``x0 * (size - cutout_size + 1) + y0``, the square's upper left corner.
     """
 
-    permutation: torch.Tensor
-    crop: torch.Tensor
-    flip: torch.Tensor
-    cutout: torch.Tensor
+    tensor: torch.Tensor
+
+    @property
+    def permutation(self) -> torch.Tensor:
+        return self.tensor[0]
+
+    @property
+    def crop(self) -> torch.Tensor:
+        return self.tensor[1]
+
+    @property
+    def flip(self) -> torch.Tensor:
+        return self.tensor[2]
+
+    @property
+    def cutout(self) -> torch.Tensor:
+        return self.tensor[3]
 
     def __len__(self) -> int:
-        return len(self.permutation)
+        return self.tensor.shape[1]
 
     def slice(self, start: int, stop: int) -> Draws:
-        """The choices at positions ``start`` to ``stop``, as views."""
-        return Draws(self.permutation[start:stop], self.crop[start:stop], self.flip[start:stop], self.cutout[start:stop])
+        """The choices at positions ``start`` to ``stop``, as a view."""
+        return Draws(self.tensor[:, start:stop])
 
 
 def draw_epoch(n: int, *, device: torch.device | str, recipe: Recipe | None = None) -> Draws:
-    """Draw one epoch's choices for ``n`` pictures from the default generator of ``device``.
+    """Draw one epoch's choices for ``n`` images from the default generator of ``device``.
 
     The calls and their order are the reference script's, so the same seed gives the same epoch.
     """
     recipe = recipe or Recipe()
     crops = (recipe.crop_padding + 1) ** 2
     cutouts = (IMAGE_SIZE + 1 - recipe.cutout_size) ** 2
-    return Draws(
-        permutation=torch.randperm(n, device=device),
-        crop=torch.randint(crops, (n,), device=device),
-        flip=torch.randint(0 if recipe.flip else 1, 2, (n,), device=device),
-        cutout=torch.randint(cutouts, (n,), device=device),
-    )
+    permutation = torch.randperm(n, device=device)
+    crop = torch.randint(crops, (n,), device=device)
+    flip = torch.randint(0 if recipe.flip else 1, 2, (n,), device=device)
+    cutout = torch.randint(cutouts, (n,), device=device)
+    return Draws(torch.stack((permutation, crop, flip, cutout)))
 
 
-def augment(images: torch.Tensor, draws: Draws, recipe: Recipe, memory_format: torch.memory_format = torch.channels_last) -> torch.Tensor:
+def augment(
+    images: torch.Tensor, draws: Draws, recipe: Recipe, memory_format: torch.memory_format = torch.channels_last
+) -> torch.Tensor:
     """The batch that ``draws`` chooses from ``images``: gathered, cropped, mirrored, cut out.
 
     Args:
-        images: normalised pictures ``[N, S, S, C]`` of any dtype, contiguous.
+        images: normalized images ``[N, S, S, C]`` of any dtype, contiguous.
         draws: the choices of B positions of an epoch, on the same device.
 
     Returns:

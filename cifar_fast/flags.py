@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from cifar_fast.data import DATASETS
-from cifar_fast.errors import InputError
+from cifar_fast.data import DATA_URL, DATASETS, is_dataset
+from cifar_fast.errors import Diverged, InputError
+from cifar_fast.names import BACKENDS, DTYPES, MEMORY_FORMATS
 from cifar_fast.recipe import Recipe
 
 
@@ -20,54 +22,98 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 
-def run_command(command: Callable[[], int], on_interrupt: str = "interrupted") -> int:
-    """The exit code of ``command``: its own, 2 with a line on what is wrong for :class:`InputError`, 130 for Ctrl-C."""
+def run_command(command: Callable[[], int], argv: list[str] | None, on_interrupt: str = "interrupted") -> int:
+    """The exit code of ``command``: its own; 2 for :class:`InputError` and 1 for :class:`Diverged`, told in a line; 130
+    for Ctrl-C.
+
+    With --traceback in ``argv`` (None: the process's own) an error also shows where it came from.
+    """
     try:
         return command()
-    except InputError as error:
+    except (InputError, Diverged) as error:
+        if "--traceback" in (sys.argv if argv is None else argv):
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
         return 130
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what is trained, on what and how; a flag for each constant of the recipe among them."""
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which data set, and where it is."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--dataset", choices=DATASETS, default="cifar10", help="; ".join(f"{name}: {what}" for name, what in DATASETS.items())
+        "--dataset",
+        type=_dataset,
+        default="cifar10",
+        metavar="NAME",
+        help="; ".join(f"{name}: {what}" for name, what in DATASETS.items()),
     )
-    group.add_argument("--data-dir", metavar="PATH", help="where the data set is, or for cifar10 goes (default for cifar10: data)")
+    group.add_argument(
+        "--data-dir",
+        metavar="PATH",
+        help="where the data set is, or for cifar10 and cifar100 goes (their default: data)",
+    )
+    group.add_argument(
+        "--data-url",
+        metavar="URL",
+        help="source of the archive of cifar10 or cifar100, a URL or a file, in place of public ones "
+        f"(default: ${DATA_URL})",
+    )
 
+
+def _dataset(name: str) -> str:
+    if not is_dataset(name):
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(DATASETS)})")
+    return name
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is trained, on what and how; a flag for each constant of the recipe among them."""
+    add_data_flags(parser)
     group = parser.add_argument_group("how it runs")
-    backends = ("auto", "eager", "compiled", "fused")
     group.add_argument(
         "--backend",
-        choices=backends,
+        choices=("auto", *BACKENDS),
         default="auto",
-        help="eager: the reference; compiled: torch.compile; fused: our kernels in one CUDA graph; auto: the fastest here",
+        help="eager: the reference; compiled: torch.compile; fused: our kernels in one CUDA graph; auto: the "
+        "fastest here",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    dtypes = ("auto", "float16", "bfloat16", "float32")
     group.add_argument(
-        "--dtype", choices=dtypes, default="auto", help="float16 and float32 hold everything, bfloat16 keeps float32 weights (autocast)"
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="float16 and float32 hold everything, bfloat16 keeps float32 weights (autocast)",
     )
     group.add_argument(
         "--memory-format",
-        choices=("auto", "contiguous_format", "channels_last"),
+        choices=("auto", *MEMORY_FORMATS),
         default="auto",
-        help="of the batches; contiguous_format (NCHW) is the reference script's; auto: that for eager, else channels_last",
+        help="of the batches; contiguous_format (NCHW) is the reference script's; auto: that for eager, else "
+        "channels_last",
     )
-    group.add_argument("--seed", type=int, default=0, help="of the weights, the order and the augmentation (default: 0)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="of the weights, the order and the augmentation (default: 0)"
+    )
+
+    group.add_argument("--traceback", action="store_true", help="show where an error came from")
 
     group = parser.add_argument_group("the recipe")
-    group.add_argument("--recipe", metavar="FILE", help="recipe to start from, JSON as --print-recipe gives it (default: the reference's)")
+    group.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="recipe to start from, JSON as --print-recipe gives it (default: the reference's)",
+    )
     for field in dataclasses.fields(Recipe):
         flag, default = f"--{field.name.replace('_', '-')}", field.default
         if isinstance(default, bool):
             group.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=None, help=f"{field.metadata['help']} (default: {default})"
+                flag,
+                action=argparse.BooleanOptionalAction,
+                default=None,
+                help=f"{field.metadata['help']} (default: {default})",
             )
             continue
         several = isinstance(default, tuple)

@@ -1,4 +1,4 @@
-"""Pictures in folders, ``ROOT/train/CLASS/*.png|jpg`` and ``ROOT/test/CLASS/*``: decoded once, then cached.
+"""Images in folders, ``ROOT/train/CLASS/*.png|jpg`` and ``ROOT/test/CLASS/*``: decoded once, then cached.
 
 The cache is one ``.npz`` beside ROOT. It carries a fingerprint of every file's path, size and
 modification time, and is made again when that changes.
@@ -13,48 +13,53 @@ import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from cifar_fast.errors import InputError
-from cifar_fast.files import replacing
+from cifar_fast.files import atomic_write
 from cifar_fast.progress import Log, progress_bar
 from cifar_fast.recipe import IMAGE_SIZE
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel or less: RGB keeps them whole
-CHUNK = 250  # pictures a task: enough to hide the cost of handing one over, few enough for a lively bar
-SERIAL = 5000  # up to this many pictures are decoded sooner than other processes start
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits per channel or less: RGB keeps them whole
+CHUNK = 250  # images per task: enough to hide the cost of handing one over, few enough for a lively bar
+SERIAL = 5000  # up to this many images are decoded sooner than other processes start
 
 
 def read_folder(root: Path, log: Log) -> dict[str, np.ndarray]:
     """Arrays ``train_images``, ``train_labels``, ``test_images``, ``test_labels``, ``class_names``.
 
-    Classes are numbered in alphabetical order, pictures taken in the order of their names. Raises
+    Classes are numbered in alphabetical order, images taken in the order of their names. Raises
     :class:`InputError` that names the folder or file at fault.
     """
     root = root.resolve()
     train, test = _classes(root / "train"), _classes(root / "test")
     if unknown := sorted(set(test) - set(train)):
-        raise InputError(f"{root / 'test' / unknown[0]}: {root / 'train'} has no such class; add it there, or take it out of test")
+        raise InputError(
+            f"{root / 'test' / unknown[0]}: {root / 'train'} has no such class; add it there, or take it out of test"
+        )
     names = list(train)
     files = [file for classes in (train, test) for found in classes.values() for file in found]
-    labels = np.array([names.index(name) for classes in (train, test) for name, found in classes.items() for _ in found], np.int64)
+    labels = np.array(
+        [names.index(name) for classes in (train, test) for name, found in classes.items() for _ in found], np.int64
+    )
     n = sum(map(len, train.values()))
 
     cache = root.with_name(f"{root.name}.cifar_fast.npz")
     fingerprint = _fingerprint(root, files)
     images = _read_cache(cache, fingerprint)
     if images is None or len(images) != len(files):
-        log(f"decoding {len(files)} pictures under {root}")
+        log(f"decoding {len(files)} images under {root}")
         images = _decode(files, log)
         try:
-            with replacing(cache) as draft, open(draft, "wb") as file:
+            with atomic_write(cache) as draft, open(draft, "wb") as file:
                 np.savez(file, images=images, fingerprint=np.array(fingerprint))
-            log(f"kept the decoded pictures in {cache}")
+            log(f"kept the decoded images in {cache}")
         except OSError as error:
-            log(f"could not keep the decoded pictures in {cache} ({error.strerror}); the next start decodes them again")
+            log(f"could not keep the decoded images in {cache} ({error.strerror}); the next start decodes them again")
     return dict(
         train_images=images[:n],
         train_labels=labels[:n],
@@ -65,11 +70,13 @@ def read_folder(root: Path, log: Log) -> dict[str, np.ndarray]:
 
 
 def _classes(split: Path) -> dict[str, list[Path]]:
-    """The pictures of each class folder of ``split``, both in alphabetical order."""
+    """The images of each class folder of ``split``, both in alphabetical order."""
     try:
         folders = sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
         classes = {
-            folder.name: sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+            folder.name: sorted(
+                path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+            )
             for folder in folders
         }
     except OSError as error:
@@ -77,10 +84,14 @@ def _classes(split: Path) -> dict[str, list[Path]]:
             f"{error.filename}: {error.strerror}; --data-dir must name a folder with train/CLASS/ and test/CLASS/ in it"
         ) from None
     if not classes:
-        raise InputError(f"{split}: no class folders in it; put the pictures of each class into a folder of its own there")
+        raise InputError(
+            f"{split}: no class folders in it; put the images of each class into a folder of its own there"
+        )
     for name, found in classes.items():
         if not found:
-            raise InputError(f"{split / name}: an empty class, no {', '.join(SUFFIXES)} file in it; add pictures or delete the folder")
+            raise InputError(
+                f"{split / name}: an empty class, no {', '.join(SUFFIXES)} file in it; add images or delete the folder"
+            )
     return classes
 
 
@@ -88,12 +99,14 @@ def _fingerprint(root: Path, files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         status = file.stat()
-        digest.update(f"{file.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        digest.update(
+            f"{file.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape")
+        )
     return digest.hexdigest()
 
 
 def _read_cache(cache: Path, fingerprint: str) -> np.ndarray | None:
-    """The cached pictures, or None where there are none, they are of another state of the folder, or the file is damaged."""
+    """The cached images; None where there are none, the folder has changed since, or the file is damaged."""
     try:
         with np.load(cache, allow_pickle=False) as arrays:
             return arrays["images"] if arrays["fingerprint"] == fingerprint else None
@@ -102,17 +115,19 @@ def _read_cache(cache: Path, fingerprint: str) -> np.ndarray | None:
 
 
 def _decode(files: list[Path], log: Log) -> np.ndarray:
-    """The pictures, uint8 ``[len(files), 32, 32, 3]``, decoded with all cores."""
+    """The images, uint8 ``[len(files), 32, 32, 3]``, decoded with all cores."""
     images = np.empty((len(files), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(progress_bar(len(files), "decoding", " pictures", log))
+        bar = stack.enter_context(progress_bar(len(files), "decoding", " images", log))
         decoded = map(_decode_chunk, chunks)
         if len(files) > SERIAL and cores > 1:
             # Spawned, not forked: torch may have threads running, and a copied lock may be a held one.
             context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(cores, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+            pool = ProcessPoolExecutor(
+                cores, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+            )
             decoded = stack.enter_context(pool).map(_decode_chunk, chunks)
         for start, pixels in zip(range(0, len(files), CHUNK), decoded):
             images[start : start + CHUNK] = pixels
@@ -121,18 +136,20 @@ def _decode(files: list[Path], log: Log) -> np.ndarray:
 
 
 def _decode_chunk(files: list[Path]) -> np.ndarray:
-    return np.stack([_decode_file(file) for file in files])
+    return np.stack([decode_image(file, str(file)) for file in files])
 
 
-def _decode_file(file: Path) -> np.ndarray:
+def decode_image(file: Path | BinaryIO, name: str) -> np.ndarray:
+    """The image in ``file`` as uint8 ``[32, 32, 3]``; ``name`` says in errors which one it is."""
     try:
-        with Image.open(file) as picture:
-            mode, size = picture.mode, picture.size
-            pixels = np.asarray(picture.convert("RGB")) if size == (IMAGE_SIZE, IMAGE_SIZE) and mode in MODES else None
+        with Image.open(file) as image:
+            mode, size = image.mode, image.size
+            pixels = np.asarray(image.convert("RGB")) if size == (IMAGE_SIZE, IMAGE_SIZE) and mode in MODES else None
     except Exception as error:  # decoders raise what they like, SyntaxError and struct.error among it
-        raise InputError(f"{file}: not a whole picture ({error}); replace it or delete it") from None
+        raise InputError(f"{name}: not a whole image ({error}); replace it or delete it") from None
     if pixels is None:
         raise InputError(
-            f"{file}: {size[0]} x {size[1]} pixels, mode {mode}; pictures must be {IMAGE_SIZE} x {IMAGE_SIZE} with 8 bits a channel"
+            f"{name}: {size[0]} x {size[1]} pixels, mode {mode}; "
+            f"images must be {IMAGE_SIZE} x {IMAGE_SIZE} with 8 bits per channel"
         )
     return pixels

@@ -10,7 +10,6 @@ Without a GPU, under Triton's interpreter, the same function is called instead o
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,23 +18,34 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from cifar_fast.augment import Draws
-from cifar_fast.backends import Compiled, normalize, planar
+from cifar_fast.backends import (
+    Tensors,
+    compile_score,
+    evaluate_by_batches,
+    make_model,
+    make_score,
+    make_sgd,
+    planar,
+    warm_up_draws,
+)
 from cifar_fast.data import Dataset
+from cifar_fast.kernels import BatchNormCELU2d, augment, normalization_table
 from cifar_fast.model import CNN
-from cifar_fast.recipe import Recipe
-from kernels import BatchNormCELU2d, augment, normalization_table
+from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
 
 CHANNELS = 8
-"""Channels of a batch: three colours and zeros, so that a pixel in half precision is one 128-bit access, as tensor cores want it.
+"""Channels of a batch: three colors and zeros, so that a pixel in half precision is one 128-bit access, as tensor cores
+want it.
 
 Not chosen by measurement yet: 3 and 4 are the others to try.
 """
 
 WARM_UP = 3
-"""Runs before a capture: the first compiles, and the others find cuDNN's choices and the allocator's memory in place."""
+"""Runs before a capture: the first compiles, and the others find cuDNN's choices and the allocator's memory in place.
+"""
 
 
-class Fused(Compiled):
+class Fused:
     """The same network with fused kernels; weights and their names are those of the plain model."""
 
     name = "fused"
@@ -48,33 +58,51 @@ class Fused(Compiled):
         dtype: torch.dtype,
         memory_format: torch.memory_format,
     ) -> None:
-        super().__init__(recipe, dataset, device, dtype, memory_format)
+        self.recipe, self.device, self.dtype, self.memory_format = recipe, device, dtype, memory_format
         n, size = len(dataset.train_images), recipe.batch_size
         self.steps = n // size
-        self.draws = Draws(*(torch.zeros(n, dtype=torch.int64, device=device) for _ in range(4)))
+        self.data, self.table = byte_tensors(dataset, device, dtype)
+        self.draws = warm_up_draws(n, device)
         rates = [recipe.learning_rate(step + 1, self.steps) for step in range(recipe.epochs * self.steps)]
         self.schedule = torch.tensor(rates, dtype=torch.float32, device=device)
         self.rate = torch.zeros(1, device=device)
         self.done = torch.zeros(1, dtype=torch.int64, device=device)  # steps of this run
         self.position = torch.zeros_like(self.done)  # the same, of this epoch
         self.losses = torch.zeros(self.steps, size, device=device)
-        self.corrects = torch.zeros(self.steps, size, dtype=torch.int64, device=device)
-        self.test_corrects = torch.zeros(len(dataset.test_images), dtype=torch.int64, device=device)
+        self.correct = torch.zeros(self.steps, size, dtype=torch.bool, device=device)
+        self.test_correct = torch.zeros(len(dataset.test_images), dtype=torch.bool, device=device)
 
-    def prepare(self, model: CNN) -> None:
-        super().prepare(fuse(copy.deepcopy(model)))
+        # The compiled code and the graphs hold this model's tensors; each run copies its weights into them.
+        self.model = make_model(recipe, dataset, device, dtype, fuse).to(memory_format=memory_format)
+        self.score = compile_score(make_score(self.model, recipe, device, dtype))
+        # On a CPU torch 2.11's fused SGD is wrong in half precision.
+        self.optimizer = make_sgd(self.model, recipe, lr=self.rate, fused=device.type == "cuda")
+        for parameter in self.model.parameters():
+            # A captured step must not allocate momentum. Starting from zeros equals SGD's lazy start (dampening 0).
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.step_graph, self.evaluation_graph = self._capture(self._step), self._capture(self._evaluate)
 
-    def train_epoch(self, epoch: int, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for ours, drawn in zip(vars(self.draws).values(), vars(draws).values()):
-            ours.copy_(drawn)
-        self.done.fill_(epoch * self.steps)
+    def reset(self, model: CNN) -> None:
+        self.epoch = 0
+        self.model.load_state_dict(model.state_dict())
+        for state in self.optimizer.state.values():
+            state["momentum_buffer"].zero_()
+        self.done.zero_()
+
+    def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.draws.tensor.copy_(draws.tensor)
+        self.done.fill_(self.epoch % self.recipe.epochs * self.steps)
+        self.epoch += 1
         for i in range(self.steps):
-            self.run_step()
-            yield self.losses[i], self.corrects[i]
+            self.step_graph.replay() if self.step_graph else self._step()
+            yield self.losses[i], self.correct[i]
 
     def evaluate(self) -> torch.Tensor:
-        self.run_evaluation()
-        return self.test_corrects
+        self.evaluation_graph.replay() if self.evaluation_graph else self._evaluate()
+        return self.test_correct
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.model.state_dict()
 
     def _step(self) -> None:
         recipe = self.recipe
@@ -82,10 +110,10 @@ class Fused(Compiled):
         torch.remainder(self.done, self.steps, out=self.position)
         torch.index_select(self.schedule, 0, self.done, out=self.rate)
         images, labels = augment(
-            self.train_images,
-            *vars(self.draws).values(),
+            self.data.train_images,
+            self.draws.tensor,
             self.table,
-            labels=self.train_labels,
+            labels=self.data.train_labels,
             step=self.position,
             batch_size=recipe.batch_size,
             out_channels=CHANNELS,
@@ -97,34 +125,17 @@ class Fused(Compiled):
         loss.sum().backward()
         self.optimizer.step()
         self.losses.index_copy_(0, self.position, loss.detach().float()[None])
-        self.corrects.index_copy_(0, self.position, correct[None])
+        self.correct.index_copy_(0, self.position, correct[None])
         self.done.add_(1)
 
     def _evaluate(self) -> None:
-        self.test_corrects.copy_(super().evaluate())
+        self.test_correct.copy_(evaluate_by_batches(self.model, self.score, self.data, self.recipe.batch_size))
 
-    def _load(self, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-        """The training pictures as they are, which :func:`kernels.augment` normalises, and the test pictures normalised."""
-        test_images = normalize(dataset, self.device, self.dtype)[1]
-        train_images = torch.from_numpy(dataset.train_images).to(self.device)
-        self.table = normalization_table(planar(train_images), self.dtype)
-        return train_images, F.pad(test_images, (0, CHANNELS - test_images.shape[3])).permute(0, 3, 1, 2)
-
-    def _new_optimizer(self) -> None:
-        on_gpu = self.device.type == "cuda"  # on a CPU torch 2.11's fused SGD is wrong in half precision
-        super()._new_optimizer(self.rate, fused=on_gpu)
-        for parameter in self.model.parameters():  # zeros are what the first step would make of having none
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-    def _warm_up(self) -> None:
-        torch.arange(len(self.draws), out=self.draws.permutation)
-        self.run_step, self.run_evaluation = self._captured(self._step), self._captured(self._evaluate)
-
-    def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
-        """``function``, run until nothing in it is left to compile or choose; on a GPU the replay of its graph."""
+    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """Run ``function`` until nothing in it is left to compile or choose; on a GPU, give the graph of a call."""
         if self.device.type == "cpu":
             function()
-            return function
+            return None
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with fastest_deterministic_convolutions():
             stream.wait_stream(torch.cuda.current_stream())
@@ -135,17 +146,27 @@ class Fused(Compiled):
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
                 function()
-        return graph.replay
+        return graph
 
-    def _restart(self, model: CNN) -> None:
-        self.model.load_state_dict(model.state_dict())
-        for state in self.optimizer.state.values():
-            state["momentum_buffer"].zero_()
-        self.done.zero_()
+
+def byte_tensors(dataset: Dataset, device: torch.device, dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:
+    """``dataset`` on ``device``, and the normalization table ``[3, 256]`` in ``dtype``.
+
+    The training images stay bytes, which :func:`kernels.augment` normalizes; the test images are normalized by the
+    table too, in channels_last with ``CHANNELS`` channels, of which the last are zeros.
+    """
+    train_images, train_labels, test_images, test_labels = (
+        torch.from_numpy(array).to(device)
+        for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
+    )
+    table = normalization_table(planar(train_images), dtype)
+    test_images = table[torch.arange(IMAGE_CHANNELS, device=device), test_images.int()]
+    test_images = F.pad(test_images, (0, CHANNELS - IMAGE_CHANNELS)).permute(0, 3, 1, 2)
+    return Tensors(train_images, train_labels, test_images, test_labels), table
 
 
 def fuse(model: CNN) -> CNN:
-    """``model`` with each (max-pool,) batch norm and CELU as one operator, for pictures with channels of zeros appended.
+    """``model`` with each (max-pool,) batch norm and CELU as one operator, for images with channels of zeros appended.
 
     Changes ``model`` and gives it back. Modules keep their places, and so the state dict its names.
     """
@@ -154,14 +175,18 @@ def fuse(model: CNN) -> CNN:
         if isinstance(layer, nn.BatchNorm2d):
             pool, celu = layers[i - 1], layers[i + 1]
             pooled = isinstance(pool, nn.MaxPool2d)
-            fused = BatchNormCELU2d(layer.num_features, layer.eps, layer.momentum, alpha=celu.alpha, pool=pool.kernel_size if pooled else 1)
+            fused = BatchNormCELU2d(
+                layer.num_features, layer.eps, layer.momentum, alpha=celu.alpha, pool=pool.kernel_size if pooled else 1
+            )
             fused.load_state_dict(layer.state_dict())
             model.seq[i], model.seq[i + 1] = fused, nn.Identity()
             if pooled:
                 model.seq[i - 1] = nn.Identity()
     first = layers[0]
     how = dict(kernel_size=first.kernel_size, padding=first.padding, bias=False)
-    model.seq[0] = skip_init(PaddedConv2d, first.in_channels, first.out_channels, **how)  # fresh weights would draw random numbers
+    model.seq[0] = skip_init(
+        PaddedConv2d, first.in_channels, first.out_channels, **how
+    )  # fresh weights would draw random numbers
     model.seq[0].load_state_dict(first.state_dict())
     return model
 

@@ -20,20 +20,20 @@ class CNN(nn.Module):
         super().__init__()
         self.output_scale = recipe.output_scale
         layers: list[nn.Module] = []
-        for c_in, c_out, pool in zip((3, *recipe.widths), recipe.widths, recipe.pools):
-            layers.append(nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False))
-            if pool:
-                layers.append(nn.MaxPool2d(2))
-            layers += [nn.BatchNorm2d(c_out), nn.CELU(alpha=recipe.celu_alpha)]
+        for block in recipe.blocks():
+            layers.append(nn.Conv2d(block.c_in, block.c_out, kernel_size=3, padding=1, bias=False))
+            if block.pool > 1:
+                layers.append(nn.MaxPool2d(block.pool))
+            layers += [nn.BatchNorm2d(block.c_out), nn.CELU(alpha=recipe.celu_alpha)]
         head = [nn.MaxPool2d(recipe.final_size), nn.Flatten(), nn.Linear(recipe.widths[-1], num_classes, bias=False)]
         self.seq = nn.Sequential(*layers, *head)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits ``[B, num_classes]`` of normalised pictures ``[B, 3, 32, 32]``."""
+        """Logits ``[B, num_classes]`` of normalized images ``[B, 3, 32, 32]``."""
         return self.seq(x) * self.output_scale
 
 
 def loss_and_correct(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each picture's loss, and 100 where the largest logit is its label's, 0 elsewhere; both ``[B]``."""
+    """Each image's loss, and whether its largest logit is its label's; both ``[B]``, the second bool."""
     loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=recipe.label_smoothing)
-    return loss, (logits.argmax(dim=1) == labels) * 100
+    return loss, logits.argmax(dim=1) == labels

@@ -3,17 +3,16 @@
 :func:`profile` trains a few steps under torch.profiler. On a GPU a kernel's time goes to the line that its name
 tells, because kernels replayed from a CUDA graph belong to no operator. On a CPU an operator's own time goes to
 the line that its name tells, or, where that tells none, to the line of whatever called it. Time in which nothing
-ran is the line ``gaps``. The profiler's own cost is in the step, so that a step is a little longer here than in
-training; where the host has to launch every kernel, that shows as gaps.
+ran is the line ``idle``. The profiler's own cost is in the step, so that a step is a little longer here than in
+training; where the host has to launch every kernel, that shows as idle time.
 
-The lines sum to the step. Gaps are the wall time less the union of the intervals in which a kernel ran. Kernels that
-overlap last longer together than that union, so all other lines are the kernels' durations times one factor, the
+The lines sum to the step. Idle time is the wall time less the union of the intervals in which a kernel ran. Kernels
+that overlap last longer together than that union, so all other lines are the kernels' durations times one factor, the
 length of the union over the sum of the durations: 1 where nothing overlaps.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -21,7 +20,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,12 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
 from cifar_fast.augment import Draws
-from cifar_fast.backends import Eager, on
+from cifar_fast.backends import Backend, device_guard
+from cifar_fast.environment import environment
 from cifar_fast.errors import InputError
-from cifar_fast.files import replacing
+from cifar_fast.files import atomic_write, writing
+from cifar_fast.plan import short_name
 from cifar_fast.progress import Log
-from cifar_fast.results import environment
 
 UNTRACED = 2  # steps before the trace, for what only the first ones do
 
@@ -47,14 +47,14 @@ CONV_FORWARD = "convolutions forward"
 CONV_DATA = "convolutions data gradient"
 CONV_WEIGHT = "convolutions weight gradient"
 CONV_BACKWARD = "convolutions backward"  # on a CPU one operator gives both gradients
-CONV_UNSAID = "convolutions, which pass the name does not say"  # Winograd and FFT serve several
+CONV_UNKNOWN_PASS = "convolutions, unknown pass"  # Winograd and FFT serve several
 LAYOUT = "layout changes"
 OPTIMISER = "optimiser"
 OTHER = "other"
-GAPS = "gaps"
+IDLE = "idle"
 LINES = (
-    *(CONV_FORWARD, CONV_DATA, CONV_WEIGHT, CONV_BACKWARD, CONV_UNSAID, LAYOUT),
-    *(AUGMENT, NORM_FORWARD, NORM_BACKWARD, OPTIMISER, OTHER, GAPS),
+    *(CONV_FORWARD, CONV_DATA, CONV_WEIGHT, CONV_BACKWARD, CONV_UNKNOWN_PASS, LAYOUT),
+    *(AUGMENT, NORM_FORWARD, NORM_BACKWARD, OPTIMISER, OTHER, IDLE),
 )
 
 KERNELS = (  # the first pattern found in a kernel's name decides
@@ -66,7 +66,7 @@ KERNELS = (  # the first pattern found in a kernel's name decides
     (CONV_WEIGHT, r"[wW]grad|scudnn_\w*stridedB_splitK"),
     (CONV_DATA, r"[dD]grad|scudnn_\w*stridedB"),
     (LAYOUT, r"(nchw|nhwc|Nhwc)To[A-Z]|nhwcAddPadding"),
-    (CONV_UNSAID, r"winograd|fft2d|gcgemm|flip_filter|im2col|cask\w*::compute|cudnn\w*::reduction"),
+    (CONV_UNKNOWN_PASS, r"winograd|fft2d|gcgemm|flip_filter|im2col|cask\w*::compute|cudnn\w*::reduction"),
     (CONV_FORWARD, r"[fF]prop|convFwd|convolve|conv2d|scudnn"),
 )
 OPERATORS = (
@@ -81,7 +81,9 @@ OPERATORS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line: milliseconds and launches (on a CPU: operators called from outside the line) a step, and the share of the step, 0 to 1."""
+    """One line: milliseconds and launches (on a CPU: operators called from outside the line) a step, and the share of
+    the step, 0 to 1.
+    """
 
     line: str
     milliseconds: float
@@ -91,7 +93,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What ``profile.json`` holds. ``step_milliseconds``: wall time of a step, which the rows sum to; ``steps``: how many were traced."""
+    """What ``profile.json`` holds. ``step_milliseconds``: wall time of a step, which the rows sum to; ``steps``: how
+    many were traced.
+    """
 
     environment: dict[str, Any]
     backend: str
@@ -105,7 +109,8 @@ class Table:
         rows = [*self.rows, Row("step", self.step_milliseconds, 1.0, sum(row.launches for row in self.rows))]
         return "\n".join(
             [
-                f"{self.steps} steps of {self.batch_size} pictures, {self.backend}, {self.dtype}, {self.environment['device_name']}",
+                f"{self.steps} steps of {self.batch_size} images, {self.backend}, {self.dtype}, "
+                f"{self.environment['device_name']}",
                 f"{'':46} {'ms/step':>9} {'share':>8} {'launches':>9}",
                 *(f"{row.line:46} {row.milliseconds:9.3f} {row.share:8.1%} {row.launches:9.1f}" for row in rows),
             ]
@@ -122,25 +127,25 @@ def classify_operator(name: str) -> str:
     return next((line for line, pattern in OPERATORS if re.search(pattern, name)), OTHER)
 
 
-def profile(backend: Eager, draws: Draws, directory: str | Path, steps: int = 5, log: Log = print) -> Table:
-    """Trace ``steps`` training steps of ``backend``, which is prepared, and leave it that much further trained.
+def profile(backend: Backend, draws: Draws, directory: str | Path, steps: int = 5, log: Log = print) -> Table:
+    """Trace ``steps`` training steps of ``backend``, which was reset, and leave it that much further trained.
 
     Writes ``trace.json``, for https://ui.perfetto.dev or chrome://tracing, and ``profile.json``, the table, to
     ``directory``, replacing those there; ``log`` gets the table's lines. ``draws`` are an epoch's, on the
-    backend's device; an epoch with too few steps starts again.
+    backend's device; where an epoch has too few steps the next one follows on the same draws.
 
     Raises:
         InputError: the directory cannot be written to, or the profiler sees nothing of the GPU.
     """
     directory = Path(directory).expanduser()
-    with _written(directory):
+    with writing(f"--output {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()  # shows before the work whether files can be made
 
     cuda = backend.device.type == "cuda"
     finish = torch.cuda.synchronize if cuda else lambda: None
-    training = itertools.chain.from_iterable(backend.train_epoch(0, draws) for _ in range(UNTRACED + steps))
-    with on(backend.device):
+    training = itertools.chain.from_iterable(backend.train_epoch(draws) for _ in range(UNTRACED + steps))
+    with device_guard(backend.device):
         for _ in itertools.islice(training, UNTRACED):
             pass
         finish()
@@ -154,16 +159,16 @@ def profile(backend: Eager, draws: Draws, directory: str | Path, steps: int = 5,
     table = Table(
         environment=environment(backend.device),
         backend=backend.name,
-        dtype=str(backend.dtype).removeprefix("torch."),
+        dtype=short_name(backend.dtype),
         batch_size=backend.recipe.batch_size,
         steps=steps,
         step_milliseconds=wall / steps / 1000,
-        rows=_rows(*(_kernel_work if cuda else _operator_work)(trace.events()), wall, steps),
+        rows=table_rows(*(kernel_work if cuda else operator_work)(trace.events()), wall, steps),
     )
-    with _written(directory):
-        with replacing(directory / "trace.json") as draft:
+    with writing(f"--output {directory}"):
+        with atomic_write(directory / "trace.json") as draft:
             trace.export_chrome_trace(str(draft))
-        with replacing(directory / "profile.json") as draft:
+        with atomic_write(directory / "profile.json") as draft:
             draft.write_text(json.dumps(dataclasses.asdict(table), indent=2) + "\n")
     for line in str(table).splitlines():
         log(line)
@@ -173,17 +178,19 @@ def profile(backend: Eager, draws: Draws, directory: str | Path, steps: int = 5,
 Work = list[tuple[str, float, bool]]  # line, microseconds, whether it counts as a launch
 
 
-def _kernel_work(events: Iterable[FunctionEvent]) -> tuple[Work, float]:
+def kernel_work(events: Iterable[FunctionEvent]) -> tuple[Work, float]:
     """What ran on the GPU, and the microseconds in which anything did."""
     # an annotation spans the kernels that ran in it, which are there themselves
     kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     if not kernels:
-        raise InputError("the profiler saw no kernel on the GPU; it needs CUPTI, and permission to use the GPU's counters")
+        raise InputError(
+            "the profiler saw no kernel on the GPU; it needs CUPTI, and permission to use the GPU's counters"
+        )
     work = [(classify_kernel(event.name), event.time_range.elapsed_us(), True) for event in kernels]
     return work, covered((event.time_range.start, event.time_range.end) for event in kernels)
 
 
-def _operator_work(events: Iterable[FunctionEvent]) -> tuple[Work, float]:
+def operator_work(events: Iterable[FunctionEvent]) -> tuple[Work, float]:
     """What ran on the CPU, each operator without those it called, and the sum of its microseconds."""
     work = []
     for event in events:
@@ -207,20 +214,16 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
     return length
 
 
-def _rows(work: Work, busy: float, wall: float, steps: int) -> list[Row]:
-    """The lines that occurred, and the gaps, from microseconds of ``steps`` steps."""
-    busy = min(busy, wall)  # two clocks: where there are no gaps, they may differ by a little
-    times, launches = Counter({GAPS: wall - busy}), Counter()
+def table_rows(work: Work, busy: float, wall: float, steps: int) -> list[Row]:
+    """The lines that occurred, and the idle time, from microseconds of ``steps`` steps."""
+    busy = min(busy, wall)  # two clocks: where nothing is idle, they may differ by a little
+    times, launches = Counter({IDLE: wall - busy}), Counter()
     factor = busy / (sum(microseconds for _, microseconds, _ in work) or 1)
     for line, microseconds, launch in work:
         times[line] += microseconds * factor
         launches[line] += launch
-    return [Row(line, times[line] / steps / 1000, times[line] / wall, launches[line] / steps) for line in LINES if line in times]
-
-
-@contextlib.contextmanager
-def _written(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"--profile {directory}: cannot be written to ({error.strerror or error}); choose another folder") from None
+    return [
+        Row(line, times[line] / steps / 1000, times[line] / wall, launches[line] / steps)
+        for line in LINES
+        if line in times
+    ]

@@ -15,11 +15,38 @@ import numpy as np
 from cifar_fast.errors import InputError
 
 IMAGE_SIZE = 32
-"""Height and width of a picture, in pixels."""
+"""Height and width of an image, in pixels."""
+
+IMAGE_CHANNELS = 3
 
 
 def _constant(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Block:
+    """A convolution block: convolution 3x3, (max-pool 2x2,) batch norm, CELU.
+
+    ``index`` counts from 1; ``c_in`` and ``c_out`` are the convolution's channels, ``size`` the height and width of
+    its input and output; ``pool`` is 2 where the max-pool follows, else 1.
+    """
+
+    index: int
+    c_in: int
+    c_out: int
+    size: int
+    pool: int
+
+    @property
+    def out_size(self) -> int:
+        """Height and width of the block's output."""
+        return self.size // self.pool
+
+    @property
+    def name(self) -> str:
+        """The shape of what is pooled and normalised, such as "128x32x32, pool"."""
+        return f"{self.c_out}x{self.size}x{self.size}{', pool' if self.pool == 2 else ''}"
 
 
 @dataclass(frozen=True)
@@ -30,8 +57,8 @@ class Recipe:
     is the flag's. A value that makes no sense raises :class:`InputError`.
     """
 
-    epochs: int = _constant(24, "passes over the training pictures")
-    batch_size: int = _constant(512, "pictures a step; those left over at an epoch's end are dropped")
+    epochs: int = _constant(24, "passes over the training images")
+    batch_size: int = _constant(512, "images per step; those left over at an epoch's end are dropped")
     widths: tuple[int, ...] = _constant(
         (64, 128, 128, 128, 256, 512, 512, 512),
         "output channels of each 3x3 convolution; where they double, a 2x2 max-pool follows",
@@ -42,17 +69,23 @@ class Recipe:
     momentum: float = _constant(0.9, "Nesterov momentum")
     weight_decay: float = _constant(
         5e-4,
-        "weight decay on every parameter, for a loss averaged over the batch; the optimiser gets it times the batch size",
+        "weight decay on every parameter, for a loss averaged over the batch; the optimiser gets it times "
+        "the batch size",
     )
     lr_knots: tuple[float, ...] = _constant(
-        (0.0, 1.0, 5.0), "times at which the learning rate is given, linear between them, in a unit of which the last knot is the whole run"
+        (0.0, 1.0, 5.0),
+        "times at which the learning rate is given, linear between them, in a unit of which the last knot is "
+        "the whole run",
     )
     lr_values: tuple[float, ...] = _constant(
         (0.1, 0.6, 0.0),
-        "learning rates at the knots, for a loss averaged over the batch; the optimiser gets them divided by the batch size",
+        "learning rates at the knots, for a loss averaged over the batch; the optimiser gets them divided by "
+        "the batch size",
     )
-    crop_padding: int = _constant(4, "reflection padding in pixels; a crop starts at 0 to this, short of the far side; 0: no crop")
-    flip: bool = _constant(True, "mirror half of the pictures left to right")
+    crop_padding: int = _constant(
+        4, "reflection padding in pixels; a crop starts at 0 to this, short of the far side; 0: no crop"
+    )
+    flip: bool = _constant(True, "mirror half of the images left to right")
     cutout_size: int = _constant(8, "side in pixels of the square set to the mean colour; 0: none")
 
     def __post_init__(self) -> None:
@@ -69,7 +102,11 @@ class Recipe:
         need(self.epochs >= 1, "epochs", "be at least 1")
         need(self.batch_size >= 1, "batch_size", "be at least 1")
         need(len(self.widths) >= 1 and min(self.widths) >= 1, "widths", "be one or more positive numbers")
-        need(self.final_size >= 1, "widths", f"double at most {IMAGE_SIZE.bit_length() - 1} times, from the 3 input channels on")
+        need(
+            self.final_size >= 1,
+            "widths",
+            f"double at most {IMAGE_SIZE.bit_length() - 1} times, from the 3 input channels on",
+        )
         need(self.celu_alpha > 0, "celu_alpha", "be above 0")
         need(self.output_scale > 0, "output_scale", "be above 0")
         need(0 <= self.label_smoothing <= 1, "label_smoothing", "lie in 0 to 1")
@@ -83,15 +120,20 @@ class Recipe:
         need(0 <= self.crop_padding < IMAGE_SIZE, "crop_padding", f"lie in 0 to {IMAGE_SIZE - 1}")
         need(0 <= self.cutout_size <= IMAGE_SIZE, "cutout_size", f"lie in 0 to {IMAGE_SIZE}")
 
-    @property
-    def pools(self) -> tuple[bool, ...]:
-        """For each convolution, whether a 2x2 max-pool follows it: where its channels double."""
-        return tuple(out == 2 * into for into, out in zip((3, *self.widths), self.widths))
+    def blocks(self) -> tuple[Block, ...]:
+        """The convolution blocks in order; a max-pool follows the convolutions that double the channels."""
+        blocks: list[Block] = []
+        c_in, size = IMAGE_CHANNELS, IMAGE_SIZE
+        for index, c_out in enumerate(self.widths, 1):
+            block = Block(index, c_in, c_out, size, pool=2 if c_out == 2 * c_in else 1)
+            blocks.append(block)
+            c_in, size = c_out, block.out_size
+        return tuple(blocks)
 
     @property
     def final_size(self) -> int:
         """Height and width in pixels of the last feature map, which the head pools to one pixel."""
-        return IMAGE_SIZE >> sum(self.pools)
+        return self.blocks()[-1].out_size
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The optimiser's learning rate at ``step``, counted from 1, so that the last step's is the last value's."""

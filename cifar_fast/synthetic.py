@@ -47,7 +47,9 @@ def textures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     def integers(low: int, high: int, *shape: int) -> np.ndarray:
         """Uniform on ``low`` to ``high - 1``, ready to be combined with ``[count, row, column, channel]``."""
-        return random.randint(low, high, (count, *shape), dtype=np.int16).reshape(count, *shape, *[1] * (3 - len(shape)))
+        return random.randint(low, high, (count, *shape), dtype=np.int16).reshape(
+            count, *shape, *[1] * (3 - len(shape))
+        )
 
     labels = np.arange(count, dtype=np.int64) % len(PATTERNS)
     random.shuffle(labels)

@@ -1,6 +1,6 @@
-"""Hand-written Triton kernels for the two operations that the project exists to fuse, one file an operator."""
+"""Hand-written Triton kernels for the two operations that the project exists to fuse, one file per operator."""
 
-from kernels.augment import augment, normalization_table
-from kernels.batch_norm_celu import BatchNormCELU2d, batch_norm_celu
+from .augment import augment, normalization_table
+from .batch_norm_celu import BatchNormCELU2d, batch_norm_celu
 
 __all__ = ["BatchNormCELU2d", "augment", "batch_norm_celu", "normalization_table"]

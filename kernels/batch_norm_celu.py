@@ -6,13 +6,13 @@
         alpha * (exp(z / alpha) - 1)     elsewhere
 
 In training, mean and var are those of p over all but the channels (var biased); else the running
-ones. With q = dy * y'(z), x^ the normalised p and m the number of values a channel, the gradients are
+ones. With q = dy * y'(z), x^ the normalised p and m the number of values per channel, the gradients are
 
     dbias = sum q      dweight = sum q x^      dp = (q - dbias / m - x^ dweight / m) * weight / sqrt(var + eps)
 
 and dx is dp where a window has its maximum (the first, should it have several), 0 elsewhere.
 
-Reductions are two steps: programs reduce a stretch of rows each, and one more kernel merges their
+Reductions are two steps: the rows are split, a program reduces each split, and one more kernel merges their
 partial results, in an order that depends on the shapes alone. Statistics are merged as (count, mean,
 sum of squared deviations) by Chan, Golub and LeVeque's formula (1979), and taken of p less its first
 value in the channel, so that a mean far above the deviation costs no accuracy. There are no atomics:
@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import nn
 
-from kernels.launch import Launch, check_device, parameters, run
+from .launch import Launch, empty_channels_last, operator, parameters, require, require_tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -44,9 +44,9 @@ def batch_norm_celu_reference(
     running_var: torch.Tensor,
     *,
     training: bool,
+    alpha: float,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    alpha: float = 0.075,
     pool: int = 1,
 ) -> torch.Tensor:
     """The operator in plain torch; also updates the running statistics in training."""
@@ -72,7 +72,9 @@ def _tile(row_block, channel_block, rows, C: tl.constexpr, BLOCK_R: tl.constexpr
 
 
 @triton.jit
-def _load_pooled(x, row, channel, exists, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr):
+def _load_pooled(
+    x, row, channel, exists, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr
+):
     """The tile's pooled values, and which of each window's pixels, in rows, is the maximum."""
     if POOL == 1:
         value = tl.load(x + row.to(tl.int64) * C + channel, mask=exists, other=0.0).to(ACC)
@@ -107,70 +109,70 @@ def statistics_kernel(
     x,  # [N, H, W, C]
     pooled,  # [rows, C], written where POOL is 2
     argmax,  # uint8 [rows, C], written where POOL is 2
-    means,  # [stretches, C], of each stretch, less the channel's first value
-    squares,  # [stretches, C], the sum of squared deviations from it
+    means,  # [num_splits, C], of each split, less the channel's first value
+    squares,  # [num_splits, C], the sum of squared deviations from it
     firsts,  # [C], the channels' first values
     rows,  # N * (H // POOL) * (W // POOL)
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
     POOL: tl.constexpr,
-    BLOCKS: tl.constexpr,  # of rows a stretch
+    BLOCKS_PER_SPLIT: tl.constexpr,  # blocks of rows that one program reduces
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    stretch = tl.program_id(0)
+    split = tl.program_id(0)
     first_row, first_channel, first_exists = _tile(0, tl.program_id(1), 1, C, 1, BLOCK_C)
     first, _ = _load_pooled(x, first_row, first_channel, first_exists, H, W, C, POOL, ACC)
     mean = tl.zeros([BLOCK_R, BLOCK_C], ACC)
     square = tl.zeros([BLOCK_R, BLOCK_C], ACC)
-    met = tl.zeros([1, 1], ACC)
+    seen = tl.zeros([1, 1], ACC)
     # Each element of the tile keeps statistics of its own (Welford, 1962), so that nothing crosses threads in the loop.
-    for k in range(BLOCKS):
-        row, channel, exists = _tile(stretch * BLOCKS + k, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
+    for k in range(BLOCKS_PER_SPLIT):
+        row, channel, exists = _tile(split * BLOCKS_PER_SPLIT + k, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
         value, which = _load_pooled(x, row, channel, exists, H, W, C, POOL, ACC)
         if POOL == 2:
             offset = row.to(tl.int64) * C + channel
             tl.store(pooled + offset, value.to(pooled.dtype.element_ty), mask=exists)
             tl.store(argmax + offset, which, mask=exists)
         difference = value - first - mean
-        met += 1.0
-        step = difference / met
+        seen += 1.0
+        step = difference / seen
         mean = tl.where(exists, mean + step, mean)
         square = tl.where(exists, square + difference * (difference - step), square)
 
-    start = stretch * BLOCKS * BLOCK_R
+    start = split * BLOCKS_PER_SPLIT * BLOCK_R
     lane = tl.arange(0, BLOCK_R)[:, None]
-    here = tl.minimum(rows - start, BLOCKS * BLOCK_R)
-    count = (here - lane + BLOCK_R - 1) // BLOCK_R  # rows that each lane has met
+    here = tl.minimum(rows - start, BLOCKS_PER_SPLIT * BLOCK_R)
+    count = (here - lane + BLOCK_R - 1) // BLOCK_R  # rows that each lane has seen
     total = tl.sum(count * mean, axis=0) / here
     total += tl.sum(count * (mean - total[None, :]), axis=0) / here  # what rounding left
     square = tl.sum(square + count * (mean - total[None, :]) * (mean - total[None, :]), axis=0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tl.store(means + stretch * C + channel, total, mask=channel < C)
-    tl.store(squares + stretch * C + channel, square, mask=channel < C)
-    if stretch == 0:
+    tl.store(means + split * C + channel, total, mask=channel < C)
+    tl.store(squares + split * C + channel, square, mask=channel < C)
+    if split == 0:
         tl.store(firsts + channel, tl.sum(first, axis=0), mask=channel < C)
 
 
 @triton.jit
 def merge_statistics_kernel(
-    means,  # [stretches, C]
-    squares,  # [stretches, C]
+    means,  # [num_splits, C]
+    squares,  # [num_splits, C]
     firsts,  # [C]
     statistics,  # [3, C], written: mean, var (biased), 1 / sqrt(var + eps)
     rows,
-    stretches,
-    rows_per_stretch,
+    num_splits,
+    rows_per_split,
     C: tl.constexpr,
-    BLOCK_P: tl.constexpr,  # at least the stretches
+    BLOCK_SPLITS: tl.constexpr,  # power of two >= num_splits
     BLOCK_C: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    stretch, channel, exists = _tile(0, tl.program_id(0), stretches, C, BLOCK_P, BLOCK_C)
-    offset = stretch * C + channel
-    count = tl.where(stretch < stretches, tl.minimum(rows - stretch * rows_per_stretch, rows_per_stretch), 0)
+    split, channel, exists = _tile(0, tl.program_id(0), num_splits, C, BLOCK_SPLITS, BLOCK_C)
+    offset = split * C + channel
+    count = tl.where(split < num_splits, tl.minimum(rows - split * rows_per_split, rows_per_split), 0)
     part = tl.load(means + offset, mask=exists, other=0.0).to(tl.float64)
     square = tl.load(squares + offset, mask=exists, other=0.0).to(tl.float64)
     total = tl.sum(count * part, axis=0) / rows
@@ -209,7 +211,9 @@ def apply_kernel(
 ):
     row, channel, exists = _tile(tl.program_id(0), tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
     value, _ = _load_pooled(x, row, channel, exists, H, W, C, POOL, ACC)
-    normalized = (value - _channel_values(statistics, channel, C, ACC)) * _channel_values(statistics + 2 * C, channel, C, ACC)
+    normalized = (value - _channel_values(statistics, channel, C, ACC)) * _channel_values(
+        statistics + 2 * C, channel, C, ACC
+    )
     z = normalized * _channel_values(weight, channel, C, ACC) + _channel_values(bias, channel, C, ACC)
     # Not z > 0, so that NaN takes the branch that keeps it.
     celu = tl.where(z <= 0, ALPHA * _expm1(tl.minimum(z, 0.0) / ALPHA, TERMS), z)
@@ -217,7 +221,9 @@ def apply_kernel(
 
 
 @triton.jit
-def _gradient_of_norm(dy, x, statistics, weight, bias, row, channel, exists, ALPHA: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
+def _gradient_of_norm(
+    dy, x, statistics, weight, bias, row, channel, exists, ALPHA: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr
+):
     """q = dy * y'(z), the normalised values, and 1 / sqrt(var + eps), for a tile."""
     offset = row.to(tl.int64) * C + channel
     gradient = tl.load(dy + offset, mask=exists, other=0.0).to(ACC)
@@ -236,43 +242,43 @@ def backward_sums_kernel(
     statistics,  # [3, C]: mean, var, 1 / sqrt(var + eps)
     weight,  # [C]
     bias,  # [C]
-    sums,  # [2, stretches, C]: of q and of q x^ over each stretch
+    sums,  # [2, num_splits, C]: of q and of q x^ over each split
     rows,
-    stretches,
+    num_splits,
     C: tl.constexpr,
-    BLOCKS: tl.constexpr,  # of rows a stretch
+    BLOCKS_PER_SPLIT: tl.constexpr,  # blocks of rows that one program reduces
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALPHA: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    stretch = tl.program_id(0)
+    split = tl.program_id(0)
     of_q = tl.zeros([BLOCK_R, BLOCK_C], ACC)
     of_qx = tl.zeros([BLOCK_R, BLOCK_C], ACC)
-    for k in range(BLOCKS):
-        row, channel, exists = _tile(stretch * BLOCKS + k, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
+    for k in range(BLOCKS_PER_SPLIT):
+        row, channel, exists = _tile(split * BLOCKS_PER_SPLIT + k, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
         q, normalized, _ = _gradient_of_norm(dy, x, statistics, weight, bias, row, channel, exists, ALPHA, C, ACC)
         of_q += q  # 0 where no element exists, as dy is loaded
         of_qx += q * normalized
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tl.store(sums + stretch * C + channel, tl.sum(of_q.to(tl.float64), axis=0), mask=channel < C)
-    tl.store(sums + (stretches + stretch) * C + channel, tl.sum(of_qx.to(tl.float64), axis=0), mask=channel < C)
+    tl.store(sums + split * C + channel, tl.sum(of_q.to(tl.float64), axis=0), mask=channel < C)
+    tl.store(sums + (num_splits + split) * C + channel, tl.sum(of_qx.to(tl.float64), axis=0), mask=channel < C)
 
 
 @triton.jit
 def merge_sums_kernel(
-    sums,  # [2, stretches, C]
+    sums,  # [2, num_splits, C]
     totals,  # [2, C]: the sums of q and of q x^
     dweight,  # [C]
     dbias,  # [C]
-    stretches,
+    num_splits,
     C: tl.constexpr,
-    BLOCK_P: tl.constexpr,  # at least the stretches
+    BLOCK_SPLITS: tl.constexpr,  # power of two >= num_splits
     BLOCK_C: tl.constexpr,
 ):
-    stretch, channel, exists = _tile(0, tl.program_id(0), stretches, C, BLOCK_P, BLOCK_C)
-    of_q = tl.sum(tl.load(sums + stretch * C + channel, mask=exists, other=0.0).to(tl.float64), axis=0)
-    of_qx = tl.sum(tl.load(sums + (stretches + stretch) * C + channel, mask=exists, other=0.0).to(tl.float64), axis=0)
+    split, channel, exists = _tile(0, tl.program_id(0), num_splits, C, BLOCK_SPLITS, BLOCK_C)
+    of_q = tl.sum(tl.load(sums + split * C + channel, mask=exists, other=0.0).to(tl.float64), axis=0)
+    of_qx = tl.sum(tl.load(sums + (num_splits + split) * C + channel, mask=exists, other=0.0).to(tl.float64), axis=0)
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     tl.store(totals + column, of_q, mask=column < C)
     tl.store(totals + C + column, of_qx, mask=column < C)
@@ -315,7 +321,9 @@ def backward_apply_kernel(
             row = (n * (H // 2) + top) * (W // 2) + left
     q, normalized, invstd = _gradient_of_norm(dy, x, statistics, weight, bias, row, channel, whole, ALPHA, C, ACC)
     if TRAINING:
-        q -= (_channel_values(totals, channel, C, ACC) + normalized * _channel_values(totals + C, channel, C, ACC)) / rows
+        q -= (
+            _channel_values(totals, channel, C, ACC) + normalized * _channel_values(totals + C, channel, C, ACC)
+        ) / rows
     gradient = (q * (_channel_values(weight, channel, C, ACC) * invstd)).to(dx.dtype.element_ty)
     if POOL == 1:
         tl.store(dx + row.to(tl.int64) * C + channel, gradient, mask=exists)
@@ -326,11 +334,15 @@ def backward_apply_kernel(
             inside = exists
             if H % 2 + W % 2 > 0:
                 inside = exists & (top * 2 + k // 2 < H) & (left * 2 + k % 2 < W)
-            tl.store(corner + ((k // 2) * W + k % 2) * C, tl.where(which == k, gradient, 0.0).to(dx.dtype.element_ty), mask=inside)
+            tl.store(
+                corner + ((k // 2) * W + k % 2) * C,
+                tl.where(which == k, gradient, 0.0).to(dx.dtype.element_ty),
+                mask=inside,
+            )
 
 
 class _Shape:
-    """What a planner needs to know of ``x`` before its pool: sizes, and block sizes from the checked-in table."""
+    """What a planner needs to know of ``x`` before its pool: sizes, and block sizes from the table."""
 
     def __init__(self, x: torch.Tensor, pool: int) -> None:
         n, self.channels, height, width = x.shape
@@ -349,187 +361,165 @@ class _Shape:
         return {"BLOCK_R": entry["rows"], "BLOCK_C": min(entry["channels"], self.power)}
 
     def cut(self, kernel: str) -> tuple[int, int]:
-        """How many stretches a reduction cuts the rows into, and how many blocks of rows each of them has."""
+        """How many splits a reduction cuts the rows into, and how many blocks of rows each of them has."""
         entry = self.table(kernel)
-        blocks = triton.cdiv(triton.cdiv(self.rows, entry["rows"]), entry["stretches"])
+        blocks = triton.cdiv(triton.cdiv(self.rows, entry["rows"]), entry["splits"])
         return triton.cdiv(self.rows, blocks * entry["rows"]), blocks
 
     def grid(self, first: int, tile: dict[str, int]) -> tuple[int, int]:
         return first, triton.cdiv(self.channels, tile["BLOCK_C"])
 
 
-def stretches(x: torch.Tensor, pool: int, kernel: str) -> int:
-    """How many partial results a channel the reduction ``kernel`` writes: "statistics" or "backward_sums"."""
-    return _Shape(x, pool).cut(kernel)[0]
-
-
-def plan_statistics(
-    x: torch.Tensor, pooled: torch.Tensor, argmax: torch.Tensor, partial: torch.Tensor, statistics: torch.Tensor, eps: float, pool: int
-) -> list[Launch]:
-    """Pool, and the ``statistics`` ``[3, C]``: mean, biased var, 1 / sqrt(var + eps). ``partial``: scratch ``[2 stretches + 1, C]``."""
-    shape = _Shape(x, pool)
-    count, blocks = shape.cut("statistics")
-    tile = shape.tile("statistics")
-    merge = shape.table("merge")
-    partials = dict(means=partial[:count], squares=partial[count : 2 * count], firsts=partial[2 * count])
-    return [
-        Launch(
-            statistics_kernel,
-            shape.grid(count, tile),
-            dict(x=x, pooled=pooled, argmax=argmax, **partials, rows=shape.rows),
-            shape.size | tile | {"BLOCKS": blocks, "ACC": shape.acc},
-            shape.table("statistics")["num_warps"],
-        ),
-        Launch(
-            merge_statistics_kernel,
-            (triton.cdiv(shape.channels, merge["channels"]),),
-            dict(
-                **partials,
-                statistics=statistics,
-                rows=shape.rows,
-                stretches=count,
-                rows_per_stretch=blocks * tile["BLOCK_R"],
-            ),
-            {"C": shape.channels, "BLOCK_P": triton.next_power_of_2(count), "BLOCK_C": merge["channels"], "EPS": eps},
-            merge["num_warps"],
-        ),
-    ]
-
-
-def plan_apply(x: torch.Tensor, y: torch.Tensor, channel_values: dict[str, torch.Tensor], alpha: float, pool: int) -> list[Launch]:
-    """Normalise and activate; with ``pool`` 2, pool on the way. ``channel_values``: statistics ``[3, C]``, weight and bias ``[C]``."""
-    shape = _Shape(x, pool)
-    kernel = "apply" if pool == 1 else "pool_apply"
-    tile = shape.tile(kernel)
-    constants = shape.size | tile | {"ALPHA": alpha, "TERMS": 13 if shape.double else 7, "ACC": shape.acc}
-    grid = shape.grid(triton.cdiv(shape.rows, tile["BLOCK_R"]), tile)
-    return [Launch(apply_kernel, grid, dict(x=x, y=y, **channel_values, rows=shape.rows), constants, shape.table(kernel)["num_warps"])]
-
-
-def plan_backward(
-    dy: torch.Tensor,
-    pooled: torch.Tensor,
-    argmax: torch.Tensor,
-    channel_values: dict[str, torch.Tensor],
-    partial: torch.Tensor,
-    totals: torch.Tensor,
-    dx: torch.Tensor,
-    dweight: torch.Tensor,
-    dbias: torch.Tensor,
-    training: bool,
-    alpha: float,
-    pool: int,
-) -> list[Launch]:
-    """Gradients of x, weight and bias. ``partial``: scratch ``[2, stretches, C]``; ``totals``: ``[2, C]``."""
-    shape = _Shape(dx, pool)
-    count, blocks = shape.cut("backward_sums")
-    tile, merge, last = shape.tile("backward_sums"), shape.table("merge"), shape.tile("backward_apply")
-    settings = {"ALPHA": alpha, "ACC": shape.acc}
-    return [
-        Launch(
-            backward_sums_kernel,
-            shape.grid(count, tile),
-            dict(dy=dy, x=pooled, **channel_values, sums=partial, rows=shape.rows, stretches=count),
-            {"C": shape.channels, "BLOCKS": blocks} | tile | settings,
-            shape.table("backward_sums")["num_warps"],
-        ),
-        Launch(
-            merge_sums_kernel,
-            (triton.cdiv(shape.channels, merge["channels"]),),
-            dict(sums=partial, totals=totals, dweight=dweight, dbias=dbias, stretches=count),
-            {"C": shape.channels, "BLOCK_P": triton.next_power_of_2(count), "BLOCK_C": merge["channels"]},
-            merge["num_warps"],
-        ),
-        Launch(
-            backward_apply_kernel,
-            shape.grid(triton.cdiv(shape.windows, last["BLOCK_R"]), last),
-            dict(dy=dy, x=pooled, argmax=argmax, **channel_values, totals=totals, dx=dx, rows=shape.rows, windows=shape.windows),
-            shape.size | {"TRAINING": training} | last | settings,
-            shape.table("backward_apply")["num_warps"],
-        ),
-    ]
-
-
-def _outputs(x: torch.Tensor, pool: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, pooled, argmax, statistics, uninitialised. NHWC strides, even where a size of 1 leaves them open."""
-    n, channels, height, width = x.shape
-    nhwc = (n, height // pool, width // pool, channels)
-    kept = nhwc if pool == 2 else (0, 0, 0, 0)
-    y, pooled, argmax = (
-        torch.empty(size, dtype=dtype, device=x.device).permute(0, 3, 1, 2)
-        for size, dtype in ((nhwc, x.dtype), (kept, x.dtype), (kept, torch.uint8))
-    )
-    return y, pooled, argmax, torch.empty(3, channels, dtype=_acc(x), device=x.device)
-
-
-def _acc(x: torch.Tensor) -> torch.dtype:
+def _accumulator(x: torch.Tensor) -> torch.dtype:
     """The type to compute in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _running_statistics(x: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, eps: float) -> torch.Tensor:
-    """The statistics ``[3, C]`` of evaluation."""
-    mean, var = running_mean.double(), running_var.double()
-    return torch.stack((mean, var, (var + eps).rsqrt())).to(_acc(x))
+def _plan_statistics(
+    shape: _Shape,
+    x: torch.Tensor,
+    pooled: torch.Tensor | None,
+    argmax: torch.Tensor | None,
+    statistics: torch.Tensor,
+    eps: float,
+) -> list[Launch]:
+    """Pool into ``pooled`` and ``argmax`` where they are given; fill ``statistics`` ``[3, C]``: mean, biased var, 1 /
+    sqrt(var + eps).
+    """
+    num_splits, blocks = shape.cut("statistics")
+    tile, merge = shape.tile("statistics"), shape.table("merge")
+    partial = statistics.new_empty(2 * num_splits + 1, shape.channels)
+    partials = dict(
+        means=partial[:num_splits], squares=partial[num_splits : 2 * num_splits], firsts=partial[2 * num_splits]
+    )
+    return [
+        Launch(
+            statistics_kernel,
+            grid=shape.grid(num_splits, tile),
+            reads=dict(x=x),
+            writes=dict(pooled=pooled, argmax=argmax, **partials),
+            scalars=dict(rows=shape.rows),
+            constants=shape.size | tile | {"BLOCKS_PER_SPLIT": blocks, "ACC": shape.acc},
+            num_warps=shape.table("statistics")["num_warps"],
+        ),
+        Launch(
+            merge_statistics_kernel,
+            grid=(triton.cdiv(shape.channels, merge["channels"]),),
+            reads=partials,
+            writes=dict(statistics=statistics),
+            scalars=dict(rows=shape.rows, num_splits=num_splits, rows_per_split=blocks * tile["BLOCK_R"]),
+            constants={
+                "C": shape.channels,
+                "BLOCK_SPLITS": triton.next_power_of_2(num_splits),
+                "BLOCK_C": merge["channels"],
+                "EPS": eps,
+            },
+            num_warps=merge["num_warps"],
+        ),
+    ]
 
 
-STRIDES = (torch.Tag.needs_exact_strides,)
+def _plan_apply(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    statistics: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    alpha: float,
+    pool: int,
+) -> list[Launch]:
+    """Normalize and activate ``x``, pooled on the way where ``pool`` is 2, into ``y``."""
+    shape = _Shape(x, pool)
+    kernel = "apply" if pool == 1 else "pool_apply"
+    tile = shape.tile(kernel)
+    return [
+        Launch(
+            apply_kernel,
+            grid=shape.grid(triton.cdiv(shape.rows, tile["BLOCK_R"]), tile),
+            reads=dict(x=x, statistics=statistics, weight=weight, bias=bias),
+            writes=dict(y=y),
+            scalars=dict(rows=shape.rows),
+            constants=shape.size | tile | {"ALPHA": alpha, "TERMS": 13 if shape.double else 7, "ACC": shape.acc},
+            num_warps=shape.table(kernel)["num_warps"],
+            touched=dict(statistics=2 * shape.channels),  # not the variance itself
+        )
+    ]
 
 
-@torch.library.custom_op("cifar_fast::batch_norm_celu", mutates_args=(), tags=STRIDES)
-def _forward(
+def forward_outputs(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    training: bool,
+    given: torch.Tensor | None,
     eps: float,
     alpha: float,
     pool: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, the pooled tensor and its argmax (empty where pool is 1), and the statistics ``[3, C]`` that were used."""
-    y, pooled, argmax, statistics = _outputs(x, pool)
-    partial = statistics.new_empty(2 * stretches(x, pool, "statistics") + 1, x.shape[1])
-    launches = plan_statistics(x, pooled, argmax, partial, statistics, eps, pool)
-    if not training:
-        statistics = _running_statistics(x, running_mean, running_var, eps)
-        launches = launches[: pool - 1]  # the first one pools
-    launches += plan_apply(x if pool == 1 else pooled, y, dict(statistics=statistics, weight=weight, bias=bias), alpha, 1)
-    run(launches, x.device)
-    return y, pooled, argmax, statistics
+    """y, the pooled tensor and its argmax (empty where pool is 1), and the batch's statistics ``[3, C]`` (empty where
+    ``given``).
+    """
+    n, channels, height, width = x.shape
+    size = n, channels, height // pool, width // pool
+    kept = size if pool == 2 else (0, 0, 0, 0)
+    y = empty_channels_last(*size, x.dtype, x.device)
+    pooled, argmax = (empty_channels_last(*kept, dtype, x.device) for dtype in (x.dtype, torch.uint8))
+    return y, pooled, argmax, torch.empty(3 if given is None else 0, channels, dtype=_accumulator(x), device=x.device)
 
 
-@_forward.register_fake
-def _(x, weight, bias, running_mean, running_var, training, eps, alpha, pool):
-    return _outputs(x, pool)
-
-
-@torch.library.custom_op("cifar_fast::batch_norm_celu_inference", mutates_args=(), tags=STRIDES)
-def _inference(
+def plan_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    running_mean: torch.Tensor,
-    running_var: torch.Tensor,
+    given: torch.Tensor | None,
     eps: float,
     alpha: float,
     pool: int,
+    y: torch.Tensor,
+    pooled: torch.Tensor,
+    argmax: torch.Tensor,
+    statistics: torch.Tensor,
+) -> list[Launch]:
+    """Forward with what backward needs kept. ``given``: statistics ``[3, C]`` to use in place of the batch's."""
+    shape = _Shape(x, pool)
+    if given is None:
+        launches = _plan_statistics(shape, x, *((pooled, argmax) if pool == 2 else (None, None)), statistics, eps)
+    elif pool == 2:
+        # Evaluation needs no statistics; keep the first launch, which also writes pooled and argmax.
+        launches = _plan_statistics(shape, x, pooled, argmax, torch.empty_like(given), eps)[:1]
+    else:
+        launches = []
+    used = statistics if given is None else given
+    return launches + _plan_apply(x if pool == 1 else pooled, y, used, weight, bias, alpha, 1)
+
+
+forward_op = operator("batch_norm_celu", forward_outputs, plan_forward)
+
+
+def inference_outputs(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, statistics: torch.Tensor, alpha: float, pool: int
 ) -> torch.Tensor:
-    """y by the running statistics, in one pass."""
-    y = _outputs(x, pool)[0]
-    statistics = _running_statistics(x, running_mean, running_var, eps)
-    run(plan_apply(x, y, dict(statistics=statistics, weight=weight, bias=bias), alpha, pool), x.device)
-    return y
+    """y."""
+    n, channels, height, width = x.shape
+    return empty_channels_last(n, channels, height // pool, width // pool, x.dtype, x.device)
 
 
-@_inference.register_fake
-def _(x, weight, bias, running_mean, running_var, eps, alpha, pool):
-    return _outputs(x, pool)[0]
+def plan_inference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    statistics: torch.Tensor,
+    alpha: float,
+    pool: int,
+    y: torch.Tensor,
+) -> list[Launch]:
+    """y by the ``statistics`` ``[3, C]``, in one pass."""
+    return _plan_apply(x, y, statistics, weight, bias, alpha, pool)
 
 
-@torch.library.custom_op("cifar_fast::batch_norm_celu_backward", mutates_args=(), tags=STRIDES)
-def _backward(
+inference_op = operator("batch_norm_celu_inference", inference_outputs, plan_inference)
+
+
+def backward_outputs(
     dy: torch.Tensor,
     pooled: torch.Tensor,
     argmax: torch.Tensor,
@@ -542,45 +532,98 @@ def _backward(
     alpha: float,
     pool: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of x, weight and bias."""
+    """The gradients of x ``[N, C, height, width]``, weight and bias."""
+    n, channels = pooled.shape[:2]
+    dx = empty_channels_last(n, channels, height, width, pooled.dtype, pooled.device)
+    return dx, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def plan_backward(
+    dy: torch.Tensor,
+    pooled: torch.Tensor,
+    argmax: torch.Tensor,
+    statistics: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    height: int,
+    width: int,
+    training: bool,
+    alpha: float,
+    pool: int,
+    dx: torch.Tensor,
+    dweight: torch.Tensor,
+    dbias: torch.Tensor,
+) -> list[Launch]:
+    """Gradients of x, weight and bias. ``pooled`` is x where pool is 1; ``statistics`` are those that forward used."""
     dy = dy.contiguous(memory_format=torch.channels_last)  # it may arrive as NCHW, or expanded
-    n, channels = pooled.shape[:2]
-    dx = pooled.new_empty(n, height, width, channels).permute(0, 3, 1, 2)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    totals = statistics.new_empty(2, channels)
-    partial = statistics.new_empty(2, stretches(dx, pool, "backward_sums"), channels)
-    values = dict(statistics=statistics, weight=weight, bias=bias)
-    run(plan_backward(dy, pooled, argmax, values, partial, totals, dx, dweight, dbias, training, alpha, pool), dy.device)
-    return dx, dweight, dbias
+    shape = _Shape(dx, pool)
+    num_splits, blocks = shape.cut("backward_sums")
+    tile, merge, last = shape.tile("backward_sums"), shape.table("merge"), shape.tile("backward_apply")
+    sums = statistics.new_empty(2, num_splits, shape.channels)
+    totals = statistics.new_empty(2, shape.channels)
+    reads = dict(dy=dy, x=pooled, statistics=statistics, weight=weight, bias=bias)
+    touched = dict(statistics=2 * shape.channels)
+    return [
+        Launch(
+            backward_sums_kernel,
+            grid=shape.grid(num_splits, tile),
+            reads=reads,
+            writes=dict(sums=sums),
+            scalars=dict(rows=shape.rows, num_splits=num_splits),
+            constants={"C": shape.channels, "BLOCKS_PER_SPLIT": blocks, "ALPHA": alpha, "ACC": shape.acc} | tile,
+            num_warps=shape.table("backward_sums")["num_warps"],
+            touched=touched,
+        ),
+        Launch(
+            merge_sums_kernel,
+            grid=(triton.cdiv(shape.channels, merge["channels"]),),
+            reads=dict(sums=sums),
+            writes=dict(totals=totals, dweight=dweight, dbias=dbias),
+            scalars=dict(num_splits=num_splits),
+            constants={
+                "C": shape.channels,
+                "BLOCK_SPLITS": triton.next_power_of_2(num_splits),
+                "BLOCK_C": merge["channels"],
+            },
+            num_warps=merge["num_warps"],
+        ),
+        Launch(
+            backward_apply_kernel,
+            grid=shape.grid(triton.cdiv(shape.windows, last["BLOCK_R"]), last),
+            reads=reads | dict(argmax=argmax if pool == 2 else None, totals=totals if training else None),
+            writes=dict(dx=dx),
+            scalars=dict(rows=shape.rows, windows=shape.windows),
+            constants=shape.size | last | {"TRAINING": training, "ALPHA": alpha, "ACC": shape.acc},
+            num_warps=shape.table("backward_apply")["num_warps"],
+            touched=touched,
+        ),
+    ]
 
 
-@_backward.register_fake
-def _(dy, pooled, argmax, statistics, weight, bias, height, width, training, alpha, pool):
-    n, channels = pooled.shape[:2]
-    return pooled.new_empty(n, height, width, channels).permute(0, 3, 1, 2), torch.empty_like(weight), torch.empty_like(bias)
+backward_op = operator("batch_norm_celu_backward", backward_outputs, plan_backward)
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, weight, bias, _, _, training, _, alpha, pool = inputs
+    x, weight, bias, given, _, alpha, pool = inputs
     _, pooled, argmax, statistics = output
-    ctx.settings = (*x.shape[2:], training, alpha, pool)
+    ctx.settings = (*x.shape[2:], given is None, alpha, pool)
     ctx.mark_non_differentiable(pooled, argmax, statistics)
     ctx.set_materialize_grads(False)  # the outputs that none uses would else get gradients of zeros
-    ctx.save_for_backward(x if pool == 1 else pooled, argmax, statistics, weight, bias)
+    ctx.save_for_backward(x if pool == 1 else pooled, argmax, statistics if given is None else given, weight, bias)
 
 
 def _differentiate(ctx, dy, *unused):
     if dy is None:
-        return (None,) * 9
-    return *_backward(dy, *ctx.saved_tensors, *ctx.settings), *(None,) * 6
+        return (None,) * 7
+    return *backward_op(dy, *ctx.saved_tensors, *ctx.settings), *(None,) * 4
 
 
 def _refuse(ctx, *gradients):
     raise RuntimeError("batch_norm_celu can be differentiated once only: its backward has no derivative of its own")
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
-_backward.register_autograd(_refuse)
+forward_op.register_autograd(_differentiate, setup_context=_keep)
+backward_op.register_autograd(_refuse)
 
 
 def batch_norm_celu(
@@ -591,22 +634,22 @@ def batch_norm_celu(
     running_var: torch.Tensor | None,
     *,
     training: bool,
+    alpha: float,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    alpha: float = 0.075,
     pool: int = 1,
 ) -> torch.Tensor:
     """``CELU(BatchNorm(MaxPool(x)))``, and in training the running statistics updated as torch does.
 
-    What is kept for backward, with m = N * (H // pool) * (W // pool): x itself where ``pool`` is 1, else the
-    pooled tensor (m C values of x's type) and the argmax (m C bytes); the statistics (12 C bytes), weight, bias.
+    What is kept for backward, with m = N * (H // pool) * (W // pool): x itself where ``pool`` is 1, else the pooled
+    tensor (m C values of x's type) and the argmax (m C bytes); the statistics (12 C bytes), weight, bias.
 
     Args:
         x: ``[N, C, H, W]`` in channels_last; float16, bfloat16, float32 or float64.
         weight, bias: ``[C]``, of any of these types, as torch's batch norm.
         running_mean, running_var: ``[C]``, likewise; None in training keeps none.
-        momentum: the share of this batch in the new running statistics (the variance unbiased).
         alpha: CELU's, above 0.
+        momentum: the share of this batch in the new running statistics (the variance unbiased).
         pool: 1, or 2 for a 2 x 2 max-pool first; an odd last row or column is left out, as by torch.
 
     Returns:
@@ -616,12 +659,17 @@ def batch_norm_celu(
         ValueError, TypeError: a shape, layout or type that is not one of these.
         RuntimeError: tensors on several devices, or on one where Triton cannot run; a second derivative.
     """
-    _check(x, {"weight": weight, "bias": bias}, {"running_mean": running_mean, "running_var": running_var}, training, eps, alpha, pool)
-    tensors = (x, weight, bias)
-    if not training and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        return _inference(x, weight, bias, running_mean, running_var, eps, alpha, pool)
-    y, _, _, (mean, var, _) = _forward(x, weight, bias, running_mean, running_var, training, eps, alpha, pool)
+    _check(x, weight, bias, running_mean, running_var, training, eps, alpha, pool)
+    given = None
+    if not training:
+        mean, var = running_mean.double(), running_var.double()
+        given = torch.stack((mean, var, (var + eps).rsqrt())).to(_accumulator(x))
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))):
+            return inference_op(x, weight, bias, given, alpha, pool)
+        given = given.detach()
+    y, _, _, statistics = forward_op(x, weight, bias, given, eps, alpha, pool)
     if training and running_mean is not None:
+        mean, var, _ = statistics
         m = y.numel() // y.shape[1]
         with torch.no_grad():
             running_mean.copy_(mean * momentum + running_mean.to(mean.dtype) * (1 - momentum))
@@ -631,42 +679,41 @@ def batch_norm_celu(
 
 def _check(
     x: torch.Tensor,
-    parameters: dict[str, torch.Tensor],
-    statistics: dict[str, torch.Tensor | None],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
     training: bool,
     eps: float,
     alpha: float,
     pool: int,
 ) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"expected 4D input (got {x.dim()}D input)")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"expected x of a floating-point type, float16 to float64, but got {x.dtype}")
-    if pool not in (1, 2):
-        raise ValueError(f"pool must be 1 or 2, but got {pool}")
-    if not alpha > 0 or not eps > 0:
-        raise ValueError(f"alpha and eps must be above 0, but got {alpha} and {eps}")
+    require(x.dim() == 4, ValueError, f"x must have the shape [N, C, H, W], not {list(x.shape)}")
+    floating = "float16, bfloat16, float32 or float64"
+    require(x.dtype in DTYPES, TypeError, f"x must be {floating}, not {x.dtype}")
+    require(pool in (1, 2), ValueError, f"pool must be 1 or 2, not {pool}")
+    require(alpha > 0 and eps > 0, ValueError, f"alpha and eps must be above 0, not {alpha} and {eps}")
     n, channels, height, width = x.shape
-    if x.numel() == 0 or height < pool or width < pool:
-        raise ValueError(f"expected at least one value per channel after the pool, but got input size {list(x.shape)}")
-    if training and n * (height // pool) * (width // pool) == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"expected x in channels_last, but got strides {x.stride()}; see torch.channels_last")
-    if (statistics["running_mean"] is None) != (statistics["running_var"] is None):
-        raise ValueError("expected running_mean and running_var both, or neither")
-    for name, tensor in (parameters | statistics).items():
-        if tensor is None and name in statistics and training:
-            continue
-        if tensor is None:
-            raise ValueError(f"expected {name} to be a tensor, but got None")
-        if tensor.shape != (channels,) or not tensor.is_contiguous():
-            raise ValueError(f"expected {name} contiguous, of size [{channels}] as x has channels, but got {list(tensor.shape)}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"expected {name} of a floating-point type, but got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise RuntimeError(f"expected all tensors on one device, but x is on {x.device} and {name} on {tensor.device}")
-    check_device(x.device)
+    values = n * (height // pool) * (width // pool)
+    require(
+        values > 0 and channels > 0,
+        ValueError,
+        f"x must have at least one value per channel after the pool, which {list(x.shape)} has not",
+    )
+    require(
+        not training or values > 1,
+        ValueError,
+        f"Expected more than 1 value per channel when training, got input size {list(x.shape)}",  # torch's own words
+    )
+    in_layout = x.is_contiguous(memory_format=torch.channels_last)
+    require(in_layout, ValueError, f"x must be in channels_last, not of strides {x.stride()}; see torch.channels_last")
+    both = (running_mean is None) == (running_var is None)
+    require(both, ValueError, "running_mean and running_var must both be given, or neither")
+    require_tensor("weight", weight, DTYPES, (channels,), ("x", x))
+    require_tensor("bias", bias, DTYPES, (channels,), ("x", x))
+    if not training or running_mean is not None:
+        require_tensor("running_mean", running_mean, DTYPES, (channels,), ("x", x))
+        require_tensor("running_var", running_var, DTYPES, (channels,), ("x", x))
 
 
 class BatchNormCELU2d(nn.BatchNorm2d):
@@ -676,7 +723,14 @@ class BatchNormCELU2d(nn.BatchNorm2d):
     """
 
     def __init__(
-        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, *, alpha: float = 0.075, pool: int = 1, **factory
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        *,
+        alpha: float,
+        pool: int = 1,
+        **factory,
     ) -> None:
         super().__init__(num_features, eps, momentum, **factory)
         self.alpha, self.pool = alpha, pool
@@ -694,11 +748,40 @@ class BatchNormCELU2d(nn.BatchNorm2d):
             self.running_mean,
             self.running_var,
             training=self.training,
+            alpha=self.alpha,
             momentum=momentum,
             eps=self.eps,
-            alpha=self.alpha,
             pool=self.pool,
         )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}, pool={self.pool}"
+
+
+def example_launches(
+    shape: tuple[int, int, int, int],
+    *,
+    pool: int,
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
+    alpha: float,
+    direction: str,
+    eps: float = 1e-5,
+) -> list[Launch]:
+    """The launches of one call at x ``shape`` ``[N, C, H, W]``, on tensors without memory.
+
+    ``direction``: forward, backward (both in training) or inference. Weight and bias are of ``parameter_dtype``.
+    """
+    x = empty_channels_last(*shape, dtype, "meta")
+    weight, bias = (torch.empty(shape[1], dtype=parameter_dtype, device="meta") for _ in range(2))
+    if direction == "inference":
+        statistics = torch.empty(3, shape[1], dtype=_accumulator(x), device="meta")
+        inputs = x, weight, bias, statistics, alpha, pool
+        return plan_inference(*inputs, inference_outputs(*inputs))
+    inputs = x, weight, bias, None, eps, alpha, pool
+    y, pooled, argmax, statistics = outputs = forward_outputs(*inputs)
+    if direction == "forward":
+        return plan_forward(*inputs, *outputs)
+    kept = x if pool == 1 else pooled
+    inputs = torch.empty_like(y), kept, argmax, statistics, weight, bias, *shape[2:], True, alpha, pool
+    return plan_backward(*inputs, *backward_outputs(*inputs))

@@ -1,11 +1,11 @@
 """How kernels are launched: descriptions that run here, or are compiled for a GPU that is not here.
 
-A planner (``plan_*`` in an operator's file) takes tensors, on the ``meta`` device too, and gives the
-launches that compute the result. Running them is one use; ``benchmarks/aot.py`` reads the same
-descriptions to compile every kernel at every shape of the recipe without a GPU.
+A planner takes an operator's inputs and outputs, on the ``meta`` device too, and gives the launches that compute the
+one from the other. Running them is one use; the benchmarks read the same descriptions to compile every kernel at every
+shape of the recipe without a GPU, and to count the bytes that each moves.
 
-Block sizes come from ``launch.json``, keyed by kernel and shape class, never from timing at run
-time: they set the order of a reduction, and so the last bits of its result.
+Block sizes come from ``launch.json``, keyed by kernel and shape class, never from timing at run time: they set the
+order of a reduction, and so the last bits of its result.
 """
 
 from __future__ import annotations
@@ -13,57 +13,172 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 TABLE = Path(__file__).with_name("launch.json")
 
 FP_FUSION = False
-"""No contraction of a * b + c: its default differs between Triton releases, and what forward and backward both compute must be equal."""
+"""No contraction of a * b + c: its default differs between Triton releases, and forward and backward must compute
+alike.
+"""
+
+Table = dict[str, dict[str, dict[str, int]]]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a ``@triton.jit`` function: its grid, run-time arguments, compile-time constants, and warps."""
+    """One launch of a ``@triton.jit`` function.
+
+    ``reads`` and ``writes`` are its tensor arguments by name, None where the kernel does without one at this setting;
+    ``scalars`` its numbers, ``constants`` what is compiled in. ``touched`` gives the elements of a tensor that are
+    accessed, where those are not all.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, torch.Tensor | int | float | None]
+    reads: dict[str, torch.Tensor | None]
+    writes: dict[str, torch.Tensor | None]
+    scalars: dict[str, int | float]
     constants: dict[str, Any]
     num_warps: int = 4
+    touched: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the kernel is called with, besides its constants."""
+        return self.reads | self.writes | self.scalars
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes(self.reads)
+
+    @property
+    def bytes_written(self) -> int:
+        return self._bytes(self.writes)
+
+    def _bytes(self, tensors: dict[str, torch.Tensor | None]) -> int:
+        return sum(
+            self.touched.get(name, tensor.numel()) * tensor.element_size()
+            for name, tensor in tensors.items()
+            if tensor is not None
+        )
 
 
-def run(launches: Iterable[Launch], device: torch.device) -> None:
-    """Run ``launches`` in turn on ``device``."""
+def run(
+    launches: Iterable[Launch], device: torch.device, on_compiled: Callable[[Launch, Any], None] | None = None
+) -> None:
+    """Run ``launches`` in turn on ``device``; ``on_compiled`` is given each with what was compiled for it."""
+    if device.type not in ("cuda", "meta") and not interpreted():
+        raise RuntimeError(
+            f"Triton kernels need tensors on a GPU, not on {device}; "
+            "set TRITON_INTERPRET=1 before Python starts to run them here"
+        )
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for launch in launches:
-            launch.kernel[launch.grid](**launch.arguments, **launch.constants, num_warps=launch.num_warps, enable_fp_fusion=FP_FUSION)
-
-
-def parameters(kernel: str, shape_class: int | str) -> dict[str, int]:
-    """The entry of the checked-in table for ``kernel`` at ``shape_class``, or the kernel's ``"*"`` entry."""
-    entries = _table()[kernel]
-    return entries.get(str(shape_class), entries["*"])
-
-
-@functools.cache
-def _table() -> dict[str, dict[str, dict[str, int]]]:
-    return json.loads(TABLE.read_text())
+            compiled = launch.kernel[launch.grid](
+                **launch.arguments, **launch.constants, num_warps=launch.num_warps, enable_fp_fusion=FP_FUSION
+            )
+            if on_compiled:
+                on_compiled(launch, compiled)
 
 
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on tensors of any device, as TRITON_INTERPRET=1 asks."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return triton.knobs.runtime.interpret
 
 
-def check_device(device: torch.device) -> None:
-    """Raise where no kernel can run: a CPU tensor without the interpreter."""
-    if device.type not in ("cuda", "meta") and not interpreted():
-        raise RuntimeError(
-            f"Triton kernels need tensors on a GPU, not on {device}; set TRITON_INTERPRET=1 before Python starts to run them here"
-        )
+def parameters(kernel: str, shape_class: int | str) -> dict[str, int]:
+    """The entry of the table for ``kernel`` at ``shape_class``, or the kernel's ``"*"`` entry."""
+    entries = table()[kernel]
+    return entries.get(str(shape_class), entries["*"])
+
+
+def table() -> Table:
+    """The launch parameters in use: the checked-in ones, unless :func:`using` gives others."""
+    return _others[-1] if _others else _checked_in()
+
+
+@contextlib.contextmanager
+def using(other: Table) -> Iterator[None]:
+    """Plan launches by the table ``other`` meanwhile."""
+    _others.append(other)
+    try:
+        yield
+    finally:
+        _others.pop()
+
+
+_others: list[Table] = []
+
+
+@functools.cache
+def _checked_in() -> Table:
+    return json.loads(TABLE.read_text())
+
+
+def operator(name: str, outputs: Callable[..., Any], plan: Callable[..., list[Launch]]) -> Any:
+    """Register ``cifar_fast::name`` with torch, from the two functions that say all of it.
+
+    ``outputs(*inputs)`` allocates the results, one tensor or a tuple; its signature is the operator's, and it stands in
+    for the operator where torch only traces. ``plan(*inputs, *results)`` gives the launches that fill them. The
+    operator is opaque to torch.compile, which makes it work under Triton's interpreter too, and it wants its inputs in
+    the layout in which they were traced.
+    """
+
+    def compute(*inputs: Any) -> Any:
+        made = outputs(*inputs)
+        results = (made,) if isinstance(made, torch.Tensor) else made
+        run(plan(*inputs, *results), results[0].device)
+        return made
+
+    schema = torch.library.infer_schema(outputs, mutates_args=())
+    tags = (torch.Tag.needs_exact_strides,)
+    registered = torch.library.custom_op(f"cifar_fast::{name}", compute, mutates_args=(), schema=schema, tags=tags)
+    registered.register_fake(outputs)
+    registered.outputs, registered.plan = outputs, plan
+    return registered
+
+
+def empty_channels_last(
+    n: int, channels: int, height: int, width: int, dtype: torch.dtype, device: Any
+) -> torch.Tensor:
+    """Uninitialized ``[N, C, H, W]``, NHWC in memory even where a size of 1 leaves strides open; not a view."""
+    strides = (height * width * channels, 1, width * channels, channels)
+    return torch.empty_strided((n, channels, height, width), strides, dtype=dtype, device=device)
+
+
+def require(condition: bool, error: type[Exception], message: str) -> None:
+    """Raise ``error`` with ``message`` unless ``condition``."""
+    if not condition:
+        raise error(message)
+
+
+def require_tensor(
+    name: str,
+    tensor: torch.Tensor | None,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    like: tuple[str, torch.Tensor],
+) -> None:
+    """Raise unless ``tensor`` is contiguous, of one of ``dtypes``, of ``shape``, and on the device of ``like``, a named
+    tensor.
+
+    Raises TypeError for what is no tensor or of another dtype, ValueError for shape and layout, RuntimeError for the
+    device.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, not {tensor!r}")
+    wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    require(tensor.dtype in dtypes, TypeError, f"{name} must be {wanted}, not {tensor.dtype}")
+    shown = list(tensor.shape)
+    require(tuple(tensor.shape) == shape, ValueError, f"{name} must have the shape {list(shape)}, not {shown}")
+    require(tensor.is_contiguous(), ValueError, f"{name} must be contiguous, not of strides {tensor.stride()}")
+    other, its = like
+    on = f"{name} must be on {its.device}, as {other} is, not on {tensor.device}"
+    require(tensor.device == its.device, RuntimeError, on)

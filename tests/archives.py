@@ -14,7 +14,9 @@ KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def write_archive(root, name, dataset):
-    """Write the archive of data set ``name`` into ``root``; gives the attributes of torchvision's class that go with it."""
+    """Write the archive of data set ``name`` into ``root``; gives the attributes of torchvision's class that go with
+    it.
+    """
     kind = KINDS[name]
     files = {}
     for split in ("train", "test"):
@@ -28,7 +30,9 @@ def write_archive(root, name, dataset):
             else:
                 files[file] |= {"fine_labels": labels[part].tolist(), "coarse_labels": (labels[part] // 5).tolist()}
     names = list(dataset.class_names)
-    files[kind.meta["filename"]] = {kind.meta["key"]: names} | ({} if name == "cifar10" else {"coarse_label_names": names[::5]})
+    files[kind.meta["filename"]] = {kind.meta["key"]: names} | (
+        {} if name == "cifar10" else {"coarse_label_names": names[::5]}
+    )
 
     folder = root / kind.base_folder
     folder.mkdir(parents=True)

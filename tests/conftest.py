@@ -8,8 +8,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU
 
-import kernels.launch
+from cifar_fast.kernels.launch import using
+
 from cifar_fast import Dataset
+from cifar_fast.data import ARRAYS, MIRRORS
 from cifar_fast.synthetic import PATTERNS, textures
 from tests.archives import KINDS, write_archive
 
@@ -26,7 +28,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def shared():
-    """Gives the path of a file that stands beside the project; skips where it is absent, since it is not part of the project."""
+    """Gives the path of a file that stands beside the project, and skips where it is absent: it is no part of it."""
 
     def find(name):
         if not (SHARED / name).exists():
@@ -56,19 +58,26 @@ def small():
 
 def save_npz(path, dataset, **changes):
     """Write the four arrays of ``dataset`` to ``path``, changed or, where None, left out."""
-    names = ("train_images", "train_labels", "test_images", "test_labels")
-    arrays = {name: getattr(dataset, name) for name in names} | changes
+    arrays = {name: getattr(dataset, name) for name in ARRAYS} | changes
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
 
 
 def published(name, dataset, root, monkeypatch):
-    """``root`` with the archive of ``name`` in it as published, torchvision told to expect it; and nothing on the network."""
+    """``root`` with the archive of ``name`` in it as published, torchvision told to expect it."""
     kind = KINDS[name]
     for attribute, value in write_archive(root, name, dataset).items():
         monkeypatch.setattr(kind, attribute, value)
-    monkeypatch.setattr(kind, "url", f"http://127.0.0.1:9/{kind.filename}")
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_public_source(monkeypatch):
+    """No test reaches the network: where a download would go nothing listens."""
+    monkeypatch.delenv("CIFAR_FAST_DATA_URL", raising=False)
+    for name, kind in KINDS.items():
+        monkeypatch.setattr(kind, "url", f"http://127.0.0.1:9/{kind.filename}")
+        monkeypatch.setitem(MIRRORS, name, f"http://127.0.0.1:9/mirror/{kind.filename}")
 
 
 @pytest.fixture
@@ -84,13 +93,22 @@ def cifar100(tmp_path, monkeypatch):
     return published("cifar100", small_dataset(200, 100, 100), tmp_path / "cifar100", monkeypatch)
 
 
+REDUCTIONS_AND_PASSES = ("statistics", "backward_sums", "apply", "pool_apply", "backward_apply")
+
+
+def launch_table(rows, channels, splits, merge_channels, block):
+    """A launch table with one entry for each kernel."""
+    tile = dict(rows=rows, channels=channels, splits=splits, num_warps=4)
+    table = {f"batch_norm_celu.{name}": {"*": tile} for name in REDUCTIONS_AND_PASSES}
+    table["batch_norm_celu.merge"] = {"*": dict(channels=merge_channels, num_warps=4)}
+    return table | {"augment": {"*": dict(block=block, num_warps=4)}}
+
+
 @pytest.fixture
-def small_blocks(monkeypatch):
-    """Launch parameters with which small tensors take many blocks, stretches of several blocks, and short last ones."""
-    entry = {"*": dict(rows=4, channels=8, stretches=3, num_warps=4)}
-    names = ("statistics", "backward_sums", "apply", "pool_apply", "backward_apply")
-    table = {f"batch_norm_celu.{name}": entry for name in names} | {"batch_norm_celu.merge": {"*": dict(channels=4, num_warps=4)}}
-    monkeypatch.setattr(kernels.launch, "_table", lambda: table)
+def small_blocks():
+    """Launch parameters with which small tensors take many blocks, splits of several blocks, and short last ones."""
+    with using(launch_table(rows=4, channels=8, splits=3, merge_channels=4, block=1024)):
+        yield
 
 
 @pytest.fixture
@@ -100,9 +118,7 @@ def uncompiled(monkeypatch):
 
 
 @pytest.fixture
-def few_programs(monkeypatch):
+def few_programs():
     """Launch parameters for tiny tensors: the interpreter takes a millisecond and more a program."""
-    names = ("statistics", "backward_sums", "apply", "pool_apply", "backward_apply")
-    table = {f"batch_norm_celu.{name}": {"*": dict(rows=4096, channels=32, stretches=64, num_warps=4)} for name in names}
-    table |= {"batch_norm_celu.merge": {"*": dict(channels=32, num_warps=4)}, "augment": {"*": dict(block=8192, num_warps=4)}}
-    monkeypatch.setattr(kernels.launch, "_table", lambda: table)
+    with using(launch_table(rows=4096, channels=32, splits=64, merge_channels=32, block=8192)):
+        yield

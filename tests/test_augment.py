@@ -40,7 +40,7 @@ def test_every_choice_agrees_with_the_reference_pairwise():
     pairs += [((f + k) % 25, f, k) for f, k in itertools.product(range(2), range(625))]
     crop, flip, cutout = torch.tensor(pairs).T.contiguous()
     images = pictures(50)
-    draws = Draws(torch.randint(50, (len(pairs),), generator=generator), crop, flip, cutout)
+    draws = Draws(torch.stack((torch.randint(50, (len(pairs),), generator=generator), crop, flip, cutout)))
     for i in range(0, len(pairs), 2000):
         part = draws.slice(i, i + 2000)
         assert torch.equal(augment(images, part, Recipe()), one_by_one(images, part, 4, 8))
@@ -84,6 +84,6 @@ def test_the_draws_are_the_references_four_calls():
 @pytest.mark.gpu
 def test_on_a_gpu_the_batch_is_the_cpus():
     draws = draw_epoch(64, device="cuda")
-    on_cpu = Draws(*(getattr(draws, name).cpu() for name in ("permutation", "crop", "flip", "cutout")))
+    on_cpu = Draws(draws.tensor.cpu())
     images = pictures(64)
     assert torch.equal(augment(images.cuda(), draws, Recipe()).cpu(), augment(images, on_cpu, Recipe()))

@@ -40,7 +40,11 @@ def named(recipe, dtype=torch.float16):
 
 
 AUGMENTATION, POOLED = "augment to 8 channels, forward", "8x32x32, pool"
-SMALL_CASES = [AUGMENTATION, "4x32x32, both", *(f"{POOLED}, {direction}" for direction in (*bench.DIRECTIONS, "evaluation"))]
+SMALL_CASES = [
+    AUGMENTATION,
+    "4x32x32, both",
+    *(f"{POOLED}, {direction}" for direction in (*bench.DIRECTIONS, "evaluation")),
+]
 
 
 def made(name, dtype=torch.float32, sets=1):
@@ -54,14 +58,18 @@ def made(name, dtype=torch.float32, sets=1):
 
 def test_every_norm_shape_of_the_recipe_is_a_case_in_each_direction():
     shapes = [case.name for case in recipe_cases(RECIPE, torch.float16) if not case.name.startswith("augment")]
-    training = {f"{name}, {direction}" for name in shapes if "eval" not in name for direction in ("forward", "backward", "both")}
+    training = {
+        f"{name}, {direction}" for name in shapes if "eval" not in name for direction in ("forward", "backward", "both")
+    }
     evaluation = {f"{name}uation" for name in shapes if "eval" in name}
     assert {name for name in named(RECIPE) if "augment" not in name} == training | evaluation
     assert len(training) == 18 and len(evaluation) == 3
 
 
 def test_the_augmentation_is_a_case_at_each_number_of_channels():
-    assert [name for name in named(RECIPE) if "augment" in name] == [f"augment to {c} channels, forward" for c in (3, 4, 8)]
+    assert [name for name in named(RECIPE) if "augment" in name] == [
+        f"augment to {c} channels, forward" for c in (3, 4, 8)
+    ]
 
 
 def test_no_two_cases_have_one_name():
@@ -122,7 +130,9 @@ def test_a_single_wrong_value_in_any_output_is_refused(name, wrong):
 
 def test_a_wrong_operator_is_refused(monkeypatch):
     case, (given,) = made(f"{POOLED}, forward")
-    monkeypatch.setattr(bench, "batch_norm_celu", lambda *tensors, **how: batch_norm_celu_reference(*tensors, **how | {"alpha": 0.08}))
+    monkeypatch.setattr(
+        bench, "batch_norm_celu", lambda *tensors, **how: batch_norm_celu_reference(*tensors, **how | {"alpha": 0.08})
+    )
     with pytest.raises(bench.Wrong, match=r"8x32x32, pool, forward: y is off by"):
         bench.check(case, case.calls("fused", [given])[0](), case.truth(given))
 
@@ -131,7 +141,11 @@ def test_a_wrong_shape_type_or_number_of_outputs_is_refused():
     case, (given,) = made("4x32x32, both", torch.float16)
     expected = case.truth(given)
     outputs = case.calls("eager", [given])[0]()
-    for changes, message in (({"y": outputs["y"][:1]}, "shape"), ({"y": outputs["y"].double()}, "float64"), ({"dz": None}, "dz")):
+    for changes, message in (
+        ({"y": outputs["y"][:1]}, "shape"),
+        ({"y": outputs["y"].double()}, "float64"),
+        ({"dz": None}, "dz"),
+    ):
         with pytest.raises(bench.Wrong, match=message):
             bench.check(case, outputs | changes, expected)
     with pytest.raises(bench.Wrong, match="gave y and not"):
@@ -174,7 +188,10 @@ def test_bytes_are_those_of_the_prediction(dtype):
             "backward": [(case.name, "backward")],
             "forward": [(case.name, "augment" if isinstance(case, bench.Augmentation) else "forward")],
         }[case.direction]
-        assert bench.bytes_of(case) == tuple(map(sum, zip(*(rows[part] for part in parts)))), (case.name, case.direction)
+        assert bench.bytes_of(case) == tuple(map(sum, zip(*(rows[part] for part in parts)))), (
+            case.name,
+            case.direction,
+        )
 
 
 def test_input_sets_touch_more_than_twice_the_cache_before_one_comes_again():
@@ -219,7 +236,11 @@ def test_calls_take_turns_in_the_loop_and_what_they_give_is_kept_for_a_turn(monk
 
 def test_the_report_makes_a_line_of_a_case():
     facts = bench.figures(named(RECIPE)["64x32x32, forward"], "fused", [2e-5], [3e-5], None, 4e12)
-    (line,) = (line for line in report.kernels({"rows": [facts], "wrong": [], "cut_short": False}, {}).splitlines() if "64x32x32" in line)
+    (line,) = (
+        line
+        for line in report.kernels({"rows": [facts], "wrong": [], "cut_short": False}, {}).splitlines()
+        if "64x32x32" in line
+    )
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:4] + cells[-1:] == ["64x32x32, forward", "fused", "20.0", "30.0", "-"]
 

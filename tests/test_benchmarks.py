@@ -117,14 +117,20 @@ def test_augmentation_without_labels_or_step_counts_neither(launches):
 def test_the_ideal_of_forward_is_each_tensor_once_and_no_partial_result(prediction):
     values = 512 * 128 * 16 * 16
     small = 3 * 128 * 4 + 2 * 128 * 2  # statistics; weight and bias
-    assert operator(prediction, "128x32x32, pool", "forward").ideal == 4 * values * 2 + values * 2 + values + values * 2 + small
+    assert (
+        operator(prediction, "128x32x32, pool", "forward").ideal
+        == 4 * values * 2 + values * 2 + values + values * 2 + small
+    )
     assert operator(prediction, "128x16x16", "forward").ideal == 2 * values * 2 + small
 
 
 def test_the_ideal_of_backward_is_each_tensor_once_and_no_partial_result(prediction):
     values = 512 * 128 * 16 * 16
     small = 2 * 128 * 4 + 4 * 128 * 2  # mean and scale; weight, bias and their gradients
-    assert operator(prediction, "128x32x32, pool", "backward").ideal == values * 2 + values * 2 + values + 4 * values * 2 + small
+    assert (
+        operator(prediction, "128x32x32, pool", "backward").ideal
+        == values * 2 + values * 2 + values + 4 * values * 2 + small
+    )
     assert operator(prediction, "128x16x16", "backward").ideal == 3 * values * 2 + small
 
 
@@ -143,7 +149,9 @@ def test_one_pass_is_its_own_ideal(prediction):
 def test_time_is_bytes_over_bandwidth(prediction):
     kernels, operators = prediction
     assert all(row.us == pytest.approx((row.read + row.written) / 4e6) for row in kernels)
-    assert all(row.us == pytest.approx(row.moved / 4e6) and row.ideal_us == pytest.approx(row.ideal / 4e6) for row in operators)
+    assert all(
+        row.us == pytest.approx(row.moved / 4e6) and row.ideal_us == pytest.approx(row.ideal / 4e6) for row in operators
+    )
 
 
 def test_operators_move_what_their_kernels_move(prediction):
@@ -155,13 +163,24 @@ def test_a_step_counts_each_of_the_eight_layers(prediction):
     by_name = {row.case: 0 for row in prediction[1]}
     for row in prediction[1]:
         by_name[row.case] += row.moved
-    names = ["64x32x32", "128x32x32, pool", "128x16x16", "128x16x16", "256x16x16, pool", "512x8x8, pool", "512x4x4", "512x4x4"]
+    names = [
+        "64x32x32",
+        "128x32x32, pool",
+        "128x16x16",
+        "128x16x16",
+        "256x16x16, pool",
+        "512x8x8, pool",
+        "512x4x4",
+        "512x4x4",
+    ]
     total = predict.step(prediction[1])
     assert (total.layers, total.moved) == (8, sum(by_name[name] for name in names))
     assert total.us == pytest.approx(total.moved / 4e6)
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, Recipe(widths=(4, 8, 8, 16)), Recipe(widths=(3, 6, 6))], ids=lambda recipe: str(recipe.widths))
+@pytest.mark.parametrize(
+    "recipe", [RECIPE, Recipe(widths=(4, 8, 8, 16)), Recipe(widths=(3, 6, 6))], ids=lambda recipe: str(recipe.widths)
+)
 def test_every_layer_of_a_recipe_has_its_case(recipe):
     names = {case.name for case in recipe_cases(recipe, torch.float16) if len(case.launches()) > 1}
     assert set(predict.layers(recipe)) == names
@@ -169,7 +188,10 @@ def test_every_layer_of_a_recipe_has_its_case(recipe):
 
 
 def test_float32_moves_twice_what_float16_does_where_nothing_is_bytes():
-    moved = {dtype: predict.moved(evaluation_launches((512, 128, 32, 32), 2, dtype, 0.075)) for dtype in (torch.float16, torch.float32)}
+    moved = {
+        dtype: predict.moved(evaluation_launches((512, 128, 32, 32), 2, dtype, 0.075))
+        for dtype in (torch.float16, torch.float32)
+    }
     assert moved[torch.float32] == pytest.approx(2 * moved[torch.float16], rel=1e-4)
 
 
@@ -242,7 +264,9 @@ def test_candidates_have_the_fields_of_the_current_entry_and_are_neither_it_nor_
 
 def test_candidates_have_sizes_that_are_powers_of_two():
     for key, entries in json.loads(TABLE.read_text()).items():
-        sizes = [size for current in entries.values() for entry in tune.candidates(key, current) for size in entry.values()]
+        sizes = [
+            size for current in entries.values() for entry in tune.candidates(key, current) for size in entry.values()
+        ]
         assert all(size & (size - 1) == 0 for size in sizes)
 
 
@@ -288,7 +312,11 @@ def test_a_class_is_timed_at_the_shapes_that_take_its_entry():
     assert names("batch_norm_celu.statistics", "*") == ["64x32x32", "256x16x16, pool"]
     assert names("batch_norm_celu.statistics", "128") == ["128x32x32, pool", "128x16x16"]
     assert names("batch_norm_celu.statistics", "512") == ["512x8x8, pool", "512x4x4"]
-    assert names("batch_norm_celu.pool_apply", "*") == ["128x32x32, pool, eval", "256x16x16, pool, eval", "512x8x8, pool, eval"]
+    assert names("batch_norm_celu.pool_apply", "*") == [
+        "128x32x32, pool, eval",
+        "256x16x16, pool, eval",
+        "512x8x8, pool, eval",
+    ]
     assert names("augment", "*") == ["augment to 3 channels", "augment to 4 channels", "augment to 8 channels"]
 
 
@@ -375,10 +403,17 @@ def test_the_sum_over_the_shapes_of_a_class_decides(monkeypatch, capsys):
     best, _ = tuned(monkeypatch, measure)
     assert best == {"channels": 16, "num_warps": 4}
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "| best" in line)
-    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["channels 16 num_warps 4", "best", "14.00 (12.00 to 16.00)", "143"]
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == [
+        "channels 16 num_warps 4",
+        "best",
+        "14.00 (12.00 to 16.00)",
+        "143",
+    ]
 
 
-@pytest.mark.parametrize("error", [tune.Unfit("y is off by 1.0"), OutOfResources(2, 1, "shared memory")], ids=["wrong", "too large"])
+@pytest.mark.parametrize(
+    "error", [tune.Unfit("y is off by 1.0"), OutOfResources(2, 1, "shared memory")], ids=["wrong", "too large"]
+)
 def test_a_candidate_that_is_unfit_is_reported_and_passed_over(error, monkeypatch, capsys):
     current = json.loads(TABLE.read_text())["batch_norm_celu.merge"]["*"]
 
@@ -404,7 +439,9 @@ def test_an_error_of_the_gpu_itself_ends_the_tuning(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_case_is_timed_on_the_gpu():
-    timing = tune.measure("batch_norm_celu.statistics", Case("", SMALL_CASES["training"]), json.loads(TABLE.read_text()))
+    timing = tune.measure(
+        "batch_norm_celu.statistics", Case("", SMALL_CASES["training"]), json.loads(TABLE.read_text())
+    )
     assert 0 < timing.low <= timing.median <= timing.high
 
 

@@ -70,7 +70,12 @@ def test_a_comparison_on_cifar10(cifar10, few_programs, uncompiled):
 def test_eager_is_in_the_scripts_layout_and_channels_last_gives_other_bits(cifar10, tmp_path):
     """If not, a test of parity cannot tell which of the two layouts it holds."""
     for memory_format in ("auto", "contiguous_format", "channels_last"):
-        train("cifar10", cifar10, tmp_path / memory_format, f"--backend eager --dtype float32 --memory-format {memory_format}")
+        train(
+            "cifar10",
+            cifar10,
+            tmp_path / memory_format,
+            f"--backend eager --dtype float32 --memory-format {memory_format}",
+        )
     assert losses(tmp_path / "auto") == losses(tmp_path / "contiguous_format")
     assert losses(tmp_path / "auto") != losses(tmp_path / "channels_last")
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "channels_last"), rel=1e-2)
@@ -107,11 +112,17 @@ def test_a_data_set_of_any_layout_trains_to_the_same_result(tmp_path, layout, ba
 
     small = small_dataset(train=8, test=4, classes=2)
     labels = small.train_labels.astype(">i4")
-    dataset = Dataset("npz", "x", other(small.train_images), labels, other(small.test_images), small.test_labels.astype(np.uint8))
+    dataset = Dataset(
+        "npz", "x", other(small.train_images), labels, other(small.test_images), small.test_labels.astype(np.uint8)
+    )
     assert dataset.digest == small.digest
     recipe = Recipe(epochs=1, batch_size=4, widths=NARROW)
-    ours, plain = (fit(recipe, data, backend=backend, device="cpu", dtype="float32", log=None) for data in (dataset, small))
-    assert [(row.train_loss, row.test_accuracy) for row in ours.rows] == [(row.train_loss, row.test_accuracy) for row in plain.rows]
+    ours, plain = (
+        fit(recipe, data, backend=backend, device="cpu", dtype="float32", log=None) for data in (dataset, small)
+    )
+    assert [(row.train_loss, row.test_accuracy) for row in ours.rows] == [
+        (row.train_loss, row.test_accuracy) for row in plain.rows
+    ]
     assert all(torch.equal(ours.state_dict[name], tensor) for name, tensor in plain.state_dict.items())
 
 

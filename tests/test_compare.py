@@ -17,7 +17,9 @@ LAYERS = ["loss", *(f"{kind} {i}" for i in range(1, 9) for kind in ("conv", "nor
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
-    """96 of the embedded textures: in float16, noise makes a narrow model's features tie, and a max-pool's choice a matter of luck."""
+    """96 of the embedded textures: in float16, noise makes a narrow model's features tie, and a max-pool's choice a
+    matter of luck.
+    """
     textures = load_dataset("synthetic")
     some = dict(train_images=textures.train_images[:96], train_labels=textures.train_labels[:96])
     return save_npz(
@@ -35,7 +37,9 @@ def compare(npz, flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_fused_is_eager_within_eagers_own_error_at_every_layer_of_four_steps(tmp_path, npz, few_programs, capsys, dtype):
+def test_fused_is_eager_within_eagers_own_error_at_every_layer_of_four_steps(
+    tmp_path, npz, few_programs, capsys, dtype
+):
     """Four steps of which the fourth is a second epoch's first, compiled, under the interpreter."""
     file = tmp_path / "report.json"
     assert compare(npz, f"--backend fused --against eager --steps 4 --batch-size 32 --dtype {dtype} --json {file}") == 0
@@ -55,15 +59,21 @@ def test_fused_is_eager_within_eagers_own_error_at_every_layer_of_four_steps(tmp
 
 
 def alpha(patch):
-    patch.setattr(cifar_fast.fused, "fuse", with_change(cifar_fast.fused.fuse, lambda layer: setattr(layer, "alpha", 0.08)))
+    patch.setattr(
+        cifar_fast.fused, "fuse", with_change(cifar_fast.fused.fuse, lambda layer: setattr(layer, "alpha", 0.08))
+    )
 
 
 def eps(patch):
-    patch.setattr(cifar_fast.fused, "fuse", with_change(cifar_fast.fused.fuse, lambda layer: setattr(layer, "eps", 1e-4)))
+    patch.setattr(
+        cifar_fast.fused, "fuse", with_change(cifar_fast.fused.fuse, lambda layer: setattr(layer, "eps", 1e-4))
+    )
 
 
 def statistics_momentum(patch):
-    patch.setattr(cifar_fast.fused, "fuse", with_change(cifar_fast.fused.fuse, lambda layer: setattr(layer, "momentum", 0.11)))
+    patch.setattr(
+        cifar_fast.fused, "fuse", with_change(cifar_fast.fused.fuse, lambda layer: setattr(layer, "momentum", 0.11))
+    )
 
 
 def with_change(fuse, change):
@@ -77,13 +87,14 @@ def with_change(fuse, change):
 
 def in_the_optimizer(**changes):
     def mistake(patch):
-        whole = Fused._new_optimizer
+        whole = cifar_fast.fused.make_sgd
 
-        def broken(self):
-            whole(self)
-            self.optimizer.param_groups[0].update(changes)
+        def broken(*model, **how):
+            optimizer = whole(*model, **how)
+            optimizer.param_groups[0].update(changes)
+            return optimizer
 
-        patch.setattr(Fused, "_new_optimizer", broken)
+        patch.setattr(cifar_fast.fused, "make_sgd", broken)
 
     return mistake
 
@@ -103,8 +114,10 @@ def draws(patch):
 
 
 def with_other_draws(train_epoch):
-    def other(self, epoch, draws):
-        return train_epoch(self, epoch, type(draws)(draws.permutation.roll(1), draws.crop, draws.flip, draws.cutout))
+    def other(self, draws):
+        tensor = draws.tensor.clone()
+        tensor[0] = tensor[0].roll(1)
+        return train_epoch(self, type(draws)(tensor))
 
     return other
 
@@ -128,7 +141,11 @@ def test_a_small_mistake_is_past_the_tolerance(npz, uncompiled, few_programs, mo
     steps = 3 if "momentum" in mistake else 1  # at the first step momentum has nothing to do
     assert compare(npz, f"--steps {steps} --dtype float32") == 1
     verdict = capsys.readouterr().out.split("\n\n")[-1]
-    assert any(line.startswith(named) or named in line for line in verdict.splitlines() if line.endswith("eager's own difference"))
+    assert any(
+        line.startswith(named) or named in line
+        for line in verdict.splitlines()
+        if line.endswith("eager's own difference")
+    )
 
 
 def test_eager_against_itself_differs_by_nothing(npz, capsys, tmp_path):
@@ -144,7 +161,7 @@ def test_one_step_may_pass_the_tolerance_in_a_gradient_and_none_in_the_statistic
     assert not past_tolerance(rows(1, 50, 1, 1), 3)
     assert past_tolerance(rows(1, 50, 50, 50), 3) == [("conv 1", "gradient of weight", 50)]
     assert past_tolerance(rows(1, 50, 1, 1, layer="norm 1", quantity="statistics, mean"), 3)
-    assert past_tolerance(rows(1, 50, 1, 1, layer="loss", quantity="of each picture"), 3)
+    assert past_tolerance(rows(1, 50, 1, 1, layer="loss", quantity="of each image"), 3)
     assert past_tolerance(rows(1, math.nan, 1, 1), 3) and past_tolerance(rows(1, math.inf, 1, 1), 3)
 
 
@@ -155,7 +172,7 @@ def test_one_step_may_pass_the_tolerance_in_a_gradient_and_none_in_the_statistic
         ("--seed -1", "--seed must lie between 0 and 2^63"),
         ("--tolerance 0", "--tolerance must be above 0"),
         ("--against jit", "invalid choice: 'jit'"),
-        ("--batch-size 97 --backend eager", "96 training pictures are fewer than one batch of 97"),
+        ("--batch-size 97 --backend eager", "96 training images are fewer than one batch of 97"),
         ("--runs 2", "unrecognized arguments"),
     ],
 )

@@ -33,13 +33,20 @@ def test_an_npz_gives_its_arrays_and_class_names(tmp_path, small):
 
 
 def test_the_digest_changes_with_any_array(small):
-    digests = {small.digest, small_dataset(seed=1).digest, small_dataset(train=95).digest, small_dataset(test=39).digest}
+    digests = {
+        small.digest,
+        small_dataset(seed=1).digest,
+        small_dataset(train=95).digest,
+        small_dataset(test=39).digest,
+    }
     assert len(digests) == 4
 
 
 @pytest.mark.parametrize("classes", [2, 1000])
 def test_two_to_a_thousand_classes(tmp_path, classes):
-    dataset = load_dataset("npz", save_npz(tmp_path / "x.npz", small_dataset(train=1000, test=classes, classes=classes)))
+    dataset = load_dataset(
+        "npz", save_npz(tmp_path / "x.npz", small_dataset(train=1000, test=classes, classes=classes))
+    )
     assert dataset.num_classes == classes
 
 
@@ -55,9 +62,12 @@ def test_two_to_a_thousand_classes(tmp_path, classes):
         (dict(train_labels=np.zeros(96, int)), [r"1 class\(es\)"]),
         (dict(train_labels=np.arange(96) % 3 - 1), ["train_labels must lie in 0 to 999, not -1 to 1"]),
         (dict(train_labels=np.arange(96) % 3 + 10**12), ["must lie in 0 to 999"]),
-        (dict(train_labels=np.arange(96) % 3 * 2), ["class 1 has no training picture"]),
+        (dict(train_labels=np.arange(96) % 3 * 2), ["class 1 has no training image"]),
         (dict(test_labels=np.full(40, 3)), ["test_labels has class 3, which train_labels lacks"]),
-        (dict(test_images=np.zeros((0, 32, 32, 3), np.uint8), test_labels=np.zeros(0, int)), ["test_images holds no picture"]),
+        (
+            dict(test_images=np.zeros((0, 32, 32, 3), np.uint8), test_labels=np.zeros(0, int)),
+            ["test_images holds no image"],
+        ),
         (dict(train_labels=np.array([None] * 96)), ["x.npz", "pickle"]),
         (dict(class_names=np.array(["a", "b"])), ["train_labels go up to 2, but only 2 classes are named"]),
     ],
@@ -98,7 +108,7 @@ def test_an_npz_that_is_not_there_is_named(tmp_path):
 
 
 def test_an_unknown_data_set_is_refused():
-    with refusal("unknown data set 'mnist'", "cifar10, folder, npz, synthetic"):
+    with refusal("unknown data set 'mnist'", "cifar10, cifar100, folder, npz, synthetic, hf:OWNER/NAME"):
         load_dataset("mnist")
 
 
@@ -117,7 +127,9 @@ def make_folder(root, splits=(("train", 6), ("test", 2)), classes=("ant", "bee")
         for name in classes:
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(random.randint(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / split / name / f"{i:03}.{suffix}")
+                Image.fromarray(random.randint(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+                    root / split / name / f"{i:03}.{suffix}"
+                )
     return root
 
 
@@ -170,7 +182,7 @@ def test_many_processes_decode_what_one_does(tmp_path, monkeypatch):
     assert load_dataset("folder", root, log=None).digest == serial
     (tmp_path / "set.cifar_fast.npz").unlink()
     (root / "test/bee/001.jpg").write_bytes(b"no picture")
-    with refusal("001.jpg", "not a whole picture"):
+    with refusal("001.jpg", "not a whole image"):
         load_dataset("folder", root, log=None)
 
 
@@ -178,7 +190,7 @@ def test_a_folder_whose_cache_cannot_be_written_loads_all_the_same(tmp_path, cap
     root = make_folder(tmp_path / "set")
     (tmp_path / "set.cifar_fast.npz").mkdir()
     assert len(load_dataset("folder", root).train_images) == 12
-    assert "could not keep the decoded pictures" in capsys.readouterr().out
+    assert "could not keep the decoded images" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["set", "set.cifar_fast.npz"]
 
 
@@ -198,9 +210,9 @@ def sixteen_bits(root):
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (truncated, ["train/bee/001.png", "not a whole picture"]),
+        (truncated, ["train/bee/001.png", "not a whole image"]),
         (too_large, ["train/bee/001.png", "33 x 32 pixels"]),
-        (sixteen_bits, ["train/bee/001.png", "8 bits a channel"]),
+        (sixteen_bits, ["train/bee/001.png", "8 bits per channel"]),
         (lambda root: [file.unlink() for file in (root / "train/bee").iterdir()], ["train/bee: an empty class"]),
         (lambda root: (root / "test/cow").mkdir(), ["test/cow: an empty class"]),
         (lambda root: shutil.copytree(root / "test/bee", root / "test/cow"), ["test/cow", "has no such class"]),
@@ -221,7 +233,9 @@ def test_a_wrong_folder_is_refused(tmp_path, harm, words):
 
 
 def test_without_a_network_and_without_files_cifar10_says_what_to_do(cifar10, tmp_path):
-    with refusal("CIFAR-10 is not in .*elsewhere", "--dataset synthetic", "put cifar-10-python.tar.gz .* into .*elsewhere"):
+    with refusal(
+        "CIFAR10 is not in .*elsewhere", "--dataset synthetic", "put cifar-10-python.tar.gz .* into .*elsewhere"
+    ):
         load_dataset("cifar10", tmp_path / "elsewhere", log=None)
     assert not (tmp_path / "elsewhere").exists()
 
@@ -250,4 +264,6 @@ def test_all_sixty_thousand_real_pictures_load(shared, tmp_path):
     assert dataset.class_names[:3] == ("airplane", "automobile", "bird")
     assert set(np.bincount(dataset.train_labels)) == {5000}
     assert set(np.bincount(dataset.test_labels)) == {1000}
-    assert np.array_equal(dataset.train_images[5000], np.asarray(Image.open(tmp_path / "set/train/automobile/0000.jpg")))
+    assert np.array_equal(
+        dataset.train_images[5000], np.asarray(Image.open(tmp_path / "set/train/automobile/0000.jpg"))
+    )

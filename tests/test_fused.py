@@ -1,4 +1,6 @@
-"""The fused backend's device-side bookkeeping: on the CPU the step runs uncaptured, its kernels under Triton's interpreter."""
+"""The fused backend's device-side bookkeeping: on the CPU the step runs uncaptured, its kernels under Triton's
+interpreter.
+"""
 
 import copy
 
@@ -7,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
-from cifar_fast.backends import Compiled, Eager
+from cifar_fast.backends import Eager
 from cifar_fast.fused import CHANNELS, Fused, fastest_deterministic_convolutions, fuse
 from tests.conftest import NARROW, small_dataset
 
@@ -17,11 +19,11 @@ RECIPE = Recipe(epochs=2, batch_size=4, widths=NARROW)
 
 
 def make(dataset, recipe=RECIPE, dtype=torch.float32, seed=0):
-    """A prepared fused backend, and the plain model that it was prepared with."""
+    """A fused backend at the start of a run, and the plain model whose weights it has."""
     torch.manual_seed(seed)
     model = CNN(recipe, dataset.num_classes)
     backend = Fused(recipe, dataset, DEVICE, dtype, torch.channels_last)
-    backend.prepare(copy.deepcopy(model))
+    backend.reset(model)
     return backend, model
 
 
@@ -29,9 +31,9 @@ def momenta(backend):
     return [backend.optimizer.state[parameter]["momentum_buffer"] for parameter in backend.model.parameters()]
 
 
-def train(backend, draws, epoch=0):
+def train(backend, draws):
     """All losses and answers of an epoch, copied."""
-    losses, corrects = zip(*((loss.clone(), correct.clone()) for loss, correct in backend.train_epoch(epoch, draws)))
+    losses, corrects = zip(*((loss.clone(), correct.clone()) for loss, correct in backend.train_epoch(draws)))
     return torch.stack(losses), torch.stack(corrects)
 
 
@@ -45,7 +47,7 @@ def test_the_fused_model_has_the_plain_models_state_dict_both_ways():
     fused.load_state_dict(other.state_dict())
     plain.load_state_dict(fused.state_dict())
     assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
-    assert tuple(ours["seq.0.weight"].shape) == (4, 3, 3, 3), "a person sees three colours"
+    assert tuple(ours["seq.0.weight"].shape) == (4, 3, 3, 3), "a person sees three colors"
 
 
 def test_every_norm_activation_and_pool_is_fused_but_the_heads():
@@ -76,7 +78,7 @@ def test_set_up_leaves_no_trace(uncompiled, few_programs):
     state = torch.get_rng_state()
     device_state = torch.cuda.get_rng_state() if CUDA else None
     backend = Fused(RECIPE, dataset, DEVICE, torch.float32, torch.channels_last)
-    backend.prepare(model)
+    backend.reset(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert not CUDA or torch.equal(torch.cuda.get_rng_state(), device_state)
     plain = CNN(RECIPE, dataset.num_classes)
@@ -87,7 +89,7 @@ def test_set_up_leaves_no_trace(uncompiled, few_programs):
 
 def test_set_up_does_run_the_step_whose_trace_is_taken_back(uncompiled, few_programs, monkeypatch):
     """Else the test before this one would pass of itself."""
-    monkeypatch.setattr(Fused, "_restart", lambda self, model: None)
+    monkeypatch.setattr(Fused, "reset", lambda self, model: None)
     backend, model = make(small_dataset(train=10, test=6))
     assert backend.done.item() > 0 and any(momentum.any() for momentum in momenta(backend))
     assert not torch.equal(backend.state_dict()["seq.0.weight"].cpu(), model.state_dict()["seq.0.weight"])
@@ -97,23 +99,25 @@ def test_a_second_run_is_the_one_that_a_fresh_backend_gives(uncompiled, few_prog
     dataset = small_dataset(train=10, test=6)
     draws = [draw_epoch(10, device=DEVICE) for _ in range(2)]
     backend, model = make(dataset)
-    first = [train(backend, drawn, epoch)[0] for epoch, drawn in enumerate(draws)]
+    first = [train(backend, drawn)[0] for drawn in draws]
     scores = backend.evaluate().clone()
     weights = {name: tensor.clone() for name, tensor in backend.state_dict().items()}
     assert not torch.equal(first[0], first[1])
-    backend.prepare(model)
-    again = [train(backend, drawn, epoch)[0] for epoch, drawn in enumerate(draws)]
+    backend.reset(model)
+    again = [train(backend, drawn)[0] for drawn in draws]
     assert torch.equal(torch.stack(first), torch.stack(again)) and torch.equal(backend.evaluate(), scores)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in backend.state_dict().items())
 
 
 def test_an_epoch_files_each_steps_losses_and_answers_where_eager_has_them(uncompiled, few_programs):
-    """And takes the draws, of which two pictures are left over, and the test set, whose last batch is short, as eager does."""
+    """And takes the draws, of which two images are left over, and the test set, whose last batch is short, as eager
+    does.
+    """
     dataset = small_dataset(train=10, test=6)
     draws = draw_epoch(10, device=DEVICE)
     fused, model = make(dataset)
     eager = Eager(RECIPE, dataset, DEVICE, torch.float32, torch.contiguous_format)
-    eager.prepare(model)
+    eager.reset(model)
     ours, theirs = train(fused, draws), train(eager, draws)
     assert ours[0].shape == (2, 4)
     assert torch.allclose(ours[0], theirs[0], rtol=1e-4) and torch.equal(ours[1], theirs[1])
@@ -121,9 +125,11 @@ def test_an_epoch_files_each_steps_losses_and_answers_where_eager_has_them(uncom
     assert fused.done.item() == 2
 
 
-def test_an_epoch_starts_where_it_should_whatever_ran_before(uncompiled, few_programs):
+def test_an_epoch_that_was_left_half_way_does_not_move_the_next(uncompiled, few_programs):
     backend, _ = make(small_dataset(train=10, test=6))
-    training = backend.train_epoch(1, draw_epoch(10, device=DEVICE))
+    draws = draw_epoch(10, device=DEVICE)
+    next(backend.train_epoch(draws))
+    training = backend.train_epoch(draws)
     next(training)
     assert (backend.done.item(), backend.position.item()) == (3, 0)
     assert backend.rate.item() == pytest.approx(RECIPE.learning_rate(3, 2))
@@ -131,21 +137,24 @@ def test_an_epoch_starts_where_it_should_whatever_ran_before(uncompiled, few_pro
     assert (backend.done.item(), backend.position.item()) == (4, 1)
 
 
-def test_the_optimiser_sees_the_schedules_rate_at_each_of_the_2328_steps(uncompiled, few_programs):
-    """The real counter, table and optimiser of 24 epochs of 97 steps, with a model of one weight in place of the network."""
+def test_the_optimizer_sees_the_schedules_rate_at_each_of_the_2328_steps(uncompiled, few_programs):
+    """The real counter, table and optimiser of 24 epochs of 97 steps, with a model of one weight in place of the
+    network.
+    """
     recipe = Recipe(batch_size=1, widths=(1,))
     backend, _ = make(small_dataset(train=97, test=2), recipe)
     weight = next(backend.model.parameters())
-    backend.score = lambda images, labels: (images.mean((1, 2, 3)) * weight.mean(), (labels == 0) * 100)
+    backend.score = lambda images, labels: (images.mean((1, 2, 3)) * weight.mean(), labels == 0)
     seen = []
     backend.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"].item()))
     draws = draw_epoch(97, device=DEVICE)
-    if CUDA:  # a replay runs no hook
-        backend.run_step = backend._step
-    for epoch in range(recipe.epochs):
-        for _ in backend.train_epoch(epoch, draws):
+    backend.step_graph = None  # a replay runs no hook
+    for _ in range(recipe.epochs):
+        for _ in backend.train_epoch(draws):
             pass
-    expected = torch.tensor([recipe.learning_rate(step, 97) for step in range(1, 2329)])  # as float32, which is the table's type
+    expected = torch.tensor(
+        [recipe.learning_rate(step, 97) for step in range(1, 2329)]
+    )  # as float32, which is the table's type
     assert torch.equal(torch.tensor(seen), expected) and seen[-1] == 0
 
 
@@ -173,14 +182,15 @@ def test_the_model_compiles_without_a_break_forward_and_backward(few_programs, d
     """As the backend compiles it: `fullgraph=True` raises at anything that the compiler would leave to Python."""
     dataset = small_dataset(train=10, test=6)
     compiled, _ = make(dataset, dtype=dtype)
-    assert hasattr(compiled.score, "_torchdynamo_orig_callable") or CUDA
     draws = draw_epoch(10, device=DEVICE)
     ours = train(compiled, draws)[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda function, **how: function)
         plain, _ = make(dataset, dtype=dtype)
         theirs = train(plain, draws)[0]
-    for step, slack in enumerate((1, 100)):  # the second takes the gradients of the first through a chaotic little network
+    for step, slack in enumerate(
+        (1, 100)
+    ):  # the second takes the gradients of the first through a chaotic little network
         tolerance = slack * (1e-5 if dtype == torch.float32 else 2e-3)
         assert (ours[step] - theirs[step]).norm() <= tolerance * theirs[step].norm()
 
@@ -190,42 +200,47 @@ def test_the_model_compiles_without_a_break_forward_and_backward(few_programs, d
 
 def test_without_a_gpu_and_without_the_interpreter_fused_is_refused_with_the_reason(small, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(InputError, match=r"the fused backend cannot run here \(its kernels need a CUDA GPU; .*\); use --backend"):
+    with pytest.raises(
+        InputError, match=r"the fused backend cannot run here \(its kernels need a CUDA GPU; .*\); use --backend"
+    ):
         fit(RECIPE, small, backend="fused", device="cpu", dtype="float32", log=None)
 
 
 def test_an_old_gpu_is_refused_with_the_reason(monkeypatch):
-    from cifar_fast.choose import fused_trouble
+    from cifar_fast.plan import fused_unavailable_reason
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    assert fused_trouble(torch.device("cuda")) == "a GPU of compute capability 6.1, and its kernels need 7.5"
+    assert fused_unavailable_reason(torch.device("cuda")) == "a GPU of compute capability 6.1, and its kernels need 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert fused_trouble(torch.device("cuda")) is None
+    assert fused_unavailable_reason(torch.device("cuda")) is None
 
 
 def test_auto_falls_back_to_the_next_backend_and_says_so_in_a_line(small, monkeypatch):
-    import cifar_fast.trainer
-    from cifar_fast.choose import Choice
+    from cifar_fast.plan import Plan
+    from cifar_fast.trainer import fit_plan
 
     def broken(*args, **how):
         raise RuntimeError("no compiler\nwas found")
 
     monkeypatch.setattr(torch, "compile", broken)
-    choice = Choice((Fused, Compiled, Eager), torch.device("cpu"), torch.float32, torch.channels_last, "as on a GPU")
-    monkeypatch.setattr(cifar_fast.trainer, "choose", lambda *how: choice)
+    backends = ("fused", "compiled", "eager")
+    plan = Plan(backends, torch.device("cpu"), torch.float32, torch.channels_last, "as on a GPU")
     lines = []
     recipe = Recipe(epochs=1, batch_size=32, widths=NARROW)
-    result = fit(recipe, small, log=lines.append)
+    result = fit_plan(recipe, small, plan, log=lines.append)
     assert result.backend == "eager"
     said = [line for line in lines if "cannot be set up" in line]
     assert said == [
         "auto: the fused backend cannot be set up here (RuntimeError: no compiler), compiled instead",
         "auto: the compiled backend cannot be set up here (RuntimeError: no compiler), eager instead",
     ]
-    alone = fit(recipe, small, backend="eager", device="cpu", dtype="float32", log=None)
+    assert result.summary()["auto"] == ["as on a GPU", *(line.removeprefix("auto: ") for line in said)]
+    alone = fit(recipe, small, backend="eager", device="cpu", dtype="float32", memory_format="channels_last", log=None)
     monkeypatch.undo()
-    assert [row.train_loss for row in result.rows] == [row.train_loss for row in alone.rows], "what failed left no trace"
+    assert [row.train_loss for row in result.rows] == [row.train_loss for row in alone.rows], (
+        "what failed left no trace"
+    )
 
 
 # -- on a GPU
@@ -238,7 +253,7 @@ def test_a_replay_is_the_uncaptured_step_bit_for_bit(dtype):
     recipe = Recipe(epochs=1, batch_size=64)
     replayed, _ = make(dataset, recipe, getattr(torch, dtype))
     called, _ = make(dataset, recipe, getattr(torch, dtype))
-    called.run_step = called._step
+    called.step_graph = called.evaluation_graph = None
     draws = draw_epoch(200, device=DEVICE)
     with fastest_deterministic_convolutions():
         assert torch.equal(train(replayed, draws)[0], train(called, draws)[0])
@@ -254,7 +269,7 @@ def test_an_epoch_does_not_wait_for_the_device():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        scores = list(backend.train_epoch(0, draws))
+        scores = list(backend.train_epoch(draws))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(scores) == 31

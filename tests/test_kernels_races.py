@@ -1,15 +1,15 @@
-"""The interpreter runs programs one after another, so that a race never shows. What one would need is tested instead."""
+"""The interpreter runs programs one after another, so that no race shows. What one would need is tested instead."""
 
 import numpy as np
 import pytest
 import torch
+from cifar_fast.kernels import augment, batch_norm_celu, normalization_table
+from cifar_fast.kernels.launch import interpreted
 
-import kernels.launch
 from cifar_fast import draw_epoch
-from kernels import augment, normalization_table
-from tests.test_kernels_batch_norm_celu import batch_norm_celu, everything, make
+from tests.test_kernels_batch_norm_celu import everything, make
 
-pytestmark = pytest.mark.skipif(not kernels.launch.interpreted(), reason="rearranges what the interpreter does")
+pytestmark = pytest.mark.skipif(not interpreted(), reason="rearranges what the interpreter does")
 
 
 def rearranged(monkeypatch, order):
@@ -46,15 +46,19 @@ def test_norm_does_not_depend_on_the_order_of_programs(order, pool, monkeypatch,
 def test_augmentation_does_not_depend_on_the_order_of_programs(order, monkeypatch):
     images = torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8)
     draws = draw_epoch(20, device="cpu")
-    arguments = (images, draws.permutation, draws.crop, draws.flip, draws.cutout, normalization_table(images, torch.float32))
-    expected, labels = augment(*arguments, labels=torch.arange(20))
+    table, labels = normalization_table(images, torch.float32), torch.arange(20)
+
+    def batch():
+        return augment(images, draws.tensor, table, labels=labels, padding=4, cutout_size=8)
+
+    expected, expected_labels = batch()
     rearranged(monkeypatch, ORDERS[order])
-    result, result_labels = augment(*arguments, labels=torch.arange(20))
-    assert torch.equal(result, expected) and torch.equal(result_labels, labels)
+    result, result_labels = batch()
+    assert torch.equal(result, expected) and torch.equal(result_labels, expected_labels)
 
 
 def test_the_order_is_really_another(monkeypatch):
-    """A launch in which each program adds to what the one before it wrote changes with the order: the tests above can fail."""
+    """A launch whose programs read what another wrote changes with the order: the tests above can fail."""
     import triton
     import triton.language as tl
 

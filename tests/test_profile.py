@@ -17,21 +17,21 @@ from cifar_fast.profile import (
     CONV_BACKWARD,
     CONV_DATA,
     CONV_FORWARD,
-    CONV_UNSAID,
+    CONV_UNKNOWN_PASS,
     CONV_WEIGHT,
-    GAPS,
+    IDLE,
     LAYOUT,
     LINES,
     NORM_BACKWARD,
     NORM_FORWARD,
     OPTIMISER,
     OTHER,
-    _kernel_work,
-    _rows,
     classify_kernel,
     classify_operator,
     covered,
+    kernel_work,
     profile,
+    table_rows,
 )
 from tests.conftest import NARROW, small_dataset
 
@@ -39,10 +39,10 @@ CPU = torch.device("cpu")
 
 
 def make(backend=Eager, train=64, batch_size=16, device=CPU, dtype=torch.float32, widths=NARROW):
-    """A prepared backend, and an epoch's draws for it."""
+    """A backend at the start of a run, and an epoch's draws for it."""
     recipe, dataset = Recipe(epochs=1, batch_size=batch_size, widths=widths), small_dataset(train=train, test=4)
-    made = backend(recipe, dataset, device, dtype)
-    made.prepare(CNN(recipe, dataset.num_classes))
+    made = backend(recipe, dataset, device, dtype, torch.channels_last)
+    made.reset(CNN(recipe, dataset.num_classes))
     return made, draw_epoch(train, device=device, recipe=recipe)
 
 
@@ -89,12 +89,12 @@ def assert_sums_to_the_step(table):
         (CONV_WEIGHT, "volta_scudnn_128x64_stridedB_splitK_interior_nn_v1"),
         (CONV_WEIGHT, "_ZN13cutlass_cudnn6KernelINS_4conv6kernel23ImplicitGemmConvolutionINS1_11threadblock22ImplicitGemmMultistageINS_4"
          "gemm9GemmShapeILi64ELi256ELi32EEENS4_51Conv2dWgradOutputGradientTileAccessIteratorAnalyticINS_11MatrixShapeILi64ELi32EEE"),
-        (CONV_UNSAID, "void cutlass_cudnn::Kernel<cutlass_cudnn::reduction::kernel::ReduceSplitK<cutlass_cudnn::MatrixShape<4, 256> > >"),
-        (CONV_UNSAID, "_5x_cudnn_ampere_scudnn_winograd_128x128_ldg1_ldg4_relu_tile148t_nt_v1"),
-        (CONV_UNSAID, "void cudnn::winograd_nonfused::winogradForwardData9x9_5x5<float, __half>(cudnn::winograd_nonfused::Params)"),
-        (CONV_UNSAID, "void fft2d_r2c_32x32<__half, false, 5u, false>(float2*, __half const*, int, int, int, int, int, int, int, int)"),
-        (CONV_UNSAID, "ampere_gcgemm_64x64_nt"),
-        (CONV_UNSAID, "void cask__5x_cudnn::computeOffsetsKernel<false, false>(cask__5x_cudnn::ComputeOffsetsParams)"),
+        (CONV_UNKNOWN_PASS, "void cutlass_cudnn::Kernel<cutlass_cudnn::reduction::kernel::ReduceSplitK<cutlass_cudnn::MatrixShape<4, 256> > >"),
+        (CONV_UNKNOWN_PASS, "_5x_cudnn_ampere_scudnn_winograd_128x128_ldg1_ldg4_relu_tile148t_nt_v1"),
+        (CONV_UNKNOWN_PASS, "void cudnn::winograd_nonfused::winogradForwardData9x9_5x5<float, __half>(cudnn::winograd_nonfused::Params)"),
+        (CONV_UNKNOWN_PASS, "void fft2d_r2c_32x32<__half, false, 5u, false>(float2*, __half const*, int, int, int, int, int, int, int, int)"),
+        (CONV_UNKNOWN_PASS, "ampere_gcgemm_64x64_nt"),
+        (CONV_UNKNOWN_PASS, "void cask__5x_cudnn::computeOffsetsKernel<false, false>(cask__5x_cudnn::ComputeOffsetsParams)"),
         (LAYOUT, "void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true, (cudnnKernelDataType_t)0>"),
         (LAYOUT, "void cudnn::engines_precompiled::nhwcToNchwKernel<float, float, float, true, false, (cudnnKernelDataType_t)0>"),
         (OPTIMISER, "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<"
@@ -120,7 +120,9 @@ def test_a_kernels_name_tells_its_line(line, name):
 def test_every_kernel_of_ours_has_a_line_of_ours():
     found = {AUGMENT: set(), NORM_FORWARD: set(), NORM_BACKWARD: set()}
     for module in ("augment", "batch_norm_celu"):
-        for name in vars(importlib.import_module(f"kernels.{module}")):  # not kernels.augment, which is the function
+        for name in vars(
+            importlib.import_module(f"cifar_fast.kernels.{module}")
+        ):  # the package gives the function under this name
             if name.endswith("_kernel"):
                 found[classify_kernel(name)].add(name.removesuffix("_kernel"))
     assert found[AUGMENT] == {"augment"}
@@ -143,7 +145,10 @@ def test_every_kernel_of_ours_has_a_line_of_ours():
         (AUGMENT, "cifar_fast::augment"),
         (NORM_FORWARD, "cifar_fast::batch_norm_celu"),
         (NORM_BACKWARD, "cifar_fast::batch_norm_celu_backward"),
-        (NORM_BACKWARD, "autograd::engine::evaluate_function: GeneratedBackwardFor_cifar_fast_batch_norm_celu_defaultBackward"),
+        (
+            NORM_BACKWARD,
+            "autograd::engine::evaluate_function: GeneratedBackwardFor_cifar_fast_batch_norm_celu_defaultBackward",
+        ),
         (OPTIMISER, "Optimizer.step#SGD.step"),
         (OPTIMISER, "aten::_fused_sgd_"),
         (OPTIMISER, "aten::_foreach_add_"),
@@ -176,20 +181,22 @@ def test_overlapping_kernels_share_the_busy_time_and_annotations_take_none():
         kernel("Optimizer.step#SGD.step", 0, 9000, annotation=True),
         kernel("cudaLaunchKernel", 0, 9000, device=DeviceType.CPU),
     ]
-    rows = {row.line: row for row in _rows(*_kernel_work(events), wall=8000, steps=2)}
-    assert {line: row.milliseconds for line, row in rows.items()} == pytest.approx({CONV_FORWARD: 1.25, AUGMENT: 1.25, GAPS: 1.5})
-    assert rows[GAPS].share == 3 / 8
-    assert (rows[AUGMENT].launches, rows[GAPS].launches) == (0.5, 0)
+    rows = {row.line: row for row in table_rows(*kernel_work(events), wall=8000, steps=2)}
+    assert {line: row.milliseconds for line, row in rows.items()} == pytest.approx(
+        {CONV_FORWARD: 1.25, AUGMENT: 1.25, IDLE: 1.5}
+    )
+    assert rows[IDLE].share == 3 / 8
+    assert (rows[AUGMENT].launches, rows[IDLE].launches) == (0.5, 0)
 
 
 def test_a_gpu_clock_that_runs_ahead_makes_no_negative_gap():
-    rows = _rows(*_kernel_work([kernel("augment_kernel", 0, 1001)]), wall=1000, steps=1)
-    assert [(row.line, row.milliseconds) for row in rows] == [(AUGMENT, pytest.approx(1)), (GAPS, 0)]
+    rows = table_rows(*kernel_work([kernel("augment_kernel", 0, 1001)]), wall=1000, steps=1)
+    assert [(row.line, row.milliseconds) for row in rows] == [(AUGMENT, pytest.approx(1)), (IDLE, 0)]
 
 
 def test_a_profile_without_a_kernel_is_refused():
     with pytest.raises(InputError, match="saw no kernel"):
-        _kernel_work([kernel("aten::mm", 0, 1, device=DeviceType.CPU)])
+        kernel_work([kernel("aten::mm", 0, 1, device=DeviceType.CPU)])
 
 
 # -- profiles
@@ -198,15 +205,17 @@ def test_a_profile_without_a_kernel_is_refused():
 def test_an_eager_profile_has_each_line_once_and_sums_to_the_step(tmp_path):
     table = profile(*make(), tmp_path, steps=2, log=lambda line: None)
     launches = {row.line: row.launches for row in table.rows}
-    assert list(launches) == [CONV_FORWARD, CONV_BACKWARD, OPTIMISER, OTHER, GAPS]
-    assert (launches[CONV_FORWARD], launches[CONV_BACKWARD], launches[OPTIMISER], launches[GAPS]) == (8, 8, 1, 0)
+    assert list(launches) == [CONV_FORWARD, CONV_BACKWARD, OPTIMISER, OTHER, IDLE]
+    assert (launches[CONV_FORWARD], launches[CONV_BACKWARD], launches[OPTIMISER], launches[IDLE]) == (8, 8, 1, 0)
     assert all(row.milliseconds > 0 for row in table.rows)
     assert_sums_to_the_step(table)
 
 
 def test_what_the_optimiser_calls_is_the_optimisers(tmp_path):
     profile(*make(), tmp_path, steps=1, log=lambda line: None)
-    events = [event for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if event.get("ph") == "X"]
+    events = [
+        event for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if event.get("ph") == "X"
+    ]
     step = next(event for event in events if event["name"].startswith("Optimizer.step"))
     table = json.loads((tmp_path / "profile.json").read_text())
     optimiser = next(row["milliseconds"] for row in table["rows"] if row["line"] == OPTIMISER)
@@ -219,7 +228,9 @@ def test_a_fused_profile_has_lines_for_our_kernels(tmp_path, monkeypatch, uncomp
     monkeypatch.setattr(cifar_fast.profile, "UNTRACED", 0)  # a step takes a second here
     table = profile(*make(Fused, train=4, batch_size=2), tmp_path, steps=1, log=lambda line: None)
     launches = {row.line: row.launches for row in table.rows}
-    assert [launches[line] for line in (CONV_FORWARD, CONV_BACKWARD, AUGMENT, NORM_FORWARD, NORM_BACKWARD, OPTIMISER)] == [8, 8, 1, 8, 8, 1]
+    assert [
+        launches[line] for line in (CONV_FORWARD, CONV_BACKWARD, AUGMENT, NORM_FORWARD, NORM_BACKWARD, OPTIMISER)
+    ] == [8, 8, 1, 8, 8, 1]
     assert_sums_to_the_step(table)
 
 
@@ -233,7 +244,9 @@ def test_the_files_hold_the_trace_and_the_table_that_is_logged(tmp_path):
     trace = json.loads((tmp_path / "a" / "b" / "trace.json").read_text())
     assert "aten::convolution_backward" in {event.get("name") for event in trace["traceEvents"]}
     assert lines == str(table).splitlines()
-    assert [line for line in LINES for text in lines if text.startswith(f"{line}  ")] == [row.line for row in table.rows]
+    assert [line for line in LINES for text in lines if text.startswith(f"{line}  ")] == [
+        row.line for row in table.rows
+    ]
 
 
 def test_two_steps_go_untraced_and_a_short_epoch_starts_again(tmp_path, monkeypatch):
@@ -241,23 +254,25 @@ def test_two_steps_go_untraced_and_a_short_epoch_starts_again(tmp_path, monkeypa
     epochs, traced = [], []
     train_epoch = backend.train_epoch
 
-    def watched(epoch, draws):
-        epochs.append(epoch)
-        for scored in train_epoch(epoch, draws):
+    def watched(draws):
+        epochs.append(backend.epoch)
+        for scored in train_epoch(draws):
             traced.append(torch.autograd._profiler_enabled())
             yield scored
 
     monkeypatch.setattr(backend, "train_epoch", watched)
     profile(backend, draws, tmp_path, steps=5, log=lambda line: None)
     assert traced == [False] * 2 + [True] * 5
-    assert epochs == [0, 0, 0]
+    assert epochs == [0, 1, 2]
 
 
 def test_a_directory_that_cannot_be_written_to_is_refused_before_any_step(tmp_path, monkeypatch):
     backend, draws = make()
     monkeypatch.setattr(backend, "train_epoch", lambda *args: pytest.fail("trained"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--profile .*file: cannot be written to \(File exists\); choose another folder"):
+    with pytest.raises(
+        InputError, match=r"--output .*file: cannot be written to \(File exists\); choose another folder"
+    ):
         profile(backend, draws, tmp_path / "file")
 
 
@@ -276,11 +291,13 @@ def test_files_that_fail_leave_the_earlier_ones_whole(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_fused_profile_on_a_gpu_tells_kernels_of_a_graph_apart(tmp_path):
-    backend, draws = make(Fused, train=512, batch_size=64, device=torch.device("cuda"), dtype=torch.float16, widths=Recipe().widths)
+    backend, draws = make(
+        Fused, train=512, batch_size=64, device=torch.device("cuda"), dtype=torch.float16, widths=Recipe().widths
+    )
     table = profile(backend, draws, tmp_path, steps=3, log=lambda line: None)
     launches = {row.line: row.launches for row in table.rows}
     assert launches[AUGMENT] == 1
     assert launches[NORM_FORWARD] == launches[NORM_BACKWARD] == 8 * 3
-    assert sum(launches.get(line, 0) for line in (CONV_FORWARD, CONV_DATA, CONV_WEIGHT, CONV_UNSAID)) >= 8 + 7 + 8
+    assert sum(launches.get(line, 0) for line in (CONV_FORWARD, CONV_DATA, CONV_WEIGHT, CONV_UNKNOWN_PASS)) >= 8 + 7 + 8
     assert launches[OPTIMISER] >= 1
     assert_sums_to_the_step(table)

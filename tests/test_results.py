@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_fast import CNN, InputError, Recipe, fit
-from cifar_fast.results import Output, confidence_interval_95
+from cifar_fast import CNN, Diverged, InputError, Recipe, fit
+from cifar_fast.output import Output
+from cifar_fast.results import confidence_interval_95
 from tests.conftest import NARROW
 
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
@@ -21,7 +22,15 @@ def test_the_files_of_a_training(tmp_path, small):
 
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [(row["run"], row["epoch"]) for row in rows] == [(run, epoch) for run in range(3) for epoch in (1, 2)]
-    assert set(rows[0]) == {"run", "epoch", "train_loss", "train_accuracy", "test_accuracy", "train_seconds"}
+    assert set(rows[0]) == {
+        "run",
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "test_accuracy",
+        "train_seconds",
+        "evaluation_seconds",
+    }
 
     summary = json.loads((output / "summary.json").read_text())
     assert Recipe(**summary["recipe"]) == RECIPE
@@ -38,9 +47,9 @@ def test_the_files_of_a_training(tmp_path, small):
     assert (summary["train_seconds_min"], summary["train_seconds_median"]) == (seconds[0], seconds[1])
     assert summary["train_seconds_mean"] == pytest.approx(sum(seconds) / 3)
 
-    with Image.open(output / "curves.png") as picture:
-        picture.load()
-        assert picture.format == "PNG" and len(picture.getcolors(1 << 20)) > 10
+    with Image.open(output / "curves.png") as image:
+        image.load()
+        assert image.format == "PNG" and len(image.getcolors(1 << 20)) > 10
     model = CNN(RECIPE, small.num_classes)
     model.load_state_dict(torch.load(output / "model.pt", weights_only=True))
     assert all(torch.equal(tensor, result.state_dict[name]) for name, tensor in model.state_dict().items())
@@ -72,7 +81,7 @@ def test_results_that_are_there_are_kept_unless_told(tmp_path, small):
 
 def test_a_diverging_run_leaves_no_folder_behind(tmp_path, small):
     wild = Recipe(epochs=2, batch_size=32, widths=NARROW, lr_values=(1e30, 1e30, 0))
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(Diverged, match="not finite"):
         fit(wild, small, output=tmp_path / "a" / "b", **HOW)
     assert not (tmp_path / "a").exists()
 
@@ -90,7 +99,9 @@ def test_a_disk_that_fills_up_is_said_in_a_line(tmp_path, small, monkeypatch):
 def test_rows_can_be_read_while_the_run_goes_on(tmp_path, small):
     seen = []
     how = HOW | {
-        "log": lambda line: seen.append(len((tmp_path / "out/metrics.jsonl").read_text().splitlines())) if "epoch" in line else None
+        "log": lambda line: (
+            seen.append(len((tmp_path / "out/metrics.jsonl").read_text().splitlines())) if "epoch" in line else None
+        )
     }
     fit(RECIPE, small, output=tmp_path / "out", **how)
     assert seen == [1, 2]

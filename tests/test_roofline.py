@@ -32,7 +32,9 @@ def reference():
 
 
 def total(passes, what, **where):
-    return sum(getattr(row, what) for row in passes if all(getattr(row, name) == value for name, value in where.items()))
+    return sum(
+        getattr(row, what) for row in passes if all(getattr(row, name) == value for name, value in where.items())
+    )
 
 
 def named(passes, layer, name):
@@ -44,7 +46,10 @@ def named(passes, layer, name):
 
 
 def test_the_reference_has_6573120_parameters_in_three_kinds_of_layer(reference):
-    kinds = {kind: sum(row.parameters for row in reference if row.layer.startswith(kind)) for kind in ("conv", "norm", "head")}
+    kinds = {
+        kind: sum(row.parameters for row in reference if row.layer.startswith(kind))
+        for kind in ("conv", "norm", "head")
+    }
     assert kinds == {"conv": 6_563_520, "norm": 4_480, "head": 5_120}
     assert total(reference, "parameters") == 6_573_120
 
@@ -52,7 +57,9 @@ def test_the_reference_has_6573120_parameters_in_three_kinds_of_layer(reference)
 @every_small
 @pytest.mark.parametrize("classes", [2, 100])
 def test_parameters_are_those_of_the_model(recipe, classes):
-    assert total(layers(recipe, classes, HALF), "parameters") == sum(value.numel() for value in CNN(recipe, classes).parameters())
+    assert total(layers(recipe, classes, HALF), "parameters") == sum(
+        value.numel() for value in CNN(recipe, classes).parameters()
+    )
 
 
 def test_a_picture_of_the_reference_takes_379_million_multiply_adds_forward(reference):
@@ -100,14 +107,21 @@ def test_fewer_than_two_classes_are_an_error():
 def test_the_norms_move_the_activations_that_our_kernels_move(recipe, dtype):
     passes, size = layers(recipe, 10, dtype), 32
     norms = [row for row in passes if row.layer.startswith("norm")]
-    for (forward, backward), channels, pools in zip(zip(norms[::2], norms[1::2]), recipe.widths, recipe.pools, strict=True):
+    for (forward, backward), channels, pools in zip(
+        zip(norms[::2], norms[1::2]), recipe.widths, recipe.pools, strict=True
+    ):
         moved = {"forward": 0, "backward": 0}
         for launch in norm_launches((recipe.batch_size, channels, size, size), 1 + pools, dtype, recipe.celu_alpha):
             for side in predict.touched(launch):
                 moved[predict.KERNELS[launch.kernel.__name__][0]] += sum(
                     side.get(name, 0) for name in ("x", "dy", "pooled", "argmax", "y", "dx")
                 )
-        assert (forward.name, forward.bytes, backward.name, backward.bytes) == ("forward", moved["forward"], "backward", moved["backward"])
+        assert (forward.name, forward.bytes, backward.name, backward.bytes) == (
+            "forward",
+            moved["forward"],
+            "backward",
+            moved["backward"],
+        )
         size //= 1 + pools
 
 
@@ -115,7 +129,9 @@ def test_the_norms_values_of_a_channel_which_are_left_out_are_under_a_thousandth
     moved = 0
     for case in predict.recipe_cases(RECIPE, HALF):
         for launch in case.launches() * predict.layers(RECIPE)[case.name]:
-            moved += sum(size for side in predict.touched(launch) for name, size in side.items() if name not in predict.SCRATCH)
+            moved += sum(
+                size for side in predict.touched(launch) for name, size in side.items() if name not in predict.SCRATCH
+            )
     left_out = moved - sum(row.bytes for row in reference if row.layer.startswith("norm"))
     assert 0 < left_out < 1e-3 * total(reference, "bytes")
 
@@ -142,7 +158,9 @@ def test_the_pool_of_the_head_moves_both_activations_and_a_byte_of_argmax_a_valu
 
 
 def test_a_head_with_nothing_to_pool_does_not_pool():
-    assert not [row for row in layers(Recipe(widths=(6, 12, 24, 48, 96)), 10, HALF) if row.layer.startswith("head pool")]
+    assert not [
+        row for row in layers(Recipe(widths=(6, 12, 24, 48, 96)), 10, HALF) if row.layer.startswith("head pool")
+    ]
 
 
 def test_the_linear_layer_moves_its_pooled_input_its_logits_and_its_weights(reference):
@@ -177,7 +195,13 @@ def test_the_floor_of_a_pass_is_the_longer_of_arithmetic_and_memory():
     light = floors([Pass("a", "forward", "forward", multiply_adds=50, activation_bytes=20)], limits)
     heavy = floors([Pass("b", "forward", "forward", multiply_adds=150, activation_bytes=15, weight_bytes=5)], limits)
     assert (light.arithmetic, light.memory, light.overlapped, light.no_overlap, light.bound) == (1, 2, 2, 3, "memory")
-    assert (heavy.arithmetic, heavy.memory, heavy.overlapped, heavy.no_overlap, heavy.bound) == (3, 2, 3, 5, "arithmetic")
+    assert (heavy.arithmetic, heavy.memory, heavy.overlapped, heavy.no_overlap, heavy.bound) == (
+        3,
+        2,
+        3,
+        5,
+        "arithmetic",
+    )
 
 
 def test_floors_of_several_passes_are_sums_and_grow_with_their_repeats():
@@ -293,8 +317,23 @@ def test_the_command_shows_every_pass_and_the_totals_as_aligned_tables(capsys, r
     assert cells[0][0][3:] == ["GFLOP", "MB", "FLOP/byte", "floor us", "bound by"]
     conv2 = ["73,728", "77.309", "201.474", "383.7", "97.86", "arithmetic"]
     assert next(row[2:] for row in cells[0] if row[:2] == ["conv2 64->128 32x32", "forward"]) == conv2
-    assert [row[0] for row in cells[1][2:]] == ["augmentation", "forward", "backward", "optimiser", "a step", "a run, 2,328 steps"]
-    assert cells[1][-1][1:] == ["2,708,117.649", "9,016.276", "244.765", "3,427.997", "2,153.730", "4,704.958", "5,581.727"]
+    assert [row[0] for row in cells[1][2:]] == [
+        "augmentation",
+        "forward",
+        "backward",
+        "optimiser",
+        "a step",
+        "a run, 2,328 steps",
+    ]
+    assert cells[1][-1][1:] == [
+        "2,708,117.649",
+        "9,016.276",
+        "244.765",
+        "3,427.997",
+        "2,153.730",
+        "4,704.958",
+        "5,581.727",
+    ]
     assert all(len({len(line) for line in table}) == 1 for table in tables)
     assert "6,573,120 parameters (convolutions 6,563,520 + batch norm 4,480 + linear 5,120)" in printed
     assert "379.3 M multiply-adds = 0.759 GFLOP forward, 2.272 GFLOP forward and backward" in printed
@@ -309,7 +348,21 @@ def test_the_command_measures_what_it_is_not_given_in_a_dtype_that_suits_the_dev
 
 def test_the_flags_of_the_recipe_reach_the_floors_and_the_json_file_holds_them(tmp_path, capsys):
     file = tmp_path / "floors.json"
-    flags = ["--batch-size", "4", "--widths", "8", "16", "--epochs", "3", "--classes", "5", "--pictures", "41", "--dtype", "float32"]
+    flags = [
+        "--batch-size",
+        "4",
+        "--widths",
+        "8",
+        "16",
+        "--epochs",
+        "3",
+        "--classes",
+        "5",
+        "--pictures",
+        "41",
+        "--dtype",
+        "float32",
+    ]
     assert roofline.main([*GIVEN_FLAGS, *flags, "--json", str(file)]) == 0
     figures = json.loads(file.read_text())
     recipe = Recipe(batch_size=4, widths=(8, 16), epochs=3)
@@ -317,7 +370,9 @@ def test_the_flags_of_the_recipe_reach_the_floors_and_the_json_file_holds_them(t
     assert figures["what"].startswith("floors, ") and figures["environment"] is None
     assert Recipe.from_json(json.dumps(figures["recipe"])) == recipe
     assert (figures["dtype"], figures["classes"], figures["steps"]) == ("float32", 5, 30)
-    assert [(row["layer"], row["flop"], row["bytes"]) for row in figures["passes"]] == [(row.layer, row.flop, row.bytes) for row in passes]
+    assert [(row["layer"], row["flop"], row["bytes"]) for row in figures["passes"]] == [
+        (row.layer, row.flop, row.bytes) for row in passes
+    ]
     assert figures["step"]["no_overlap"] == floors(passes, GIVEN).no_overlap
     assert figures["run"]["no_overlap"] == floors(passes, GIVEN, 30).no_overlap
 

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from cifar_fast.choose import choose
 
 import benchmarks.report
 import benchmarks.suite
@@ -12,11 +13,17 @@ from benchmarks.report import RESULTS, TABLES, report, section, with_section, wr
 from benchmarks.suite import Skip, Suite, airbench_rows, main, parity, summary
 from cifar_fast import Recipe
 from cifar_fast.backends import Eager
-from cifar_fast.choose import choose
 from cifar_fast.results import environment
 
 CEILINGS = dict(bandwidth=4e10, flops=8e11, bandwidth_range=[3e10, 5e10], flops_range=[7e11, 9e11], steps=456)
-CEILINGS |= dict(step_flop=1e12, step_bytes=4e9, step_floor=1.25, step_floor_no_overlap=1.35, run_floor=570.0, run_floor_no_overlap=615.6)
+CEILINGS |= dict(
+    step_flop=1e12,
+    step_bytes=4e9,
+    step_floor=1.25,
+    step_floor_no_overlap=1.35,
+    run_floor=570.0,
+    run_floor_no_overlap=615.6,
+)
 PARITY = dict(flags="--device cpu", within=True, tolerance=3.0, median_ratio=1.0, n=67)
 
 
@@ -34,7 +41,9 @@ def parts(monkeypatch):
 
         return run
 
-    fake = dict(ceilings=CEILINGS, parity=PARITY, cpu=Skip("no such CPU"), memory=dict(eager=dict(allocated=2e9, reserved=3e9)))
+    fake = dict(
+        ceilings=CEILINGS, parity=PARITY, cpu=Skip("no such CPU"), memory=dict(eager=dict(allocated=2e9, reserved=3e9))
+    )
     for name in benchmarks.suite.PARTS:
         monkeypatch.setitem(benchmarks.suite.PARTS, name, part(name, fake.get(name, Skip("not in this test"))))
 
@@ -74,7 +83,9 @@ def test_an_interrupted_suite_leaves_what_it_had_and_goes_on_from_there(tmp_path
     change("steps", Skip("later"))
     ran.clear()
     assert suite(tmp_path) == 0
-    assert ran[0] == "cpu" and "ceilings" not in ran, "what has a result is not measured again, what was skipped is tried again"
+    assert ran[0] == "cpu" and "ceilings" not in ran, (
+        "what has a result is not measured again, what was skipped is tried again"
+    )
     assert results(tmp_path)["parts"]["ceilings"]["result"] == CEILINGS
 
 
@@ -135,7 +146,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, parts, capsys, flags, w
 
 
 def test_a_summary_tells_middle_and_spread():
-    assert summary([3.0, 1.0, 2.0]) == dict(median=2.0, mean=2.0, min=1.0, max=3.0, std=1.0, n=3, values=[3.0, 1.0, 2.0])
+    assert summary([3.0, 1.0, 2.0]) == dict(
+        median=2.0, mean=2.0, min=1.0, max=3.0, std=1.0, n=3, values=[3.0, 1.0, 2.0]
+    )
     assert summary([3.0])["std"] is None
 
 
@@ -173,7 +186,9 @@ def test_steps_are_timed_in_turn_the_last_twice_and_profiled(like_a_gpu):
     found = benchmarks.suite.steps(like_a_gpu)
     assert list(found) == ["eager", "other", "other, again"]
     assert all(row["n"] == 10 and row["median"] > 0 for row in found.values())
-    assert sum(line["milliseconds"] for line in found["other"]["profile"]) == pytest.approx(found["other"]["profiled_step_ms"])
+    assert sum(line["milliseconds"] for line in found["other"]["profile"]) == pytest.approx(
+        found["other"]["profiled_step_ms"]
+    )
     assert found["eager"]["flops"] == CEILINGS["step_flop"] / found["eager"]["median"]
 
 
@@ -200,10 +215,17 @@ def test_every_table_and_picture_can_be_made_of_what_the_parts_give(like_a_gpu, 
         found[name] = benchmarks.suite.PARTS[name](like_a_gpu)
     found["peers"] = dict(airbench94=airbench_rows(AIRBENCH))
     found["memory"] = dict(eager=dict(allocated=1e9, reserved=2e9))
-    found["cpu"] = dict(seconds={name: [dict(step=1.0, augment=0.5)] for name in ("theirs", "ours")}, matrix_flops=1e12, batch_size=512)
+    found["cpu"] = dict(
+        seconds={name: [dict(step=1.0, augment=0.5)] for name in ("theirs", "ours")}, matrix_flops=1e12, batch_size=512
+    )
     facts = environment(torch.device("cpu"))
     settings = dict(dtype="float16", dataset=dict(name="synthetic"), recipe=dict(batch_size=16))
-    made = dict(schema=1, environment=facts, settings=settings, parts={name: dict(result=result) for name, result in found.items()})
+    made = dict(
+        schema=1,
+        environment=facts,
+        settings=settings,
+        parts={name: dict(result=result) for name, result in found.items()},
+    )
     (tmp_path / "results.json").write_text(json.dumps(made))
     write_report(tmp_path)
     text = (tmp_path / "results.md").read_text()
@@ -270,7 +292,11 @@ def test_a_figure_that_changes_is_noticed(tmp_path, monkeypatch):
     folder.mkdir()
     facts = dict(device_name="A card", threads=2, torch="2.15")
     settings = dict(dtype="float16", dataset=dict(name="synthetic"), recipe=dict(batch_size=512))
-    made = dict(environment=facts, settings=settings, parts=dict(memory=dict(result=dict(fused=dict(allocated=2e9, reserved=3e9)))))
+    made = dict(
+        environment=facts,
+        settings=settings,
+        parts=dict(memory=dict(result=dict(fused=dict(allocated=2e9, reserved=3e9)))),
+    )
     (folder / "results.json").write_text(json.dumps(made))
     (tmp_path / "README.md").write_text(
         with_section(f"before\n{benchmarks.report.BEGIN}\n{benchmarks.report.END}\nafter", section(tmp_path))

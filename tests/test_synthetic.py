@@ -27,7 +27,10 @@ def test_classes_are_balanced_and_named():
 def test_neither_mean_pictures_nor_colours_nor_neighbours_tell_the_classes():
     """Ten classes: chance is 10 %. What these simple rules reach is what would make the set trivial."""
     dataset = load_dataset("synthetic", log=None)
-    train, test = (images.reshape(len(images), -1).astype(np.float32) for images in (dataset.train_images, dataset.test_images[:500]))
+    train, test = (
+        images.reshape(len(images), -1).astype(np.float32)
+        for images in (dataset.train_images, dataset.test_images[:500])
+    )
     labels = dataset.test_labels[:500]
 
     def nearest(points, queries, classes):

@@ -12,7 +12,9 @@ import termios
 import pytest
 
 from cifar_fast import Recipe
-from cifar_fast.train import _parser, main, recipe_of
+from cifar_fast.cli import train_parser
+from cifar_fast.flags import recipe_of
+from cifar_fast.train import main
 from tests.conftest import save_npz, small_dataset
 
 NARROW = "--widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu"
@@ -24,7 +26,9 @@ def npz(tmp_path_factory):
 
 
 def run(flags, **how):
-    return subprocess.run([sys.executable, "-m", "cifar_fast.train", *str(flags).split()], capture_output=True, text=True, **how)
+    return subprocess.run(
+        [sys.executable, "-m", "cifar_fast.train", *str(flags).split()], capture_output=True, text=True, **how
+    )
 
 
 def test_the_command_prints_plain_lines_and_writes_its_files(tmp_path, npz):
@@ -35,7 +39,9 @@ def test_the_command_prints_plain_lines_and_writes_its_files(tmp_path, npz):
     assert lines[1].startswith("auto: ")
     epochs = [line for line in lines if line.startswith("epoch")]
     assert len(epochs) == 4
-    assert all(words in epochs[0] for words in ("epoch  1  train loss ", "  train acc ", "  test acc ", "  training time "))
+    assert all(
+        words in epochs[0] for words in ("epoch  1  train loss ", "  train acc ", "  test acc ", "  training time ")
+    )
     assert "mean of 2 runs" in lines[-2] and lines[-1] == f"written to {tmp_path}/out"
     assert "\r" not in done.stdout + done.stderr and "it/s" not in done.stderr
     assert len(json.loads((tmp_path / "out/summary.json").read_text())["runs"]) == 2
@@ -61,7 +67,7 @@ def test_profile_tells_where_a_steps_time_goes_and_trains_no_further(tmp_path, n
     monkeypatch.chdir(tmp_path)
     assert main(f"--dataset npz --data-dir {npz} --profile traces {NARROW}".split()) == 0
     shown = capsys.readouterr().out
-    assert "convolutions forward" in shown and "gaps" in shown and "optimiser" in shown
+    assert "convolutions forward" in shown and "idle" in shown and "optimiser" in shown
     assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == ["profile.json", "trace.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["traces"]
 
@@ -75,12 +81,13 @@ def test_without_output_results_go_to_a_new_folder_under_runs(tmp_path, npz, mon
 
 def test_each_constant_of_the_recipe_is_a_flag_with_help(capsys):
     flags = (
-        "--epochs 3 --batch-size 7 --widths 6 7 --celu-alpha 0.5 --output-scale 2 --label-smoothing 0.1 --momentum 0.8 --weight-decay 1e-3"
+        "--epochs 3 --batch-size 7 --widths 6 7 --celu-alpha 0.5 --output-scale 2 --label-smoothing 0.1 "
+        "--momentum 0.8 --weight-decay 1e-3"
         " --lr-knots 0 2 --lr-values 1 0 --crop-padding 2 --no-flip --cutout-size 0"
     )
     recipe = Recipe(3, 7, (6, 7), 0.5, 2, 0.1, 0.8, 1e-3, (0, 2), (1, 0), 2, False, 0)
-    assert recipe_of(_parser().parse_args(flags.split())) == recipe
-    assert recipe_of(_parser().parse_args([])) == Recipe()
+    assert recipe_of(train_parser().parse_args(flags.split())) == recipe
+    assert recipe_of(train_parser().parse_args([])) == Recipe()
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
@@ -114,8 +121,10 @@ def test_a_recipe_file_is_the_start_and_flags_change_it(tmp_path, capsys):
         ("--recipe none.json", "cannot read the recipe none.json"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
         ("--output {file}/out", "is not a directory"),
-        ("--dataset synthetic --batch-size 20000 --output out", "10000 training pictures are fewer than one batch of 20000"),
-        ("--dataset synthetic --lr-values 1e30 1e30 0 --output out", "the loss is not finite at step"),
+        (
+            "--dataset synthetic --batch-size 20000 --output out",
+            "10000 training images are fewer than one batch of 20000",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path, monkeypatch, capfd, flags, words):
@@ -129,6 +138,21 @@ def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path, monk
     assert error.startswith("error: ") and words in error
     assert error.count("\n") == 1
     assert not list(work.iterdir())
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1_and_leaves_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    flags = "--dataset synthetic --widths 4 8 8 8 16 32 32 32 --lr-values 1e30 1e30 0 --output out"
+    assert main(flags.split()) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: the loss is not finite at step") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_traceback_shows_where_an_error_came_from(npz, capfd):
+    assert main(f"--dataset npz --data-dir {npz} --batch-size 97 --traceback".split()) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("Traceback") and error.splitlines()[-1].startswith("error: ")
 
 
 def test_another_runs_results_are_refused_before_the_data_are_read(tmp_path, npz, capsys):

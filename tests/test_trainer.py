@@ -4,20 +4,24 @@ import shutil
 import pytest
 import torch
 
-from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
+from cifar_fast import CNN, Diverged, InputError, Recipe, draw_epoch, fit
 from cifar_fast.backends import Compiled, Eager
-from cifar_fast.choose import cpu_has_bfloat16
+from cifar_fast.plan import cpu_has_bfloat16
 from tests.conftest import NARROW, small_dataset
 
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
 
 
 def train(dataset, **how):
-    return fit(how.pop("recipe", RECIPE), dataset, **{"backend": "eager", "device": "cpu", "dtype": "float32", "log": None} | how)
+    return fit(
+        how.pop("recipe", RECIPE),
+        dataset,
+        **{"backend": "eager", "device": "cpu", "dtype": "float32", "log": None} | how,
+    )
 
 
 def untimed(rows):
-    return [dataclasses.replace(row, run=0, train_seconds=0) for row in rows]
+    return [dataclasses.replace(row, run=0, train_seconds=0, evaluation_seconds=0) for row in rows]
 
 
 def test_run_i_is_the_single_run_with_seed_s_plus_i(small):
@@ -47,7 +51,7 @@ def test_the_result_tells_of_rows_runs_and_data(small):
         assert run.test_accuracy == rows[1].test_accuracy
         assert run.setup_seconds > 0 and run.evaluation_seconds > 0
     assert result.dataset["digest"] == small.digest
-    assert (result.dataset["train_pictures"], result.dataset["test_pictures"]) == (96, 40)
+    assert (result.dataset["train_images"], result.dataset["test_images"]) == (96, 40)
 
 
 def test_the_weights_load_into_the_plain_model_and_score_what_the_run_scored(small):
@@ -71,18 +75,18 @@ def test_bfloat16_keeps_float32_weights_and_trains(small):
     assert result.rows[0].train_loss == pytest.approx(exact.rows[0].train_loss, rel=0.02)
 
 
-def test_the_pictures_left_over_are_dropped_and_the_last_test_batch_is_not():
+def test_the_images_left_over_are_dropped_and_the_last_test_batch_is_not():
     dataset = small_dataset(train=100, test=40)
     backend = Eager(RECIPE, dataset, torch.device("cpu"), torch.float32, torch.contiguous_format)
-    backend.prepare(CNN(RECIPE, dataset.num_classes))
-    scores = list(backend.train_epoch(0, draw_epoch(100, device="cpu")))
+    backend.reset(CNN(RECIPE, dataset.num_classes))
+    scores = list(backend.train_epoch(draw_epoch(100, device="cpu")))
     assert [(loss.shape, correct.shape) for loss, correct in scores] == [((32,), (32,))] * 3
     assert backend.evaluate().shape == (40,)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small):
     wild = Recipe(epochs=2, batch_size=32, widths=NARROW, lr_values=(1e30, 1e30, 0))
-    with pytest.raises(InputError, match=r"the loss is not finite at step \d+ \(epoch 1\); try smaller --lr-values"):
+    with pytest.raises(Diverged, match=r"the loss is not finite at step \d+ \(epoch 1\); try smaller --lr-values"):
         train(small, recipe=wild)
 
 
@@ -97,10 +101,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small):
         (dict(dtype="float16"), "float16 needs a GPU"),
         (dict(device="tpu"), "unknown device 'tpu'"),
         (dict(device="cpu:3"), "unknown device 'cpu:3'"),
-        (dict(recipe=Recipe()), "96 training pictures are fewer than one batch of 512; give a smaller --batch-size"),
+        (dict(recipe=Recipe()), "96 training images are fewer than one batch of 512; give a smaller --batch-size"),
     ],
 )
-def test_what_cannot_work_is_refused(small, how, words):
+def test_a_training_that_cannot_work_is_refused(small, how, words):
     with pytest.raises(InputError, match=words):
         train(small, **how)
 
@@ -119,7 +123,7 @@ def test_auto_on_a_cpu_says_what_it_picked_and_why(small):
     assert "bfloat16" in lines[1] and "eager was measured faster" in lines[1]
 
 
-def test_pictures_of_one_colour_cannot_be_normalised(small):
+def test_images_of_one_color_cannot_be_normalized(small):
     black = dataclasses.replace(small, train_images=small.train_images * 0)
     with pytest.raises(InputError, match="the same value everywhere"):
         train(black)
@@ -137,24 +141,30 @@ def compiler():
 
 @pytest.mark.slow
 def test_compiled_trains_as_eager_does_and_its_set_up_leaves_no_trace(small, compiler):
-    """Compiled arithmetic differs in its last bits, which each step makes larger: tight after one epoch, loose after two."""
-    recipe = dataclasses.replace(RECIPE, batch_size=30, lr_values=(0.1, 0.2, 0))  # 10 test pictures in the last, short batch
+    """Compiled arithmetic differs in its last bits, which each step makes larger: tight after one epoch, loose after
+    two.
+    """
+    recipe = dataclasses.replace(
+        RECIPE, batch_size=30, lr_values=(0.1, 0.2, 0)
+    )  # 10 test pictures in the last, short batch
     eager = train(small, recipe=recipe, runs=2)
     compiled = train(small, recipe=recipe, runs=2, backend="compiled")
     for mine, its in zip(compiled.rows, eager.rows, strict=True):
         assert mine.train_loss == pytest.approx(its.train_loss, rel=1e-4 if its.epoch == 1 else 1e-2)
-    mine, its = (torch.cat([tensor.double().flatten() for tensor in result.state_dict.values()]) for result in (compiled, eager))
+    mine, its = (
+        torch.cat([tensor.double().flatten() for tensor in result.state_dict.values()]) for result in (compiled, eager)
+    )
     assert (mine - its).norm() <= 0.02 * its.norm()
 
 
 @pytest.mark.slow
-def test_preparing_the_compiled_backend_changes_no_weight_statistic_or_generator(small, compiler):
+def test_setting_up_the_compiled_backend_changes_no_weight_statistic_or_generator(small, compiler):
     torch.manual_seed(0)
     model = CNN(RECIPE, small.num_classes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     backend = Compiled(RECIPE, small, torch.device("cpu"), torch.float32, torch.channels_last)
-    backend.prepare(model)
+    backend.reset(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(backend.state_dict()[name], tensor) for name, tensor in before.items())
     assert all(parameter.grad is None for parameter in backend.model.parameters())
@@ -166,7 +176,9 @@ def test_a_compiler_that_is_missing_is_said(monkeypatch, small):
         raise RuntimeError("no compiler\nwas found")
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(InputError, match=r"the compiled backend cannot be set up here \(RuntimeError: no compiler\); see --backend"):
+    with pytest.raises(
+        InputError, match=r"the compiled backend cannot be set up here \(RuntimeError: no compiler\); see --backend"
+    ):
         train(small, backend="compiled")
 
 

@@ -1,0 +1,214 @@
+"""The commands: ``cifar-fast train | compare | profile``. Torch, which takes seconds, is imported when one begins its
+work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cifar_fast import __version__
+from cifar_fast.data import load_dataset
+from cifar_fast.errors import InputError
+from cifar_fast.flags import Parser, add_run_flags, recipe_of, run_command
+
+USAGE = """usage: cifar-fast COMMAND [flags]
+
+  train     train the recipe, and write down what came of it
+  compare   run two backends in lockstep, and tell how far apart each layer is
+  profile   train a few steps, and tell where their time goes
+
+cifar-fast COMMAND --help lists the flags; --version tells the version."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command with ``argv`` (default: the process's own); gives its exit code, 2 for bad input."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command == "--version":
+        print(f"cifar-fast {__version__}")
+        return 0
+    if command not in COMMANDS:
+        print(f"error: there is no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return COMMANDS[command](rest)
+
+
+# -- train
+
+
+def train(argv: list[str] | None = None) -> int:
+    """``cifar-fast train``, and ``python -m cifar_fast.train``."""
+    what = "interrupted; the epochs that ended are in the output folder's metrics.jsonl"
+    return run_command(lambda: _train(train_parser().parse_args(argv)), argv, what)
+
+
+def train_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="cifar-fast train", description="Train the reference CIFAR-10 recipe.", allow_abbrev=False)
+    add_run_flags(parser)
+    parser.add_argument(
+        "--runs", type=int, default=1, help="train that often; run i has the seed of the first, plus i (default: 1)"
+    )
+    group = parser.add_argument_group("what is written")
+    group.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder for metrics.jsonl, summary.json, curves.png and model.pt (default: a new one under runs/)",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace the results that the output folder holds")
+    group.add_argument(
+        "--profile", metavar="DIR", help="do not train: the profile command, which writes to that folder"
+    )
+    group.add_argument("--print-recipe", action="store_true", help="print the recipe as JSON and stop")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    recipe = recipe_of(args)
+    if args.print_recipe:
+        print(recipe.to_json())
+        return 0
+    if args.profile:
+        args.output = args.profile
+        return _profile(args)
+
+    from cifar_fast.backends import keep_freed_memory
+    from cifar_fast.output import Output
+    from cifar_fast.plan import resolve
+    from cifar_fast.trainer import check, fit_plan
+
+    # Whatever can be refused is refused before the data, which may take long to come.
+    plan = resolve(args.backend, args.device, args.dtype, args.memory_format)
+    check(plan, seed=args.seed, runs=args.runs)
+    output = Output(args.output or default_output(args.dataset), args.overwrite)
+    if plan.device.type == "cpu":
+        keep_freed_memory()
+    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url)
+    fit_plan(recipe, dataset, plan, seed=args.seed, runs=args.runs, output=output)
+    print(f"written to {output.path}")
+    return 0
+
+
+def default_output(dataset: str) -> str:
+    """A new folder's name for results on the data set of that name, which may have slashes in it."""
+    return time.strftime(f"runs/{dataset.replace('/', '-').replace(':', '-')}-%Y%m%d-%H%M%S")
+
+
+# -- profile
+
+
+def profile(argv: list[str] | None = None) -> int:
+    """``cifar-fast profile``."""
+    return run_command(lambda: _profile(profile_parser().parse_args(argv)), argv)
+
+
+def profile_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="cifar-fast profile",
+        description="Trace a few training steps, and write the trace and a table of where their time goes.",
+        allow_abbrev=False,
+    )
+    add_run_flags(parser)
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder for trace.json and profile.json")
+    return parser
+
+
+def _profile(args: argparse.Namespace) -> int:
+    import torch
+
+    from cifar_fast.augment import draw_epoch
+    from cifar_fast.backends import device_guard, keep_freed_memory
+    from cifar_fast.model import CNN
+    from cifar_fast.plan import resolve, set_up
+    from cifar_fast.profile import profile
+    from cifar_fast.trainer import check
+
+    recipe = recipe_of(args)
+    plan = resolve(args.backend, args.device, args.dtype, args.memory_format)
+    check(plan, seed=args.seed, runs=1)
+    if plan.device.type == "cpu":
+        keep_freed_memory()
+    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url)
+    dataset.steps_per_epoch(recipe.batch_size)
+    torch.manual_seed(args.seed)
+    with device_guard(plan.device):
+        backend, _ = set_up(plan, recipe, dataset, print)
+        backend.reset(CNN(recipe, dataset.num_classes))
+        profile(backend, draw_epoch(len(dataset.train_images), device=plan.device, recipe=recipe), args.output)
+    print(f"written to {args.output}: trace.json for ui.perfetto.dev, and profile.json")
+    return 0
+
+
+# -- compare
+
+
+def compare(argv: list[str] | None = None) -> int:
+    """``cifar-fast compare``, and ``python -m cifar_fast.compare``; gives 0, 1 past the tolerance, 2 for bad input."""
+    return run_command(lambda: _compare(compare_parser().parse_args(argv)), argv)
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="cifar-fast compare",
+        description="Run two backends in lockstep and tell how far apart each layer is.",
+        allow_abbrev=False,
+    )
+    add_run_flags(parser)
+    parser.set_defaults(backend="fused")
+    group = parser.add_argument_group("the comparison")
+    group.add_argument(
+        "--against", choices=("eager", "compiled", "fused"), default="eager", help="the other backend (default: eager)"
+    )
+    group.add_argument("--steps", type=int, default=4, metavar="K", help="steps of training (default: 4)")
+    group.add_argument("--drift", action="store_true", help="let the sides go their own ways after the first step")
+    group.add_argument(
+        "--tolerance", type=float, default=3.0, metavar="X", help="allowed times eager's own difference (default: 3)"
+    )
+    group.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    return parser
+
+
+def _compare(args: argparse.Namespace) -> int:
+    recipe = recipe_of(args)
+    if args.steps < 1:
+        raise InputError(f"--steps must be at least 1, not {args.steps}")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must lie between 0 and 2^63, not {args.seed}")
+    if not args.tolerance > 0:
+        raise InputError(f"--tolerance must be above 0, not {args.tolerance:g}")
+
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+    from cifar_fast.compare import Comparison, compare, write_report
+    from cifar_fast.plan import resolve
+
+    first, second = (
+        resolve(backend, args.device, args.dtype, args.memory_format) for backend in (args.backend, args.against)
+    )
+    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url)
+    comparison = Comparison(first, second, tolerance=args.tolerance)
+    print(comparison.heading())
+    if first.device.type == "cpu" and "fused" in (*first.backends, *second.backends):
+        print("no GPU: the kernels run in Triton's interpreter, slowly; narrow --widths and a small --batch-size help")
+    for step in compare(recipe, dataset, first, second, seed=args.seed, steps=args.steps, drift=args.drift, log=print):
+        print(comparison.add(step))
+    if args.json:
+        write_report(args.json, comparison, recipe, dataset, seed=args.seed, drift=args.drift)
+    print(comparison.verdict())
+    return 0 if comparison.within else 1
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "compare": compare, "profile": profile}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
