@@ -18,14 +18,17 @@ SIDE, PAD, HOLE = 32, 4, 8
 WIDTHS = (64, 128, 128, 128, 256, 512, 512, 512)
 
 
-def normalized(train: np.ndarray, test: np.ndarray, dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def normalized(
+    train: np.ndarray, test: np.ndarray, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 ``[N, 32, 32, 3]`` to ``[N, 3, 32, 32]``, with the training pictures' mean and deviation a channel.
 
     torchvision's CIFAR-10, which the script trains on, is a transposed view of ``[N, 3, 32, 32]``, and torch.tensor keeps
     its strides: all that follows is NCHW in memory.
     """
     train_pixels, test_pixels = (
-        torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1), device=device) for images in (train, test)
+        torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1), device=device)
+        for images in (train, test)
     )
     deviation, mean = torch.std_mean(train_pixels.float(), dim=(0, 1, 2), unbiased=True, keepdim=True)
     scaled = [(pixels - mean) / deviation for pixels in (train_pixels, test_pixels)]
@@ -87,19 +90,27 @@ class Network(nn.Module):
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.seq(images) / 8
-        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.2), (logits.argmax(1) == labels) * 100
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.2), (
+            logits.argmax(1) == labels
+        ) * 100
 
 
 class Training:
     """The reference's training: set up like its script, and stepped by whoever holds it."""
 
-    def __init__(self, *, seed: int, epochs: int, batch_size: int, dtype: torch.dtype, device: str = "cpu", **network: object) -> None:
+    def __init__(
+        self, *, seed: int, epochs: int, batch_size: int, dtype: torch.dtype, device: str = "cpu", **network: object
+    ) -> None:
         torch.manual_seed(seed)
         self.network = Network(**network).to(dtype).to(device)
         self.epochs, self.batch_size, self.done = epochs, batch_size, 0
-        self.sgd = torch.optim.SGD(self.network.parameters(), lr=0, momentum=0.9, weight_decay=5e-4 * batch_size, nesterov=True)
+        self.sgd = torch.optim.SGD(
+            self.network.parameters(), lr=0, momentum=0.9, weight_decay=5e-4 * batch_size, nesterov=True
+        )
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor, steps_per_epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self, images: torch.Tensor, labels: torch.Tensor, steps_per_epoch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.done += 1
         self.network.train()
         knots, rates = [0, self.epochs / 5, self.epochs], [0.1 / self.batch_size, 0.6 / self.batch_size, 0]

@@ -11,7 +11,7 @@ import ctypes
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -201,13 +201,19 @@ def make_score(model: CNN, recipe: Recipe, device: torch.device, dtype: torch.dt
 
 
 def compile_score(score: Score) -> Score:
-    """``score`` under torch.compile.
+    """``score`` under torch.compile, whole."""
+    return torch.compile(fresh_code(score), dynamic=False, fullgraph=True)
 
-    The compiler counts recompilations per code object and gives up after a few. Each backend is no recompilation of
-    an earlier one, so each gets a code object of its own.
+
+def fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with a code object of its own.
+
+    The compiler counts recompilations per code object and gives up after a few; functions made anew by the same lines
+    are no recompilations of each other.
     """
-    own = types.FunctionType(score.__code__.replace(), score.__globals__, closure=score.__closure__)
-    return torch.compile(own, dynamic=False, fullgraph=True)
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 def make_sgd(model: CNN, recipe: Recipe, *, fused: bool, lr: float | torch.Tensor = 0.0) -> torch.optim.SGD:
