@@ -1,8 +1,8 @@
 """What is measured: each operator at each shape of the recipe, by each implementation, checked before it is timed.
 
 A case's ``calls`` give one call per input set; :func:`check` refuses a call whose result is not that of plain torch in
-float64 (bit for bit, where the operator only moves pixels). In training no implementation keeps running statistics, which
-are a few values per channel that the compiled step updates on its own.
+float64 (bit for bit, where the operator only moves pixels). In training no implementation keeps running statistics,
+which are a few values per channel that the compiled step updates on its own.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-
-from cifar_fast import Draws, Recipe
-from cifar_fast.augment import augment as augment_in_torch
-from cifar_fast.backends import fresh_code
 from cifar_fast.kernels.augment import augment, augment_reference
 from cifar_fast.kernels.augment import example_launches as augment_launches
 from cifar_fast.kernels.batch_norm_celu import batch_norm_celu, batch_norm_celu_reference
 from cifar_fast.kernels.batch_norm_celu import example_launches as norm_launches
 from cifar_fast.kernels.launch import Launch
+
+from cifar_fast import Draws, Recipe
+from cifar_fast.augment import augment as augment_in_torch
+from cifar_fast.backends import fresh_code
 from cifar_fast.recipe import IMAGE_SIZE, Block
 
 IMAGES = 50_000
@@ -114,7 +114,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Norm:
-    """(Max-pool,) batch norm and CELU after a block's convolution. ``direction``: forward, backward, both; inference."""
+    """(Max-pool,) batch norm and CELU of a block. ``direction``: forward, backward or both in training; inference."""
 
     block: Block
     batch_size: int
@@ -242,7 +242,9 @@ class Norm:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A pass of a block's convolution alone: forward, data gradient or weight gradient, with ``c_in`` channels of input."""
+    """A pass of a block's convolution alone: forward, data gradient or weight gradient, with ``c_in`` channels of
+    input.
+    """
 
     block: Block
     c_in: int
@@ -296,7 +298,9 @@ def kernel_cases(recipe: Recipe, dtype: torch.dtype) -> list[Case]:
 
 
 def convolution_cases(recipe: Recipe, dtype: torch.dtype) -> list[Convolution]:
-    """Each pass of each convolution; the first with 3, 4 and 8 channels of input, and no data gradient, which nobody needs."""
+    """Each pass of each convolution; the first with 3, 4 and 8 channels of input, and no data gradient, which nobody
+    needs.
+    """
     return [
         Convolution(block, c_in, recipe.batch_size, dtype, direction)
         for block in recipe.blocks()
@@ -316,7 +320,7 @@ def input_sets(case: Case, cache: int) -> int:
 
 
 def check(case: Case, outputs: Tensors, expected: Tensors) -> None:
-    """Raise :class:`Wrong` unless ``outputs`` are what ``case.truth`` expects: all of them, in shape, type and value."""
+    """Raise :class:`Wrong` unless ``outputs`` are what ``case.truth`` expects, in number, shape, type and value."""
     what = f"{case.name}, {case.direction}"
     if outputs.keys() != expected.keys():
         raise Wrong(f"{what}: gave {', '.join(outputs)} and not {', '.join(expected)}")

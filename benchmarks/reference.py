@@ -23,8 +23,8 @@ def normalized(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 ``[N, 32, 32, 3]`` to ``[N, 3, 32, 32]``, with the training pictures' mean and deviation a channel.
 
-    torchvision's CIFAR-10, which the script trains on, is a transposed view of ``[N, 3, 32, 32]``, and torch.tensor keeps
-    its strides: all that follows is NCHW in memory.
+    torchvision's CIFAR-10, which the script trains on, is a transposed view of ``[N, 3, 32, 32]``, and torch.tensor
+    keeps its strides: all that follows is NCHW in memory.
     """
     train_pixels, test_pixels = (
         torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1), device=device)

@@ -1,0 +1,174 @@
+"""``python -m benchmarks run | report | tune | compile | floors``: what is measured, and what is computed beside it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from cifar_fast import InputError, Recipe, load_dataset
+from cifar_fast.files import atomic_write, writing
+from cifar_fast.flags import Parser, add_data_flags, run_command
+from cifar_fast.names import DTYPES
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command with ``argv`` (default: the process's own); gives 0, 1 where something failed, 2 for bad input."""
+    what = "interrupted; start again with the same --output to go on"
+    return run_command(lambda: _command(_parser().parse_args(argv)), argv, what)
+
+
+def rate(text: str) -> float:
+    """A flag's bytes/s or FLOP/s."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    run = commands.add_parser("run", help="measure everything side by side, resumable")
+    add_data_flags(run)
+    run.set_defaults(dataset="synthetic")
+    run.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
+    run.add_argument("--minutes", type=rate, default=9, metavar="M", help="begin no part after so many (default: 9)")
+    run.add_argument("--only", nargs="+", metavar="PART", help="only these parts, after ceilings and parity")
+    run.add_argument("--reference-script", type=Path, metavar="PATH", help="the reference's script, to time as it is")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    for flag, nargs in (("--batch-size", None), ("--widths", "+")):
+        run.add_argument(flag, type=int, nargs=nargs, metavar="N", help="of the recipe (default: the reference's)")
+
+    commands.add_parser("report", help="make results.md and pictures of every results.json again")
+
+    tune = commands.add_parser("tune", help="choose the launch parameters of kernels/launch.json on this GPU")
+    tune.add_argument("--dtype", default="float16", choices=DTYPES)
+    tune.add_argument("--write", action="store_true", help="write the best entries to kernels/launch.json")
+
+    compile_ = commands.add_parser("compile", help="compile every kernel for GPUs that need not be here")
+    compile_.add_argument("--dtype", default="float16", choices=DTYPES)
+    compile_.add_argument("--targets", nargs="+", metavar="TARGET", help="such as sm_90 (default: all)")
+    compile_.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+
+    floors = commands.add_parser("floors", help="what a step computes and moves, and the time that takes at the least")
+    floors.add_argument("--device", default="auto", help="where ceilings that are not given are measured")
+    floors.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
+    floors.add_argument("--bandwidth", type=rate, metavar="X", help="bytes/s of a copy, reads and writes both counted")
+    floors.add_argument("--flops", type=rate, metavar="Y", help="FLOP/s of a matrix product in the dtype")
+    for one in commands.choices.values():
+        one.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return parser
+
+
+def _command(args: argparse.Namespace) -> int:
+    return {"run": _run, "report": _report, "tune": _tune, "compile": _compile, "floors": _floors}[args.command](args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from benchmarks.parts import PARTS, Bench
+    from benchmarks.run import run
+    from cifar_fast.backends import keep_freed_memory
+    from cifar_fast.plan import resolve, short_name
+
+    begun = time.perf_counter()
+    if unknown := set(args.only or ()) - set(PARTS):
+        raise InputError(f"--only: there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if args.reference_script and not args.reference_script.is_file():
+        raise InputError(f"--reference-script {args.reference_script}: no such file")
+    plan = resolve("auto", args.device)
+    if plan.device.type == "cpu":
+        keep_freed_memory()
+    changes = {name: getattr(args, name) for name in ("batch_size", "widths") if getattr(args, name)}
+    recipe = dataclasses.replace(Recipe(), **changes)
+    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url)
+    dataset.steps_per_epoch(recipe.batch_size)
+    with writing(f"--output {args.output}"):
+        args.output.mkdir(parents=True, exist_ok=True)
+    settings = dict(recipe=dataclasses.asdict(recipe), dtype=short_name(plan.dtype), dataset=dataset.facts())
+    real, deadline = args.dataset != "synthetic", begun + 60 * args.minutes
+    bench = Bench(recipe, dataset, real, plan, deadline, args.reference_script, [])
+    return run(args.output, bench, settings, args.only or list(PARTS))
+
+
+def _report(args: argparse.Namespace) -> int:
+    from benchmarks.report import RESULTS, write_report
+
+    for file in sorted(RESULTS.glob("*/results.json")):
+        write_report(file.parent)
+        print(f"written to {file.parent}")
+    return 0
+
+
+def _compiling() -> None:
+    from cifar_fast.kernels.launch import interpreted
+
+    if interpreted():
+        raise InputError("TRITON_INTERPRET is set, under which nothing is compiled; unset it")
+
+
+def _tune(args: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("tuning needs a CUDA GPU")
+    _compiling()
+    from benchmarks.tune import tune
+
+    torch.manual_seed(0)
+    tune(getattr(torch, args.dtype), args.write)
+    return 0
+
+
+def _compile(args: argparse.Namespace) -> int:
+    import torch
+    import triton
+
+    _compiling()
+    from benchmarks.compile import TARGETS, compile_all, table
+
+    if unknown := set(args.targets or ()) - set(TARGETS):
+        raise InputError(f"--targets: no {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
+    rows = compile_all(Recipe(), getattr(torch, args.dtype), args.targets or list(TARGETS))
+    print(f"triton {triton.__version__}, {args.dtype}, batch {Recipe().batch_size}\n\n{table(rows)}\n")
+    wrong = [problem for row in rows for problem in row.problems()]
+    print("\n".join(wrong) or "no spills, and 128 bits wherever a large tensor is read or written")
+    if args.json:
+        with writing(f"--json {args.json}", "choose another file"), atomic_write(args.json) as draft:
+            draft.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    return 1 if wrong else 0
+
+
+def _floors(args: argparse.Namespace) -> int:
+    import torch
+
+    from benchmarks.cases import IMAGES
+    from benchmarks.floors import copy_rates, floor_rows, product_rates, table
+    from benchmarks.report import pivot
+    from cifar_fast.plan import resolve, short_name
+
+    dtype = getattr(torch, "float16" if args.dtype == "auto" else args.dtype)
+    if not (args.bandwidth and args.flops):
+        plan = resolve("auto", args.device, args.dtype)
+        dtype = plan.dtype
+    bandwidth = args.bandwidth or statistics.median(copy_rates(plan.device))
+    flops = args.flops or statistics.median(product_rates(plan.device, dtype))
+    recipe, classes = Recipe(), 10
+    print(f"{bandwidth / 1e9:,.1f} GB/s, {flops / 1e9:,.1f} GFLOP/s, {short_name(dtype)}, batch {recipe.batch_size}:")
+    print("floors, which are computed; nothing of the recipe is timed\n")
+    print(table(recipe, classes, dtype, bandwidth, flops))
+    print("\n" + pivot(floor_rows(recipe, IMAGES, classes, dtype, bandwidth, flops)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

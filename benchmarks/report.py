@@ -1,0 +1,86 @@
+"""``python -m benchmarks report``: results.md and pictures, pivoted from the rows of each results.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import Row, markdown, ratio
+from cifar_fast.files import atomic_write
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def pivot(rows: list[Row]) -> str:
+    """A line per case and side, a column per metric, and the first metric over the base side's, turn by turn."""
+    metrics = list(dict.fromkeys((row.metric, row.unit) for row in rows if row.values))
+    cells = {(row.case, row.side, (row.metric, row.unit)): row for row in rows}
+    pairs = list(dict.fromkeys((row.case, row.side) for row in rows))
+    sides = [side for _, side in pairs]
+    base = next((name for name in ("auto", "fused") if name in sides), None)
+    compared = base and len(set(sides)) > 1
+    header = ["case", "side", *(f"{metric}, {unit}" if unit else metric for metric, unit in metrics)]
+    lines = []
+    for case, side in pairs:
+        line = [case, side]
+        line += [str(cells.get((case, side, metric), "-")) for metric in metrics]
+        if compared:
+            mine, its = (cells.get((case, name, metrics[0])) for name in (side, base))
+            line.append(ratio(mine, its) if mine and its else "-")
+        lines.append(line)
+    wrong = [f"\n\n{row.case}, {row.side}: {row.metric}" for row in rows if not row.values]
+    return markdown(header + ([f"times {base}"] if compared else []), lines) + "".join(wrong)
+
+
+def report(results: dict[str, Any]) -> str:
+    """Every part of ``results`` as a table; what was not measured is named with its reason."""
+    facts, settings = results["environment"], results["settings"]
+    versions = ("torch", "triton", "cuda", "cudnn", "python")
+    known = ", ".join(f"{name} {facts[name]}" for name in versions if facts.get(name))
+    blocks = [
+        f"# {facts['device_name']}, {facts['threads']} threads",
+        f"{known}; {settings['dtype']}; data: {settings['dataset']['name']}. median (min to max).",
+    ]
+    if note := settings.get("note"):
+        blocks.append(note)
+    rows = [Row(**row) for part in results["parts"].values() for row in part.get("rows", [])]
+    for name in dict.fromkeys(row.part for row in rows):
+        blocks += [f"## {name.capitalize()}", pivot([row for row in rows if row.part == name])]
+    missing = [
+        f"{name} ({part.get('skipped') or part.get('failed')})"
+        for name, part in results["parts"].items()
+        if "rows" not in part
+    ]
+    return "\n\n".join([*blocks, *([f"Not measured: {'; '.join(missing)}."] if missing else [])])
+
+
+def write_report(folder: Path) -> None:
+    """``results.md`` and ``steps.png`` from the ``results.json`` of ``folder``."""
+    results = json.loads((folder / "results.json").read_text())
+    with atomic_write(folder / "results.md") as draft:
+        draft.write_text(report(results) + "\n")
+    rows = [Row(**row) for part in results["parts"].values() for row in part.get("rows", [])]
+    lines = [row for row in rows if row.part == "profile" and row.metric == "time"]
+    if lines:
+        with atomic_write(folder / "steps.png") as draft:
+            draw_steps(lines, draft)
+
+
+def draw_steps(lines: list[Row], path: Path) -> None:
+    """A bar per backend: where a step's time goes."""
+    from matplotlib.figure import Figure
+
+    sides, kinds = (list(dict.fromkeys(getattr(row, name) for row in lines)) for name in ("side", "case"))
+    figure = Figure(figsize=(9, 2.5 + 0.7 * len(sides)), layout="constrained")
+    axes = figure.subplots()
+    left = dict.fromkeys(sides, 0.0)
+    for i, kind in enumerate(kinds):
+        widths = [next((row.median for row in lines if (row.case, row.side) == (kind, side)), 0.0) for side in sides]
+        color = "0.85" if kind == "idle" else f"C{i}"
+        axes.barh(sides, widths, left=list(left.values()), label=kind, color=color)
+        left = {side: start + width for (side, start), width in zip(left.items(), widths)}
+    axes.set_xlabel("ms/step, profiled")
+    axes.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, format="png", dpi=120)

@@ -1,0 +1,76 @@
+"""``python -m benchmarks run``: every part in order, resumable; rows in results.json, and the report made of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.parts import PARTS, Bench, Skip
+from benchmarks.report import write_report
+from benchmarks.rows import Row
+from cifar_fast import InputError
+from cifar_fast.backends import device_guard
+from cifar_fast.environment import environment
+from cifar_fast.files import atomic_write
+
+SCHEMA = 2
+FIRST = ("ceilings", "parity")
+"""Parts that the others need, and that run whatever is asked for."""
+
+
+def run(output: Path, bench: Bench, settings: dict[str, Any], only: list[str]) -> int:
+    """Run what is not done yet of ``only``, writing after each part; gives the exit code, 1 where a part failed."""
+    file = output / "results.json"
+    results = start(file, settings, environment(bench.plan.device))
+    for name in [*FIRST, *(name for name in only if name not in FIRST)]:
+        before = results["parts"].get(name, {})
+        if "rows" in before and name != "kernels":  # of which some may be left
+            print(f"{name}: done before")
+            continue
+        if name not in FIRST and bench.late():
+            print(f"{name} and what follows: no minutes left; start again to go on")
+            break
+        bench.done = rows_of(results)
+        begun, rows = time.perf_counter(), list(before.get("rows", []))
+        try:
+            with device_guard(bench.plan.device):
+                rows += [asdict(row) for row in PARTS[name](bench)]
+            part: dict[str, Any] = {"rows": rows}
+        except Skip as reason:
+            part = {"skipped": str(reason)}
+        except Exception as error:  # compiler, driver, memory, a child process: the rest can still be measured
+            part = {"failed": " ".join(f"{type(error).__name__}: {error}".split())}
+        part["seconds"] = time.perf_counter() - begun
+        results["parts"][name] = part
+        with atomic_write(file) as draft:
+            draft.write_text(json.dumps(results, indent=1) + "\n")
+        write_report(output)
+        print(f"{name}: {part.get('skipped') or part.get('failed') or 'done'} ({part['seconds']:.0f} s)", flush=True)
+        if name == "parity" and "failed" in part:
+            print("parity is not given: nothing more is measured")
+            return 1
+    return 1 if any("failed" in part for part in results["parts"].values()) else 0
+
+
+def rows_of(results: dict[str, Any]) -> list[Row]:
+    """All rows of a results.json."""
+    return [Row(**row) for part in results["parts"].values() for row in part.get("rows", [])]
+
+
+def start(file: Path, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The results so far of this machine and these settings; :class:`InputError` for another's."""
+    fresh = {"schema": SCHEMA, "environment": facts, "settings": settings, "parts": {}}
+    fresh = json.loads(json.dumps(fresh))  # tuples are lists there
+    if not file.exists():
+        return fresh
+    try:
+        before = json.loads(file.read_text())
+        same = all(before[name] == fresh[name] for name in ("schema", "environment", "settings"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: not the results of a run ({error}); choose another --output") from None
+    if not same:
+        raise InputError(f"{file}: results of another machine, version or setting; choose another --output")
+    return before

@@ -1,0 +1,54 @@
+"""``pytest benchmarks/test_kernels.py``: our kernels, torch.compile and eager torch, case by case, in device time.
+
+A group is a case in one dtype, and a row an implementation of it: seconds of a call inside a captured loop, with the
+    other rows in ``extra_info``. A wrong result fails and has no row.
+
+    pytest benchmarks/ -k "64x32x32-forward-float16" --benchmark-json now.json
+"""
+
+import itertools
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.cases import IMPLEMENTATIONS, kernel_cases
+from benchmarks.parts import case_name, measure_kernel
+from cifar_fast import Recipe
+
+CASES = {
+    case_name(case).replace(", ", "-").replace(" ", "-"): i
+    for i, case in enumerate(kernel_cases(Recipe(), torch.float16))
+}
+
+
+class DeviceClock:
+    """A timer that shows device time: it stands still but for the seconds that are added to it."""
+
+    __name__ = "device"
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+clock = DeviceClock()
+
+
+@pytest.mark.gpu
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("case", CASES)
+def test_kernel(benchmark: BenchmarkFixture, case: str, dtype: str, implementation: str) -> None:
+    first, *others = measure_kernel(kernel_cases(Recipe(), getattr(torch, dtype))[CASES[case]], implementation)
+    assert first.values, first.metric
+    benchmark.group = f"{case}, {dtype}"
+    benchmark.extra_info |= {f"{row.metric} {row.unit}": row.median for row in others}
+    seconds = itertools.cycle([us / 1e6 for us in first.values])
+    benchmark.pedantic(lambda: clock.advance(next(seconds)), rounds=len(first.values))
