@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
+
+from cifar_fast import Draws, Recipe
+from cifar_fast.augment import augment as augment_in_torch
+from cifar_fast.backends import fresh_code
 from cifar_fast.kernels.augment import augment, augment_reference
 from cifar_fast.kernels.augment import example_launches as augment_launches
 from cifar_fast.kernels.batch_norm_celu import batch_norm_celu, batch_norm_celu_reference
 from cifar_fast.kernels.batch_norm_celu import example_launches as norm_launches
 from cifar_fast.kernels.launch import Launch
-
-from cifar_fast import Draws, Recipe
-from cifar_fast.augment import augment as augment_in_torch
-from cifar_fast.backends import fresh_code
 from cifar_fast.recipe import IMAGE_SIZE, Block
 
 IMAGES = 50_000

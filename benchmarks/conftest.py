@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cifar_fast.kernels.launch import interpreted
 
 from cifar_fast import Dataset, load_dataset
+from cifar_fast.kernels.launch import interpreted
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,7 +15,6 @@ import statistics
 
 import torch
 import triton
-from cifar_fast.kernels.launch import TABLE, Table, table, using
 from triton.errors import TritonError
 
 from benchmarks.cases import Case, Wrong, check, input_sets, kernel_cases
@@ -24,6 +23,7 @@ from benchmarks.rows import markdown
 from benchmarks.timing import LAUNCHES, capture, replay_times
 from cifar_fast import Recipe
 from cifar_fast.files import atomic_write
+from cifar_fast.kernels.launch import TABLE, Table, table, using
 
 Entry = dict[str, int]
 TILES = ((16, 64), (32, 64), (64, 64), (32, 128))  # rows, channels

@@ -1,0 +1,106 @@
+"""Offline compilation and the tuner's choices."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cases import kernel_cases
+from benchmarks.tune import DIRECTIONS, candidates, cases_of, choose, layout
+from cifar_fast import Recipe
+from cifar_fast.kernels.launch import TABLE, table
+
+ROOT = Path(__file__).parents[1]
+SPILLS = """
+import tempfile, torch, triton, triton.language as tl, sys
+from benchmarks.compile import compile_launch
+from cifar_fast.kernels.launch import Launch
+source = '''
+import triton, triton.language as tl
+@triton.jit
+def hoards(x, y, N: tl.constexpr):
+    a = tl.load(x + tl.arange(0, N))
+    b = tl.load(x + N + tl.arange(0, N))
+    c = tl.cumsum(a * b, 0)
+    tl.store(y + tl.arange(0, N), c + a - b)
+'''
+open(sys.argv[1], 'w').write(source)
+sys.path.insert(0, sys.argv[1].rsplit('/', 1)[0])
+from hoarding import hoards
+x, y = (torch.empty(n, device='meta', dtype=torch.float32) for n in (1 << 16, 1 << 15))
+launch = Launch(hoards, (1,), {'x': x}, {'y': y}, {}, {'N': 1 << 15}, num_warps=1)
+print(compile_launch('case', launch, 'sm_90').problems())
+"""
+
+
+def compiler(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_every_kernel_compiles_for_a_gpu_that_is_not_here_without_spills_and_with_wide_accesses(tmp_path):
+    done = compiler("-m", "benchmarks", "compile", "--targets", "sm_90", "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stderr or done.stdout
+    assert done.stdout.splitlines()[-1] == "no spills, and 128 bits wherever a large tensor is read or written"
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["kernel"] for row in rows} == {
+        *("augment_kernel", "statistics_kernel", "merge_statistics_kernel", "apply_kernel"),
+        *("backward_sums_kernel", "merge_sums_kernel", "backward_apply_kernel"),
+    }
+    assert all(row["registers"] > 0 and row["read"] > 0 and row["written"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_kernel_compiles_for_every_target(dtype):
+    done = compiler("-m", "benchmarks", "compile", "--dtype", dtype)
+    assert done.returncode == 0, done.stderr or done.stdout[-1000:]
+
+
+def test_a_kernel_that_spills_is_a_problem(tmp_path):
+    done = compiler("-c", SPILLS, str(tmp_path / "hoarding.py"))
+    assert "bytes spilled" in done.stdout, done.stderr[-1000:]
+
+
+# -- the tuner
+
+
+def test_the_unchanged_table_is_written_byte_for_byte():
+    assert layout(json.loads(TABLE.read_text())) == TABLE.read_text()
+
+
+def test_candidates_have_the_fields_of_the_current_entry_and_are_neither_it_nor_repeated():
+    for key, entries in table().items():
+        for entry in entries.values():
+            found = candidates(key, entry)
+            assert found and entry not in found
+            assert all(set(candidate) == set(entry) for candidate in found)
+            assert len({str(candidate) for candidate in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("twice", "others", "best"),
+    [
+        ((10.0, 10.1), [9.0, 9.5], 0),
+        ((10.0, 11.0), [9.0, 9.5], None),  # a gain of one, a noise of one
+        ((10.0, 10.1), [10.5, 11.0], None),
+        ((math.inf, math.inf), [12.0, 11.0], 1),
+        ((10.0, 10.1), [math.inf, math.inf], None),
+    ],
+)
+def test_the_fastest_entry_is_chosen_where_its_gain_is_no_noise(twice, others, best):
+    current, entries = {"block": 99}, [{"block": 1}, {"block": 2}]
+    assert choose(current, twice, list(zip(entries, others))) == (current if best is None else entries[best])
+
+
+def test_every_entry_of_the_table_is_taken_by_a_case():
+    cases = kernel_cases(Recipe(), torch.float16)
+    for key, entries in table().items():
+        assert key in DIRECTIONS
+        taken = [cases_of(key, shape_class, cases, table()) for shape_class in entries]
+        assert all(taken) and len({id(case) for some in taken for case in some}) == sum(map(len, taken))
