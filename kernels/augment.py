@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import Launch, empty_channels_last, operator, parameters, require, require_tensor
 
@@ -34,7 +35,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_CHANNELS = 8
 
 
-def normalization_table(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def normalization_table(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Each byte's normalized value ``[C, 256]`` in ``dtype``: less the mean, over the standard deviation.
 
     Both are those of ``images``, uint8 ``[N, S, S, C]``, per channel, the deviation with N S S - 1.
@@ -50,8 +51,8 @@ def normalization_table(images: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 
 def augment_reference(
-    images: torch.Tensor, draws: torch.Tensor, table: torch.Tensor, *, out_channels: int, padding: int, cutout_size: int
-) -> torch.Tensor:
+    images: Tensor, draws: Tensor, table: Tensor, *, out_channels: int, padding: int, cutout_size: int
+) -> Tensor:
     """The batch in plain torch; arguments as for :func:`augment` without a step."""
     size, channels = images.shape[2:]
     corners = size + 1 - cutout_size
@@ -119,16 +120,16 @@ def augment_kernel(
 
 
 def augment_outputs(
-    images: torch.Tensor,
-    draws: torch.Tensor,
-    table: torch.Tensor,
-    labels: torch.Tensor | None,
-    step: torch.Tensor | None,
+    images: Tensor,
+    draws: Tensor,
+    table: Tensor,
+    labels: Tensor | None,
+    step: Tensor | None,
     batch_size: int,
     out_channels: int,
     padding: int,
     cutout_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The batch ``[B, out_channels, S, S]`` in channels_last; its labels int64 ``[B]``, ``[0]`` without ``labels``."""
     size = images.shape[1]
     out = empty_channels_last(batch_size, out_channels, size, size, table.dtype, images.device)
@@ -137,36 +138,21 @@ def augment_outputs(
 
 
 def plan_augment(
-    images: torch.Tensor,
-    draws: torch.Tensor,
-    table: torch.Tensor,
-    labels: torch.Tensor | None,
-    step: torch.Tensor | None,
-    batch_size: int,
-    out_channels: int,
-    padding: int,
-    cutout_size: int,
-    out: torch.Tensor,
-    out_labels: torch.Tensor,
+    images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size, out, out_labels
 ) -> list[Launch]:
     """The one launch that fills ``out`` and ``out_labels``."""
     size, channels = images.shape[2:]
     chosen = parameters("augment", "*")
+    block = chosen["block"]
+    sizes = dict(S=size, C=channels, OUT_CHANNELS=out_channels, PADDING=padding, CUTOUT=cutout_size)
     return [
         Launch(
             augment_kernel,
-            grid=(batch_size, triton.cdiv(size * size * out_channels, chosen["block"])),
+            grid=(batch_size, triton.cdiv(size * size * out_channels, block)),
             reads=dict(images=images, draws=draws, table=table, labels=labels, step=step),
             writes=dict(out=out, out_labels=out_labels if labels is not None else None),
             scalars=dict(row_stride=draws.stride(0)),
-            constants=dict(
-                S=size,
-                C=channels,
-                OUT_CHANNELS=out_channels,
-                PADDING=padding,
-                CUTOUT=cutout_size,
-                BLOCK=chosen["block"],
-            ),
+            constants=sizes | dict(BLOCK=block),
             num_warps=chosen["num_warps"],
             touched=dict(images=batch_size * size * size * channels, draws=4 * batch_size, labels=batch_size),
         )
@@ -177,17 +163,17 @@ augment_op = operator("augment", augment_outputs, plan_augment)
 
 
 def augment(
-    images: torch.Tensor,
-    draws: torch.Tensor,
-    table: torch.Tensor,
+    images: Tensor,
+    draws: Tensor,
+    table: Tensor,
     *,
-    labels: torch.Tensor | None = None,
-    step: torch.Tensor | None = None,
+    labels: Tensor | None = None,
+    step: Tensor | None = None,
     batch_size: int | None = None,
     out_channels: int | None = None,
     padding: int,
     cutout_size: int,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """An augmented batch and its labels, straight from the bytes of the data set.
 
     All tensors are contiguous, rows of ``draws`` excepted, and on one device. What the elements of ``draws`` and
@@ -217,11 +203,8 @@ def augment(
         RuntimeError: tensors on more than one device, or on a CPU without Triton's interpreter.
     """
     square = images.ndim == 4 and images.shape[1] == images.shape[2]
-    require(
-        square and images.numel() > 0,
-        ValueError,
-        f"images must have the shape [N, S, S, C], none of them 0, not {list(images.shape)}",
-    )
+    shapes = f"images must have the shape [N, S, S, C], none of them 0, not {list(images.shape)}"
+    require(square and images.numel() > 0, ValueError, shapes)
     n, size, _, channels = images.shape
     require(channels <= MAX_CHANNELS, ValueError, f"images must have at most {MAX_CHANNELS} channels, not {channels}")
     out_channels = channels if out_channels is None else out_channels
@@ -261,7 +244,7 @@ def example_launches(
 ) -> list[Launch]:
     """The launch of one batch out of ``n`` images of three channels, by a step counter, on tensors without memory."""
 
-    def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    def meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     images, table = meta(n, size, size, 3, dtype=torch.uint8), meta(3, 256, dtype=dtype)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import nn
+from torch import Tensor, nn
 
 from .launch import Launch, empty_channels_last, operator, parameters, require, require_tensor
 
@@ -37,18 +37,18 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def batch_norm_celu_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    running_mean: torch.Tensor,
-    running_var: torch.Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
     *,
     training: bool,
     alpha: float,
     momentum: float = 0.1,
     eps: float = 1e-5,
     pool: int = 1,
-) -> torch.Tensor:
+) -> Tensor:
     """The operator in plain torch; also updates the running statistics in training."""
     pooled = F.max_pool2d(x, pool) if pool > 1 else x
     normalized = F.batch_norm(pooled, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -127,7 +127,7 @@ def statistics_kernel(
     first, _ = _load_pooled(x, first_row, first_channel, first_exists, H, W, C, POOL, ACC)
     mean = tl.zeros([BLOCK_R, BLOCK_C], ACC)
     square = tl.zeros([BLOCK_R, BLOCK_C], ACC)
-    seen = tl.zeros([1, 1], ACC)
+    count = tl.zeros([1, 1], ACC)
     # Each element of the tile keeps statistics of its own (Welford, 1962), so that nothing crosses threads in the loop.
     for k in range(BLOCKS_PER_SPLIT):
         row, channel, exists = _tile(split * BLOCKS_PER_SPLIT + k, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
@@ -137,18 +137,18 @@ def statistics_kernel(
             tl.store(pooled + offset, value.to(pooled.dtype.element_ty), mask=exists)
             tl.store(argmax + offset, which, mask=exists)
         difference = value - first - mean
-        seen += 1.0
-        step = difference / seen
+        count += 1.0
+        step = difference / count
         mean = tl.where(exists, mean + step, mean)
         square = tl.where(exists, square + difference * (difference - step), square)
 
     start = split * BLOCKS_PER_SPLIT * BLOCK_R
     lane = tl.arange(0, BLOCK_R)[:, None]
     here = tl.minimum(rows - start, BLOCKS_PER_SPLIT * BLOCK_R)
-    count = (here - lane + BLOCK_R - 1) // BLOCK_R  # rows that each lane has seen
-    total = tl.sum(count * mean, axis=0) / here
-    total += tl.sum(count * (mean - total[None, :]), axis=0) / here  # what rounding left
-    square = tl.sum(square + count * (mean - total[None, :]) * (mean - total[None, :]), axis=0)
+    counts = (here - lane + BLOCK_R - 1) // BLOCK_R  # rows of each lane, without those past the end
+    total = tl.sum(counts * mean, axis=0) / here
+    total += tl.sum(counts * (mean - total[None, :]), axis=0) / here  # what rounding left
+    square = tl.sum(square + counts * (mean - total[None, :]) * (mean - total[None, :]), axis=0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     tl.store(means + split * C + channel, total, mask=channel < C)
     tl.store(squares + split * C + channel, square, mask=channel < C)
@@ -188,6 +188,7 @@ def merge_statistics_kernel(
 
 @triton.jit
 def _channel_values(pointer, channel, C: tl.constexpr, ACC: tl.constexpr):
+    """Values per channel, [1, C], as ``channel`` has them; 0 past the last."""
     return tl.load(pointer + channel, mask=channel < C, other=0.0).to(ACC)
 
 
@@ -211,9 +212,8 @@ def apply_kernel(
 ):
     row, channel, exists = _tile(tl.program_id(0), tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
     value, _ = _load_pooled(x, row, channel, exists, H, W, C, POOL, ACC)
-    normalized = (value - _channel_values(statistics, channel, C, ACC)) * _channel_values(
-        statistics + 2 * C, channel, C, ACC
-    )
+    invstd = _channel_values(statistics + 2 * C, channel, C, ACC)
+    normalized = (value - _channel_values(statistics, channel, C, ACC)) * invstd
     z = normalized * _channel_values(weight, channel, C, ACC) + _channel_values(bias, channel, C, ACC)
     # Not z > 0, so that NaN takes the branch that keeps it.
     celu = tl.where(z <= 0, ALPHA * _expm1(tl.minimum(z, 0.0) / ALPHA, TERMS), z)
@@ -321,9 +321,8 @@ def backward_apply_kernel(
             row = (n * (H // 2) + top) * (W // 2) + left
     q, normalized, invstd = _gradient_of_norm(dy, x, statistics, weight, bias, row, channel, whole, ALPHA, C, ACC)
     if TRAINING:
-        q -= (
-            _channel_values(totals, channel, C, ACC) + normalized * _channel_values(totals + C, channel, C, ACC)
-        ) / rows
+        of_q, of_qx = _channel_values(totals, channel, C, ACC), _channel_values(totals + C, channel, C, ACC)
+        q -= (of_q + normalized * of_qx) / rows
     gradient = (q * (_channel_values(weight, channel, C, ACC) * invstd)).to(dx.dtype.element_ty)
     if POOL == 1:
         tl.store(dx + row.to(tl.int64) * C + channel, gradient, mask=exists)
@@ -334,17 +333,14 @@ def backward_apply_kernel(
             inside = exists
             if H % 2 + W % 2 > 0:
                 inside = exists & (top * 2 + k // 2 < H) & (left * 2 + k % 2 < W)
-            tl.store(
-                corner + ((k // 2) * W + k % 2) * C,
-                tl.where(which == k, gradient, 0.0).to(dx.dtype.element_ty),
-                mask=inside,
-            )
+            value = tl.where(which == k, gradient, 0.0).to(dx.dtype.element_ty)
+            tl.store(corner + ((k // 2) * W + k % 2) * C, value, mask=inside)
 
 
 class _Shape:
     """What a planner needs to know of ``x`` before its pool: sizes, and block sizes from the table."""
 
-    def __init__(self, x: torch.Tensor, pool: int) -> None:
+    def __init__(self, x: Tensor, pool: int) -> None:
         n, self.channels, height, width = x.shape
         self.rows = n * (height // pool) * (width // pool)
         self.windows = n * -(-height // pool) * -(-width // pool)
@@ -366,32 +362,28 @@ class _Shape:
         blocks = triton.cdiv(triton.cdiv(self.rows, entry["rows"]), entry["splits"])
         return triton.cdiv(self.rows, blocks * entry["rows"]), blocks
 
+    def merging(self, num_splits: int) -> dict[str, int]:
+        block = self.table("merge")["channels"]
+        return {"C": self.channels, "BLOCK_SPLITS": triton.next_power_of_2(num_splits), "BLOCK_C": block}
+
     def grid(self, first: int, tile: dict[str, int]) -> tuple[int, int]:
         return first, triton.cdiv(self.channels, tile["BLOCK_C"])
 
 
-def _accumulator(x: torch.Tensor) -> torch.dtype:
+def _accumulator(x: Tensor) -> torch.dtype:
     """The type to compute in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _plan_statistics(
-    shape: _Shape,
-    x: torch.Tensor,
-    pooled: torch.Tensor | None,
-    argmax: torch.Tensor | None,
-    statistics: torch.Tensor,
-    eps: float,
-) -> list[Launch]:
-    """Pool into ``pooled`` and ``argmax`` where they are given; fill ``statistics`` ``[3, C]``: mean, biased var, 1 /
-    sqrt(var + eps).
+def _plan_statistics(shape: _Shape, x, pooled, argmax, statistics, eps: float) -> list[Launch]:
+    """Fill ``statistics`` ``[3, C]`` with mean, biased var and 1 / sqrt(var + eps) of the pooled x, and keep that in
+    ``pooled`` and ``argmax``, which are None where nothing is pooled.
     """
     num_splits, blocks = shape.cut("statistics")
     tile, merge = shape.tile("statistics"), shape.table("merge")
     partial = statistics.new_empty(2 * num_splits + 1, shape.channels)
-    partials = dict(
-        means=partial[:num_splits], squares=partial[num_splits : 2 * num_splits], firsts=partial[2 * num_splits]
-    )
+    means, squares, firsts = partial[:num_splits], partial[num_splits:-1], partial[-1]
+    partials = dict(means=means, squares=squares, firsts=firsts)
     return [
         Launch(
             statistics_kernel,
@@ -408,26 +400,13 @@ def _plan_statistics(
             reads=partials,
             writes=dict(statistics=statistics),
             scalars=dict(rows=shape.rows, num_splits=num_splits, rows_per_split=blocks * tile["BLOCK_R"]),
-            constants={
-                "C": shape.channels,
-                "BLOCK_SPLITS": triton.next_power_of_2(num_splits),
-                "BLOCK_C": merge["channels"],
-                "EPS": eps,
-            },
+            constants=shape.merging(num_splits) | {"EPS": eps},
             num_warps=merge["num_warps"],
         ),
     ]
 
 
-def _plan_apply(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    statistics: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    alpha: float,
-    pool: int,
-) -> list[Launch]:
+def _plan_apply(x, y, statistics, weight, bias, alpha: float, pool: int) -> list[Launch]:
     """Normalize and activate ``x``, pooled on the way where ``pool`` is 2, into ``y``."""
     shape = _Shape(x, pool)
     kernel = "apply" if pool == 1 else "pool_apply"
@@ -447,14 +426,14 @@ def _plan_apply(
 
 
 def forward_outputs(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    given: torch.Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    given: Tensor | None,
     eps: float,
     alpha: float,
     pool: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the pooled tensor and its argmax (empty where pool is 1), and the batch's statistics ``[3, C]`` (empty where
     ``given``).
     """
@@ -466,19 +445,7 @@ def forward_outputs(
     return y, pooled, argmax, torch.empty(3 if given is None else 0, channels, dtype=_accumulator(x), device=x.device)
 
 
-def plan_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    given: torch.Tensor | None,
-    eps: float,
-    alpha: float,
-    pool: int,
-    y: torch.Tensor,
-    pooled: torch.Tensor,
-    argmax: torch.Tensor,
-    statistics: torch.Tensor,
-) -> list[Launch]:
+def plan_forward(x, weight, bias, given, eps, alpha, pool, y, pooled, argmax, statistics) -> list[Launch]:
     """Forward with what backward needs kept. ``given``: statistics ``[3, C]`` to use in place of the batch's."""
     shape = _Shape(x, pool)
     if given is None:
@@ -495,23 +462,13 @@ def plan_forward(
 forward_op = operator("batch_norm_celu", forward_outputs, plan_forward)
 
 
-def inference_outputs(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, statistics: torch.Tensor, alpha: float, pool: int
-) -> torch.Tensor:
+def inference_outputs(x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, alpha: float, pool: int) -> Tensor:
     """y."""
     n, channels, height, width = x.shape
     return empty_channels_last(n, channels, height // pool, width // pool, x.dtype, x.device)
 
 
-def plan_inference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    statistics: torch.Tensor,
-    alpha: float,
-    pool: int,
-    y: torch.Tensor,
-) -> list[Launch]:
+def plan_inference(x, weight, bias, statistics, alpha, pool, y) -> list[Launch]:
     """y by the ``statistics`` ``[3, C]``, in one pass."""
     return _plan_apply(x, y, statistics, weight, bias, alpha, pool)
 
@@ -520,18 +477,18 @@ inference_op = operator("batch_norm_celu_inference", inference_outputs, plan_inf
 
 
 def backward_outputs(
-    dy: torch.Tensor,
-    pooled: torch.Tensor,
-    argmax: torch.Tensor,
-    statistics: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
+    dy: Tensor,
+    pooled: Tensor,
+    argmax: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     height: int,
     width: int,
     training: bool,
     alpha: float,
     pool: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x ``[N, C, height, width]``, weight and bias."""
     n, channels = pooled.shape[:2]
     dx = empty_channels_last(n, channels, height, width, pooled.dtype, pooled.device)
@@ -539,20 +496,7 @@ def backward_outputs(
 
 
 def plan_backward(
-    dy: torch.Tensor,
-    pooled: torch.Tensor,
-    argmax: torch.Tensor,
-    statistics: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    height: int,
-    width: int,
-    training: bool,
-    alpha: float,
-    pool: int,
-    dx: torch.Tensor,
-    dweight: torch.Tensor,
-    dbias: torch.Tensor,
+    dy, pooled, argmax, statistics, weight, bias, height, width, training, alpha, pool, dx, dweight, dbias
 ) -> list[Launch]:
     """Gradients of x, weight and bias. ``pooled`` is x where pool is 1; ``statistics`` are those that forward used."""
     dy = dy.contiguous(memory_format=torch.channels_last)  # it may arrive as NCHW, or expanded
@@ -580,11 +524,7 @@ def plan_backward(
             reads=dict(sums=sums),
             writes=dict(totals=totals, dweight=dweight, dbias=dbias),
             scalars=dict(num_splits=num_splits),
-            constants={
-                "C": shape.channels,
-                "BLOCK_SPLITS": triton.next_power_of_2(num_splits),
-                "BLOCK_C": merge["channels"],
-            },
+            constants=shape.merging(num_splits),
             num_warps=merge["num_warps"],
         ),
         Launch(
@@ -627,18 +567,18 @@ backward_op.register_autograd(_refuse)
 
 
 def batch_norm_celu(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     *,
     training: bool,
     alpha: float,
     momentum: float = 0.1,
     eps: float = 1e-5,
     pool: int = 1,
-) -> torch.Tensor:
+) -> Tensor:
     """``CELU(BatchNorm(MaxPool(x)))``, and in training the running statistics updated as torch does.
 
     What is kept for backward, with m = N * (H // pool) * (W // pool): x itself where ``pool`` is 1, else the pooled
@@ -677,17 +617,7 @@ def batch_norm_celu(
     return y
 
 
-def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    training: bool,
-    eps: float,
-    alpha: float,
-    pool: int,
-) -> None:
+def _check(x, weight, bias, running_mean, running_var, training: bool, eps: float, alpha: float, pool: int) -> None:
     require(x.dim() == 4, ValueError, f"x must have the shape [N, C, H, W], not {list(x.shape)}")
     floating = "float16, bfloat16, float32 or float64"
     require(x.dtype in DTYPES, TypeError, f"x must be {floating}, not {x.dtype}")
@@ -695,25 +625,19 @@ def _check(
     require(alpha > 0 and eps > 0, ValueError, f"alpha and eps must be above 0, not {alpha} and {eps}")
     n, channels, height, width = x.shape
     values = n * (height // pool) * (width // pool)
-    require(
-        values > 0 and channels > 0,
-        ValueError,
-        f"x must have at least one value per channel after the pool, which {list(x.shape)} has not",
-    )
-    require(
-        not training or values > 1,
-        ValueError,
-        f"Expected more than 1 value per channel when training, got input size {list(x.shape)}",  # torch's own words
-    )
+    empty = f"x must have at least one value per channel after the pool, which {list(x.shape)} has not"
+    require(values > 0 and channels > 0, ValueError, empty)
+    single = f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"  # torch's words
+    require(not training or values > 1, ValueError, single)
     in_layout = x.is_contiguous(memory_format=torch.channels_last)
     require(in_layout, ValueError, f"x must be in channels_last, not of strides {x.stride()}; see torch.channels_last")
     both = (running_mean is None) == (running_var is None)
     require(both, ValueError, "running_mean and running_var must both be given, or neither")
-    require_tensor("weight", weight, DTYPES, (channels,), ("x", x))
-    require_tensor("bias", bias, DTYPES, (channels,), ("x", x))
+    named = dict(weight=weight, bias=bias)
     if not training or running_mean is not None:
-        require_tensor("running_mean", running_mean, DTYPES, (channels,), ("x", x))
-        require_tensor("running_var", running_var, DTYPES, (channels,), ("x", x))
+        named |= dict(running_mean=running_mean, running_var=running_var)
+    for name, tensor in named.items():
+        require_tensor(name, tensor, DTYPES, (channels,), ("x", x))
 
 
 class BatchNormCELU2d(nn.BatchNorm2d):
@@ -735,23 +659,15 @@ class BatchNormCELU2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, **factory)
         self.alpha, self.pool = alpha, pool
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         momentum = self.momentum
         if self.training:
             self.num_batches_tracked.add_(1)
             if momentum is None:  # the plain average over all batches so far
                 momentum = 1.0 / self.num_batches_tracked
+        tensors = self.weight, self.bias, self.running_mean, self.running_var
         return batch_norm_celu(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            training=self.training,
-            alpha=self.alpha,
-            momentum=momentum,
-            eps=self.eps,
-            pool=self.pool,
+            x, *tensors, training=self.training, alpha=self.alpha, momentum=momentum, eps=self.eps, pool=self.pool
         )
 
     def extra_repr(self) -> str:
