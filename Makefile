@@ -1,11 +1,14 @@
-# make demo   set up, then train on the embedded data set: about half a minute on two cores after the installation
-# make test   set up, then run the whole test suite
+# make demo        set up, then train on the embedded data set: about half a minute on two cores after the installation
+# make test        set up, then run the whole test suite
+# make test-fast   the same without the tests marked slow
+# make lint        format, lint, types
+# make docs        write docs/cli.md anew from the commands' own flags
 
 PYTHON ?= python3
 VENV ?= .venv
 IN := $(VENV)/bin/python
 
-.PHONY: demo test lint
+.PHONY: demo test test-fast lint docs
 
 demo: $(VENV)/installed
 	$(IN) -m cifar_fast.train --dataset synthetic --widths 16 32 32 32 64 128 128 128 --epochs 6 --batch-size 128 --output runs/demo --overwrite
@@ -13,11 +16,19 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(IN) -m pytest
 
+test-fast: $(VENV)/installed
+	$(IN) -m pytest -m "not slow"
+
 lint: $(VENV)/installed
 	$(IN) -m ruff format --check
 	$(IN) -m ruff check
+	$(IN) -m mypy
 
-$(VENV)/installed: setup.py
+docs: $(VENV)/installed
+	$(IN) docs/generate_cli.py
+
+# pyproject.toml too: the tools that are configured there are installed by setup.py's extra dev.
+$(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(IN) -m pip install --quiet --editable '.[dev]'
 	touch $@

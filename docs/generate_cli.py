@@ -1,0 +1,94 @@
+"""Write docs/cli.md from the parsers of the commands, so that the two cannot differ: ``make docs``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cifar_fast.cli import compare_parser, profile_parser, train_parser
+
+PAGE = Path(__file__).with_name("cli.md")
+
+HEAD = """<!-- Written by docs/generate_cli.py out of the commands' own flags: edit those, and run `make docs`. -->
+
+# Commands
+
+| command | what it does | also as |
+|---|---|---|
+| `cifar-fast train` | trains the recipe, and writes its results down | `python -m cifar_fast.train` |
+| `cifar-fast compare` | tells how far apart two backends are, layer by layer | `python -m cifar_fast.compare` |
+| `cifar-fast profile` | trains a few steps, and tells where their time goes | `cifar-fast train --profile DIR` |
+
+`cifar-fast --version` prints the version, `cifar-fast COMMAND --help` the flags below.
+
+Exit codes: 0; 1 where a comparison is past its tolerance or a training diverges; 2 for input that cannot work, with one
+line on the standard error stream that says what is wrong and what to do; 130 after Ctrl-C. `--traceback` shows where an
+error came from.
+
+## Flags of all three
+"""
+
+TAIL = """
+## Examples
+
+    cifar-fast train                                              # CIFAR-10, 24 epochs, what is fastest here
+    cifar-fast train --epochs 6 --runs 3 --output runs/short      # three seeds, with a 95 % interval
+    cifar-fast train --print-recipe > recipe.json                 # a file for --recipe
+    cifar-fast train --backend eager --device cpu --dtype float32 # the reference's numbers, bit for bit
+    cifar-fast compare --backend compiled --steps 8               # how far torch.compile is from eager here
+    cifar-fast profile --dataset synthetic --output runs/profile  # a trace and a table of a few steps
+"""
+
+
+def page() -> str:
+    """The text of docs/cli.md."""
+    parsers = {"train": train_parser(), "compare": compare_parser(), "profile": profile_parser()}
+    flags = {name: rows(parser) for name, parser in parsers.items()}
+    shared = [
+        row for row in flags["train"] if all(row[:2] in [other[:2] for other in found] for found in flags.values())
+    ]
+    names = [row[1] for row in shared]
+    parts = [HEAD]
+    for title in dict.fromkeys(row[0] for row in shared):
+        parts.append(table(f"### {title[0].upper()}{title[1:]}", [row for row in shared if row[0] == title]))
+    for name, found in flags.items():
+        for (_, flag, _, default), (_, _, _, usual) in zip([row for row in found if row[1] in names], shared):
+            if default != usual:
+                parts.append(f"The default of `{name}` for {flag.split()[0]} is `{default}`.\n")
+    for name, found in flags.items():
+        parts.append(table(f"## Flags of `{name}` alone", [row for row in found if row[1] not in names]))
+    return "\n".join(parts) + TAIL
+
+
+def rows(parser: argparse.ArgumentParser) -> list[tuple[str, str, str, str]]:
+    """Group, flag, meaning and default of each flag of ``parser``."""
+    found = []
+    for group in parser._action_groups:  # the only place where argparse keeps them
+        for action in group._group_actions:
+            if isinstance(action, argparse._HelpAction):
+                continue
+            flag = ", ".join(f"`{option}`" for option in action.option_strings)
+            if action.nargs == "+":
+                flag += f" {action.metavar} ..."
+            elif action.choices:
+                flag += " " + ", ".join(f"`{choice}`" for choice in action.choices)
+            elif action.nargs != 0:
+                flag += f" {action.metavar or action.dest.upper()}"
+            meaning, _, default = (action.help or "").partition(" (default: ")
+            default = default.removesuffix(")")
+            if not default and action.default not in (None, False):
+                default = str(action.default)
+            found.append((group.title or "", flag, meaning, default))
+    return found
+
+
+def table(heading: str, rows: list[tuple[str, str, str, str]]) -> str:
+    """``rows`` as a Markdown table under ``heading``."""
+    lines = [f"{heading}\n", "| flag | meaning | default |", "|---|---|---|"]
+    lines += [f"| {flag} | {meaning} | {default} |".replace("|  |", "| |") for _, flag, meaning, default in rows]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"written to {PAGE}")
