@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cifar_fast.errors import InputError
-from cifar_fast.files import atomic_write
+from cifar_fast.files import atomic_write, writing
 from cifar_fast.progress import Log, silent
 from cifar_fast.recipe import IMAGE_SIZE
 
@@ -59,7 +61,7 @@ class Dataset:
             self._check(split, images, labels)
             # torchvision's arrays are transposed views, OpenCV's reversed ones: torch refuses some layouts and computes
             # in others, so that every later step would have to know them.
-            layout = ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE", "ENSUREARRAY"]
+            layout: Any = ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE", "ENSUREARRAY"]
             object.__setattr__(self, f"{split}_images", np.require(images, np.uint8, layout))
             object.__setattr__(self, f"{split}_labels", np.require(labels, np.int64, layout))
         if not self.class_names:
@@ -198,23 +200,24 @@ def is_dataset(name: str) -> bool:
 def _read_cifar(name: str, root: Path, data_url: str | None, log: Log) -> dict[str, np.ndarray]:
     from torchvision.datasets import CIFAR10, CIFAR100  # imports torch: not before it is needed
 
-    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-    if (root / kind.meta["filename"]).is_file():  # the unpacked folder itself
+    kind: Any = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    unpacked = (root / kind.meta["filename"]).is_file()  # the unpacked folder itself
 
-        class Unpacked(kind):
-            base_folder = ""
+    if unpacked:
+        kind = type(kind.__name__, (kind,), {"base_folder": ""})
 
-        kind = Unpacked
-
-    def splits(download: bool) -> list[Any]:
-        return [kind(root, train=train, download=download) for train in (True, False)]
+    def splits() -> list[Any]:
+        return [kind(root, train=train) for train in (True, False)]
 
     try:
-        train, test = splits(download=False)
+        train, test = splits()
     except RuntimeError:  # torchvision's, of files that are not there or not whole
+        if unpacked:
+            raise InputError(
+                f"{root}: a file of {kind.__name__} is missing or damaged there; unpack {kind.filename} again"
+            ) from None
         sources = [data_url] if data_url else [MIRRORS[name], kind.url]
-        _bring(kind, root, sources, log)
-        train, test = splits(download=False)
+        train, test = _bring(kind, root, sources, splits, log)
     return dict(
         train_images=train.data,
         train_labels=np.array(train.targets),
@@ -224,8 +227,10 @@ def _read_cifar(name: str, root: Path, data_url: str | None, log: Log) -> dict[s
     )
 
 
-def _bring(kind: Any, root: Path, sources: list[str], log: Log) -> None:
-    """Download the archive of torchvision's data set ``kind`` into ``root`` unless it is there, and unpack it."""
+def _bring(kind: Any, root: Path, sources: list[str], splits: Callable[[], list[Any]], log: Log) -> list[Any]:
+    """Download the archive of torchvision's data set ``kind`` into ``root`` unless it is there, unpack it, and give its
+    ``splits``.
+    """
     from torchvision.datasets.utils import check_integrity, extract_archive
 
     from cifar_fast.download import download, locked
@@ -236,9 +241,13 @@ def _bring(kind: Any, root: Path, sources: list[str], log: Log) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(root, log):
+            with contextlib.suppress(RuntimeError):  # another process may have brought it: none unpacks what one reads
+                return splits()
             if not check_integrity(archive, kind.tgz_md5):
                 download(sources, archive, kind.tgz_md5, log)
-            extract_archive(archive, root)
+            with writing(str(root)):
+                extract_archive(archive, root)
+            return splits()
     except InputError as error:
         raise InputError(f"{error}, or give a --data-dir that already holds the data set") from None
     except Exception as error:  # sockets, tar and gzip each have their own

@@ -50,11 +50,12 @@ def download(sources: Sequence[str], path: Path, md5: str, log: Log) -> None:
     begun, queue, slow = time.monotonic(), deque(map(_as_url, sources)), dict[str, float]()
     failures: dict[str, str] = {}
     while queue or slow:
-        url, patience = (queue.popleft(), PATIENCE) if queue else (max(slow, key=lambda url: slow[url]), float("inf"))
+        is_new = bool(queue)
+        url = queue.popleft() if is_new else max(slow, key=lambda url: slow[url])
         slow.pop(url, None)
         before = _size(part)
         try:
-            _fetch(url, part, patience, log)
+            _fetch(url, part, is_new and bool(queue or slow), log)
             if not _has_md5(part, md5):
                 part.unlink()
                 if before:  # the earlier bytes may be at fault: this source gets another chance, from the start
@@ -77,8 +78,10 @@ def download(sources: Sequence[str], path: Path, md5: str, log: Log) -> None:
     raise OSError("; ".join(f"{url}: {failure}" for url, failure in failures.items()))
 
 
-def _fetch(url: str, part: Path, patience: float, log: Log) -> None:
-    """Append to ``part`` what it lacks of ``url``; raise :class:`TooSlow` after ``patience`` slow seconds."""
+def _fetch(url: str, part: Path, may_leave: bool, log: Log) -> None:
+    """Append to ``part`` what it lacks of ``url``; raise :class:`TooSlow` after slow seconds if there is a better place
+    to go to.
+    """
     start = _size(part)
     request = urllib.request.Request(
         url, headers={"User-Agent": "cifar_fast"} | ({"Range": f"bytes={start}-"} if start else {})
@@ -100,20 +103,24 @@ def _fetch(url: str, part: Path, patience: float, log: Log) -> None:
         bar = stack.enter_context(progress_bar(total, part.stem, "B", log))
         bar.update(start)
         with writing(str(part)):
-            file = stack.enter_context(open(part, "ab" if start else "wb"))
+            # Unbuffered: closing must not be what finds the disk full.
+            file = stack.enter_context(open(part, "ab" if start else "wb", buffering=0))
         window, received = time.monotonic(), 0
         while data := response.read1(CHUNK):
-            with writing(str(part)):
-                file.write(data)
             bar.update(len(data))
             received += len(data)
+            with writing(str(part)):
+                while data:
+                    data = data[file.write(data) :]
             elapsed = time.monotonic() - window
-            if elapsed >= patience:
-                if received < SLOW * elapsed:
-                    raise TooSlow(received / elapsed)
+            if elapsed >= PATIENCE:
+                done, rate = file.tell(), received / elapsed
+                if rate < SLOW and may_leave:
+                    raise TooSlow(rate)
+                if bar.disable:  # no terminal: a log takes lines
+                    left = f", {(total - done) / rate:.0f} s left" if total else ""
+                    log(f"{done / 1e6:.1f} MB are here, {rate / 1e6:.2f} MB/s{left}")
                 window, received = time.monotonic(), 0
-        with writing(str(part)):
-            file.flush()
         if total is not None and _size(part) < total:
             raise OSError(f"cut off after {_size(part):,} of {total:,} bytes")
 

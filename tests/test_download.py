@@ -1,11 +1,15 @@
 """The download of an archive, from servers on the loopback address that do what servers do."""
 
 import contextlib
+import functools
 import hashlib
 import http.server
 import io
 import json
+import multiprocessing
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,10 +40,19 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, data, *, rate=None, cut=None, status=None, content_type="application/gzip", ranges=True, moved=None
+        self,
+        data,
+        *,
+        rate=None,
+        cut=None,
+        stall=0,
+        status=None,
+        content_type="application/gzip",
+        ranges=True,
+        moved=None,
     ):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.data, self.rate, self.cut, self.status = data, rate, cut, status
+        self.data, self.rate, self.cut, self.stall, self.status = data, rate, cut, stall, status
         self.content_type, self.ranges, self.moved, self.asked = content_type, ranges, moved, []
         self.url = f"http://127.0.0.1:{self.server_port}/archive"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -72,6 +85,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(body[i : i + 4000])
                 if server.rate:
                     time.sleep(4000 / server.rate)
+        time.sleep(server.stall)
 
     def log_message(self, *args):
         pass
@@ -96,6 +110,7 @@ def impatient(monkeypatch):
     """Seconds become tenths of one: a source of less than 200 kB/s over 0.3 s is slow."""
     monkeypatch.setattr(module, "PATIENCE", 0.3)
     monkeypatch.setattr(module, "TIMEOUT", 0.5)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 def bring(tmp_path, *urls, data=DATA):
@@ -115,8 +130,15 @@ def train(tmp_path, flags):
     return json.loads((tmp_path / "out/summary.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-@pytest.mark.parametrize("source", ["mirror", "torchvision's", "--data-url", "$CIFAR_FAST_DATA_URL", "a file"])
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("cifar10", "mirror"),
+        ("cifar100", "torchvision's"),
+        ("cifar100", "--data-url"),
+        ("cifar10", "$CIFAR_FAST_DATA_URL"),
+    ],
+)
 def test_the_command_downloads_and_trains(request, tmp_path, serve, monkeypatch, capsys, name, source):
     archive = request.getfixturevalue(name) / KINDS[name].filename
     url = serve(archive.read_bytes()).url
@@ -127,26 +149,39 @@ def test_the_command_downloads_and_trains(request, tmp_path, serve, monkeypatch,
         monkeypatch.setattr(KINDS[name], "url", url)
     elif source == "--data-url":
         flags = f"--data-url {url}"
-    elif source == "a file":
-        flags = f"--data-url {archive}"
     else:
         monkeypatch.setenv("CIFAR_FAST_DATA_URL", url)
     summary = train(tmp_path, f"--dataset {name} --data-dir {tmp_path}/data {flags}")
     assert summary["dataset"]["name"] == name
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "MD5 sum is right" in line]
-    assert line.startswith(f"{archive.name} from {archive.as_uri() if source == 'a file' else url} in ")
+    assert line.startswith(f"{archive.name} from {url} in ")
     again = load_dataset(name, tmp_path / "data", data_url="http://127.0.0.1:9/none", log=None)
     assert again.digest == summary["dataset"]["digest"], "what is there is not downloaded again"
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_the_unpacked_folder_itself_trains_under_any_name(request, tmp_path, name):
-    root = request.getfixturevalue(name)
-    with tarfile.open(root / KINDS[name].filename) as archive:
+def test_the_unpacked_folder_itself_trains_under_any_name(cifar100, tmp_path):
+    with tarfile.open(cifar100 / KINDS["cifar100"].filename) as archive:
         archive.extractall(tmp_path, filter="data")
-    (tmp_path / KINDS[name].base_folder).rename(tmp_path / "unpacked")
-    summary = train(tmp_path, f"--dataset {name} --data-dir {tmp_path}/unpacked")
-    assert summary["dataset"]["digest"] == load_dataset(name, root, log=None).digest
+    (tmp_path / KINDS["cifar100"].base_folder).rename(tmp_path / "unpacked")
+    summary = train(tmp_path, f"--dataset cifar100 --data-dir {tmp_path}/unpacked")
+    assert summary["dataset"]["digest"] == load_dataset("cifar100", cifar100, log=None).digest
+
+
+def test_a_damaged_file_of_the_unpacked_folder_is_told_and_nothing_is_downloaded_into_it(cifar10, tmp_path, serve):
+    server = serve((cifar10 / KINDS["cifar10"].filename).read_bytes())
+    whole = load_dataset("cifar10", cifar10, log=None)
+    folder = cifar10 / "cifar-10-batches-py"
+    assert load_dataset("cifar10", folder, log=None).digest == whole.digest
+    (folder / "data_batch_2").write_bytes(b"x")
+    with pytest.raises(InputError, match="batches-py: a file of CIFAR10 is missing or damaged there; unpack cifar-10"):
+        load_dataset("cifar10", folder, data_url=server.url, log=None)
+    assert not server.asked and len(os.listdir(folder)) == 7
+
+
+def test_a_folder_that_the_archive_cannot_be_unpacked_into_is_told_as_that(cifar10):
+    (cifar10 / "cifar-10-batches-py").touch()
+    with pytest.raises(InputError, match=r"cifar10: cannot be written to \("):
+        load_dataset("cifar10", cifar10, log=None)
 
 
 def test_without_a_network_the_command_ends_at_once_in_one_line(tmp_path, capsys):
@@ -184,6 +219,20 @@ def test_where_all_are_slow_the_fastest_finishes(tmp_path, serve):
     assert len(slower.asked) == 1 and len(slow.asked) == 2
 
 
+def test_the_only_source_may_be_slow_and_a_log_says_how_far_it_is(tmp_path, serve):
+    server = serve(DATA[:100_000], rate=100_000, ranges=False)
+    lines = bring(tmp_path, server.url, data=DATA[:100_000])
+    assert server.asked == [None]
+    assert re.fullmatch(r"0\.\d MB are here, 0\.\d\d MB/s, \d s left", lines[1])
+
+
+def test_a_source_that_stalls_is_left_for_the_next_which_goes_on_from_the_same_bytes(tmp_path, serve):
+    stalling, good = serve(DATA, cut=150_000, stall=1), serve(DATA)
+    lines = bring(tmp_path, stalling.url, good.url)
+    assert stalling.asked == [None] and good.asked == ["bytes=150000-"]
+    assert f"{stalling.url}: timed out, the next source goes on" in lines
+
+
 def test_a_source_that_is_cut_off_goes_on_where_it_was(tmp_path, serve):
     server = serve(DATA, cut=150_000)
     bring(tmp_path, server.url)
@@ -206,8 +255,19 @@ def test_a_source_that_is_wrong_is_left_for_the_next(tmp_path, serve, wrong, rea
     assert len(bad.asked) == 1 and good.asked == [None]
 
 
+@pytest.mark.parametrize("form", [str, lambda path: path.as_uri()])
+def test_a_source_may_be_a_file(tmp_path, form):
+    (tmp_path / "source").write_bytes(DATA)
+    (tmp_path / "archive.part").write_bytes(DATA[:1000])
+    download([form(tmp_path / "source")], tmp_path / "archive", hashlib.md5(DATA).hexdigest(), print)
+    assert (tmp_path / "archive").read_bytes() == DATA
+
+
 def test_a_redirect_is_followed(tmp_path, serve):
-    bring(tmp_path, serve(DATA, moved=serve(DATA).url).url)
+    (tmp_path / "archive.part").write_bytes(DATA[:1000])
+    moved_to = serve(DATA)
+    bring(tmp_path, serve(DATA, moved=moved_to.url).url)
+    assert moved_to.asked == ["bytes=1000-"]
 
 
 def test_a_source_that_accepts_and_never_answers_is_left_for_the_next(tmp_path, serve):
@@ -238,10 +298,11 @@ def test_where_no_source_gives_it_each_reason_is_told_and_nothing_is_left(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_is_full_is_told_in_a_line(tmp_path, serve):
+@pytest.mark.parametrize("rate", [None, 200_000])  # slow bytes come in small pieces, which a buffer would hold
+def test_a_disk_that_is_full_is_told_in_a_line(tmp_path, serve, rate):
     (tmp_path / "archive.part").symlink_to("/dev/full")
     with pytest.raises(InputError, match=r"archive\.part: cannot be written to \(No space left on device\)"):
-        bring(tmp_path, serve(DATA).url)
+        bring(tmp_path, serve(DATA, rate=rate).url)
 
 
 # -- processes
@@ -260,11 +321,11 @@ with locked(path.parent, print):
 
 def start_process(tmp_path, url):
     arguments = [sys.executable, "-c", DOWNLOAD, str(tmp_path), url, hashlib.md5(DATA).hexdigest()]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    return subprocess.Popen(arguments, env=os.environ | {"PYTHONPATH": os.getcwd()})
 
 
 def wait_for(condition):
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -282,13 +343,40 @@ def test_a_download_that_was_killed_goes_on_from_its_bytes(tmp_path, serve):
     assert server.asked == [None, f"bytes={kept}-"]
 
 
-def test_two_processes_at_once_download_once(tmp_path, serve):
-    server = serve(DATA, rate=300_000)
-    with start_process(tmp_path, server.url) as first, start_process(tmp_path, server.url) as second:
-        said = [process.communicate(timeout=60)[0] for process in (first, second)]
-        assert (first.returncode, second.returncode) == (0, 0)
-    assert (tmp_path / "archive").read_bytes() == DATA and server.asked == [None]
-    assert sum("waiting for it" in text for text in said) == 1
+def test_two_processes_at_once_load_the_same_and_download_once(cifar10, tmp_path, serve):
+    server = serve((cifar10 / KINDS["cifar10"].filename).read_bytes(), rate=20_000)
+
+    def load(said):
+        with open(said, "w", buffering=1) as file:
+            log = functools.partial(print, file=file)
+            log(load_dataset("cifar10", tmp_path / "data", data_url=server.url, log=log).digest)
+
+    said = [tmp_path / "first", tmp_path / "second"]
+    processes = [multiprocessing.get_context("fork").Process(target=load, args=(path,)) for path in said]
+    for path, process in zip(said, processes):
+        path.touch()
+        process.start()
+    wait_for(lambda: "waiting for it" in said[0].read_text() + said[1].read_text())
+    server.rate = None
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert server.asked == [None]
+    assert {path.read_text().split()[-1] for path in said} == {load_dataset("cifar10", cifar10, log=None).digest}
+
+
+def test_who_waited_takes_what_the_other_unpacked_and_does_not_unpack_again(cifar10, tmp_path):
+    expected = load_dataset("cifar10", cifar10, log=None).digest
+    (tmp_path / "data").mkdir()
+
+    def other_process(line):  # ends its work when it is waited for; its archive is gone, and nothing listens
+        assert "waiting for it" in line
+        shutil.copytree(cifar10 / "cifar-10-batches-py", tmp_path / "data/cifar-10-batches-py")
+        lock.close()
+
+    lock = contextlib.ExitStack()
+    lock.enter_context(locked(tmp_path / "data", pytest.fail))
+    assert load_dataset("cifar10", tmp_path / "data", log=other_process).digest == expected
 
 
 def test_the_lock_is_given_back(tmp_path):
@@ -307,10 +395,10 @@ def png(image):
 
 
 @pytest.fixture
-def hub(tmp_path):
+def hub(tmp_path, monkeypatch):
     """A hub on the loopback address with one data set, "someone/images".
 
-    Gives the command that reads from it, the columns of its tables, to be changed, and the data set.
+    Gives the columns of its tables, to be changed, and the data set.
     """
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: the extra hf")
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra hf")
@@ -358,26 +446,21 @@ def hub(tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "hub"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": os.getcwd(),
-    }
-
-    def run(flags):
-        arguments = [sys.executable, "-m", "cifar_fast.train", *TINY.split(), *flags.split()]
-        return subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=tmp_path)
-
-    yield run, columns, small
+    # The client reads its environment when it is imported, so it is imported anew.
+    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "huggingface_hub"]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.chdir(tmp_path)
+    yield columns, small
     server.shutdown()
     server.server_close()
 
 
 def test_a_data_set_of_the_hub_trains(hub, tmp_path):
-    run, _, small = hub
-    done = run("--dataset hf:someone/images")
-    assert done.returncode == 0, done.stderr
+    _, small = hub
+    assert main([*TINY.split(), "--dataset", "hf:someone/images"]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("hf-someone-images-")
     facts = json.loads((folder / "summary.json").read_text())["dataset"]
@@ -391,14 +474,14 @@ def test_a_data_set_of_the_hub_trains(hub, tmp_path):
         ({}, "someone/else", "hf:someone/else: cannot be read"),
     ],
 )
-def test_a_data_set_of_the_hub_that_cannot_be_read_is_told_in_a_line(hub, changed, name, words):
-    run, columns, _ = hub
+def test_a_data_set_of_the_hub_that_cannot_be_read_is_told_in_a_line(hub, capsys, changed, name, words):
+    columns, _ = hub
     if changed:
         del columns["label"]
         columns |= changed
-    done = run(f"--dataset hf:{name}")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: ") and words in done.stderr.splitlines()[-1]
+    assert main([*TINY.split(), "--dataset", f"hf:{name}"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and words in last
 
 
 def test_without_its_extra_the_hub_is_refused_with_what_to_install(monkeypatch):
