@@ -39,7 +39,7 @@ class Backend(Protocol):
     dtype: torch.dtype
     memory_format: torch.memory_format
     model: CNN
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.SGD
 
     def reset(self, model: CNN) -> None:
         """Start a run: weights and statistics of ``model``, no momentum, the schedule's first step."""

@@ -100,30 +100,29 @@ def compare(
         model = CNN(recipe, dataset.num_classes)
         ours, theirs = (set_up(plan, recipe, dataset, log or silent)[0] for plan in (first, second))
         layout = first.memory_format
-        same_layout = type(theirs) is Eager and theirs.memory_format == layout
+        same_layout = isinstance(theirs, Eager) and theirs.memory_format == layout
         eager = theirs if same_layout else Eager(recipe, dataset, device, dtype, layout)
+        assert isinstance(eager, Eager)
         higher = Eager(recipe, dataset, device, next_higher, layout)
         truth = higher if next_higher == torch.float64 else Eager(recipe, dataset, device, torch.float64, layout)
         for side in (higher, truth):
             side.data = side.data._replace(train_images=eager.data.train_images.to(side.dtype))
-        sides = list({id(side): side for side in (ours, theirs, eager, higher, truth)}.values())
-        for side in sides:
-            side.reset(model)
-        followers = [side for side in sides if side is not theirs]
+        five: tuple[Backend, ...] = (ours, theirs, eager, higher, truth)
+        sides = list({id(one): one for one in five}.values())
+        for one in sides:
+            one.reset(model)
+        followers = [one for one in sides if one is not theirs]
 
         for step in range(1, steps + 1):
             if (step - 1) % steps_per_epoch == 0:
                 draws = draw_epoch(len(dataset.train_images), device=device, recipe=recipe)
-                training = [side.train_epoch(draws) for side in sides]
+                training = [one.train_epoch(draws) for one in sides]
             if step == 1 or not drift:
-                for side in followers:
-                    _follow(side, theirs)
+                for one in followers:
+                    _follow(one, theirs)
             losses = [next(trained)[0] for trained in training]
-            seen = {id(side): _tensors(side, loss) for side, loss in zip(sides, losses)}
-            yield [
-                _row(step, *key, *(seen[id(side)][key] for side in (ours, theirs, eager, higher, truth)), dtype)
-                for key in seen[id(theirs)]
-            ]
+            seen = {id(one): _tensors(one, loss) for one, loss in zip(sides, losses)}
+            yield [_row(step, *key, [seen[id(one)][key] for one in five], dtype) for key in seen[id(theirs)]]
 
 
 def higher_precision(dtype: torch.dtype) -> torch.dtype:
@@ -152,7 +151,9 @@ def _tensors(side: Backend, loss: torch.Tensor) -> dict[tuple[str, str], torch.T
         layer = f"{kind} {counts[kind]}"
         if kind == "norm":
             found |= {(layer, f"statistics, {name}"): getattr(module, f"running_{name}") for name in ("mean", "var")}
-        found |= {(layer, f"gradient of {name}"): parameter.grad for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None  # after a step
+            found[layer, f"gradient of {name}"] = parameter.grad
         found |= {(layer, name): parameter.detach() for name, parameter in parameters.items()}
     return {key: tensor.detach().double() for key, tensor in found.items()}
 
@@ -161,13 +162,12 @@ def _row(
     step: int,
     layer: str,
     quantity: str,
-    ours: torch.Tensor,
-    theirs: torch.Tensor,
-    eager: torch.Tensor,
-    higher: torch.Tensor,
-    truth: torch.Tensor,
+    of_sides: list[torch.Tensor],
     dtype: torch.dtype,
 ) -> Row:
+    """``of_sides``: by ours, theirs, eager in ours' memory format, eager in higher precision, and eager in float64."""
+    ours, theirs, eager, higher, truth = of_sides
+
     def relative(a: torch.Tensor, b: torch.Tensor) -> float:
         distance, size = float((a - b).norm()), float(b.norm())
         return distance / size if size else distance

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cifar_fast.data import DATA_URL, DATASETS, is_dataset
 from cifar_fast.errors import Diverged, InputError
@@ -107,7 +107,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="recipe to start from, JSON as --print-recipe gives it (default: the reference's)",
     )
     for field in dataclasses.fields(Recipe):
-        flag, default = f"--{field.name.replace('_', '-')}", field.default
+        flag = f"--{field.name.replace('_', '-')}"
+        default: Any = field.default
         if isinstance(default, bool):
             group.add_argument(
                 flag,

@@ -11,6 +11,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -121,7 +122,7 @@ def _decode(files: list[Path], log: Log) -> np.ndarray:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress_bar(len(files), "decoding", " images", log))
-        decoded = map(_decode_chunk, chunks)
+        decoded: Iterator[np.ndarray] = map(_decode_chunk, chunks)
         if len(files) > SERIAL and cores > 1:
             # Spawned, not forked: torch may have threads running, and a copied lock may be a held one.
             context = multiprocessing.get_context("spawn")

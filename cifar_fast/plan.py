@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -138,13 +139,13 @@ def set_up(plan: Plan, recipe: Recipe, dataset: Dataset, log: Log) -> tuple[Back
     raise AssertionError("a plan has at least one backend")
 
 
-def backend_class(name: str) -> type[Backend]:
+def backend_class(name: str) -> Callable[..., Backend]:
     """The class of the backend ``name``; fused imports Triton, which not every machine has."""
     if name == "fused":
         from cifar_fast.fused import Fused
 
         return Fused
-    return {"eager": Eager, "compiled": Compiled}[name]
+    return Eager if name == "eager" else Compiled
 
 
 def _device(name: str) -> torch.device:

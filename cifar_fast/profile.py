@@ -19,7 +19,7 @@ import json
 import re
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,7 +217,8 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 def table_rows(work: Work, busy: float, wall: float, steps: int) -> list[Row]:
     """The lines that occurred, and the idle time, from microseconds of ``steps`` steps."""
     busy = min(busy, wall)  # two clocks: where nothing is idle, they may differ by a little
-    times, launches = Counter({IDLE: wall - busy}), Counter()
+    times: dict[str, float] = defaultdict(float, {IDLE: wall - busy})
+    launches: Counter[str] = Counter()
     factor = busy / (sum(microseconds for _, microseconds, _ in work) or 1)
     for line, microseconds, launch in work:
         times[line] += microseconds * factor

@@ -163,8 +163,9 @@ def train(backend: Backend, n: int, run: int, clock: Callable[[], float], log: L
         test_correct = backend.evaluate()
         evaluation_seconds += clock() - start
         # 100 where right and 0 elsewhere, averaged: the reference script's arithmetic, to its last bit.
-        accuracies = ((right * 100).float().mean().item() for right in (correct, test_correct))
-        yield EpochRow(run, epoch + 1, losses.float().mean().item(), *accuracies, train_seconds, evaluation_seconds)
+        accuracy, test_accuracy = ((right * 100).float().mean().item() for right in (correct, test_correct))
+        loss = losses.float().mean().item()
+        yield EpochRow(run, epoch + 1, loss, accuracy, test_accuracy, train_seconds, evaluation_seconds)
 
 
 def _check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -> None:
