@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="measure everything side by side, resumable")
     add_data_flags(run)
-    run.set_defaults(dataset="synthetic")
+    run.set_defaults(dataset=None)  # cifar10 where it is said where that is, else synthetic
     run.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
     run.add_argument("--minutes", type=rate, default=9, metavar="M", help="begin no part after so many (default: 9)")
     run.add_argument("--only", nargs="+", metavar="PART", help="only these parts, after ceilings and parity")
@@ -90,12 +90,13 @@ def _run(args: argparse.Namespace) -> int:
         keep_freed_memory()
     changes = {name: getattr(args, name) for name in ("batch_size", "widths") if getattr(args, name)}
     recipe = dataclasses.replace(Recipe(), **changes)
-    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url)
+    name = args.dataset or ("cifar10" if args.data_dir or args.data_url else "synthetic")
+    dataset = load_dataset(name, args.data_dir, data_url=args.data_url)
     dataset.steps_per_epoch(recipe.batch_size)
     with writing(f"--output {args.output}"):
         args.output.mkdir(parents=True, exist_ok=True)
     settings = dict(recipe=dataclasses.asdict(recipe), dtype=short_name(plan.dtype), dataset=dataset.facts())
-    real, deadline = args.dataset != "synthetic", begun + 60 * args.minutes
+    real, deadline = name != "synthetic", begun + 60 * args.minutes
     bench = Bench(recipe, dataset, real, plan, deadline, args.reference_script, [])
     return run(args.output, bench, settings, args.only or list(PARTS))
 

@@ -26,7 +26,7 @@ from benchmarks.rows import markdown
 from cifar_fast import Recipe
 from cifar_fast.kernels.launch import FP_FUSION, Launch
 
-TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (75, 80, 86, 89, 90, 100, 120)}
+TARGETS = tuple(f"sm_{n}" for n in (75, 80, 86, 89, 90, 100, 120))
 LARGE = 1 << 20  # bytes from which a tensor's accesses count
 TYPES = {
     torch.float16: "fp16",
@@ -62,7 +62,7 @@ class Compiled:
 
 
 def compile_launch(case: str, launch: Launch, target: str) -> Compiled:
-    """Compile ``launch`` as Triton's own launcher would specialize it, and read what came out."""
+    """Compile ``launch`` for ``target``, such as "sm_90", as Triton's own launcher would specialize it."""
     signature, constants, attributes = {}, dict(launch.constants), {}
     arguments = launch.arguments
     for i, name in enumerate(launch.kernel.arg_names):
@@ -83,7 +83,7 @@ def compile_launch(case: str, launch: Launch, target: str) -> Compiled:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "enable_fp_fusion": FP_FUSION}
-    made = triton.compile(source, target=TARGETS[target], options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
     pointers = [name for name in launch.kernel.arg_names if signature[name] != "constexpr"]
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     # Of what is gathered from, whole images apart, single elements are all there is to access.

@@ -50,7 +50,7 @@ def report(results: dict[str, Any]) -> str:
     missing = [
         f"{name} ({part.get('skipped') or part.get('failed')})"
         for name, part in results["parts"].items()
-        if "rows" not in part
+        if "skipped" in part or "failed" in part
     ]
     return "\n\n".join([*blocks, *([f"Not measured: {'; '.join(missing)}."] if missing else [])])
 

@@ -14,7 +14,7 @@ from benchmarks.rows import Row
 from cifar_fast import InputError
 from cifar_fast.backends import device_guard
 from cifar_fast.environment import environment
-from cifar_fast.files import atomic_write
+from cifar_fast.files import atomic_write, writing
 
 SCHEMA = 2
 FIRST = ("ceilings", "parity")
@@ -22,7 +22,7 @@ FIRST = ("ceilings", "parity")
 
 
 def run(output: Path, bench: Bench, settings: dict[str, Any], only: list[str]) -> int:
-    """Run what is not done yet of ``only``, writing after each part; gives the exit code, 1 where a part failed."""
+    """Run what is not done yet of ``only``, writing after each part; gives 1 where a part failed or a result is off."""
     file = output / "results.json"
     results = start(file, settings, environment(bench.plan.device))
     for name in [*FIRST, *(name for name in only if name not in FIRST)]:
@@ -37,22 +37,26 @@ def run(output: Path, bench: Bench, settings: dict[str, Any], only: list[str]) -
         begun, rows = time.perf_counter(), list(before.get("rows", []))
         try:
             with device_guard(bench.plan.device):
-                rows += [asdict(row) for row in PARTS[name](bench)]
+                for row in PARTS[name](bench):
+                    rows.append(asdict(row))
             part: dict[str, Any] = {"rows": rows}
         except Skip as reason:
             part = {"skipped": str(reason)}
         except Exception as error:  # compiler, driver, memory, a child process: the rest can still be measured
             part = {"failed": " ".join(f"{type(error).__name__}: {error}".split())}
+            if name == "kernels":
+                part["rows"] = rows  # they stand each for itself, and took minutes
         part["seconds"] = time.perf_counter() - begun
         results["parts"][name] = part
-        with atomic_write(file) as draft:
+        with writing(f"--output {output}"), atomic_write(file) as draft:
             draft.write_text(json.dumps(results, indent=1) + "\n")
         write_report(output)
         print(f"{name}: {part.get('skipped') or part.get('failed') or 'done'} ({part['seconds']:.0f} s)", flush=True)
         if name == "parity" and "failed" in part:
             print("parity is not given: nothing more is measured")
             return 1
-    return 1 if any("failed" in part for part in results["parts"].values()) else 0
+    wrong = any(not row.values for row in rows_of(results))
+    return 1 if wrong or any("failed" in part for part in results["parts"].values()) else 0
 
 
 def rows_of(results: dict[str, Any]) -> list[Row]:

@@ -1,7 +1,7 @@
 """``pytest benchmarks/test_kernels.py``: our kernels, torch.compile and eager torch, case by case, in device time.
 
 A group is a case in one dtype, and a row an implementation of it: seconds of a call inside a captured loop, with the
-    other rows in ``extra_info``. A wrong result fails and has no row.
+other rows in ``extra_info``. A wrong result fails and has no row.
 
     pytest benchmarks/ -k "64x32x32-forward-float16" --benchmark-json now.json
 """

@@ -1,9 +1,9 @@
 """``python -m benchmarks tune``: the entries of ``kernels/launch.json``, tuned on this GPU.
 
 For offline use: what runs reads the table and times nothing. For each entry a few others are tried at the recipe's
-    shapes that take it; the sum of the operators' times decides. Entries are tried in the file's order, each with the
-    best of those before it. A candidate must agree with plain torch and spill nothing; it is timed in a CUDA graph of
-    many calls that rotate over inputs of twice the L2 cache.
+shapes that take it; the sum of the operators' times decides. Entries are tried in the file's order, each with the best
+of those before it. A candidate must agree with plain torch and spill nothing; it is timed in a CUDA graph of many calls
+that rotate over inputs of twice the L2 cache.
 """
 
 from __future__ import annotations
