@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -107,7 +106,18 @@ def test_the_installed_package_stands_beside_the_hugging_face_package_kernels(in
         pytest.importorskip(name, reason=f"{name}, which {HF_KERNELS} needs, is not installed")
     both = tmp_path / "both"
     shutil.copytree(installed, both)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--retries",
+        "1",
+    ]
     done = subprocess.run([*command, "--target", both, HF_KERNELS], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"the index does not give {HF_KERNELS}: {done.stderr.strip().splitlines()[-1]}")
@@ -155,11 +165,11 @@ def test_the_source_archive_holds_what_its_tests_need(sdist):
 
 @pytest.mark.slow
 def test_the_source_archives_tests_run(sdist):
-    pytest_in = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
-    where = python("import cifar_fast.kernels; print(cifar_fast.kernels.__file__)", cwd=sdist)
-    assert where == f"{sdist}/kernels/__init__.py\n"
-    assert re.search(r"^\d+ passed", run(*pytest_in, "tests/test_recipe.py", cwd=sdist), re.MULTILINE)
-    assert re.search(r"^\d+ tests collected", run(*pytest_in, "--collect-only", cwd=sdist), re.MULTILINE)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "test_recipe"]
+    closing = run(*command, cwd=sdist).splitlines()[-1]  # every file is imported, the tests of one are run
+    assert re.match(r"\d+ passed, \d+ deselected", closing), closing
+    where = python("import cifar_fast; print(cifar_fast.__file__)", cwd=sdist)
+    assert where == f"{sdist}/cifar_fast/__init__.py\n"
 
 
 def test_the_page_of_the_commands_is_what_their_flags_say():
@@ -180,5 +190,4 @@ def test_the_lowest_versions_are_those_that_the_package_declares():
     declared = dict(re.findall(r'"(\w+)>=([\d.]+)[;"]', (ROOT / "setup.py").read_text()))
     pinned = dict(re.findall(r"^(\w+)==([\d.]+)$", (ROOT / ".github/lowest-versions.txt").read_text(), re.MULTILINE))
     for name, lowest in pinned.items():
-        assert pinned[name].startswith(declared[name]), name
-        assert lowest and version(name)
+        assert lowest.startswith(declared[name]), name
