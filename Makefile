@@ -14,10 +14,10 @@ demo: $(VENV)/installed
 	$(IN) -m cifar_fast.train --dataset synthetic --widths 16 32 32 32 64 128 128 128 --epochs 6 --batch-size 128 --output runs/demo --overwrite
 
 test: $(VENV)/installed
-	$(IN) -m pytest
+	$(IN) -m pytest -n auto
 
 test-fast: $(VENV)/installed
-	$(IN) -m pytest -m "not slow"
+	$(IN) -m pytest -n auto -m "not slow"
 
 lint: $(VENV)/installed
 	$(IN) -m ruff format --check

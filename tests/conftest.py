@@ -1,6 +1,10 @@
 import os
 from pathlib import Path
 
+# Before torch is imported, here and in processes that tests start: sharing small tensors between threads costs more than
+# it saves, and the tests themselves share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU
 
-from cifar_fast.kernels.launch import using
-
 from cifar_fast import Dataset
 from cifar_fast.data import ARRAYS, MIRRORS
+from cifar_fast.kernels.launch import using
 from cifar_fast.synthetic import PATTERNS, textures
 from tests.archives import KINDS, write_archive
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cifar_fast.fused
 from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
 from cifar_fast.backends import Eager
 from cifar_fast.fused import CHANNELS, Fused, fastest_deterministic_convolutions, fuse
@@ -137,7 +138,7 @@ def test_an_epoch_that_was_left_half_way_does_not_move_the_next(uncompiled, few_
     assert (backend.done.item(), backend.position.item()) == (4, 1)
 
 
-def test_the_optimizer_sees_the_schedules_rate_at_each_of_the_2328_steps(uncompiled, few_programs):
+def test_the_optimizer_sees_the_schedules_rate_at_each_of_the_2328_steps(uncompiled, few_programs, monkeypatch):
     """The real counter, table and optimiser of 24 epochs of 97 steps, with a model of one weight in place of the
     network.
     """
@@ -149,6 +150,8 @@ def test_the_optimizer_sees_the_schedules_rate_at_each_of_the_2328_steps(uncompi
     backend.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"].item()))
     draws = draw_epoch(97, device=DEVICE)
     backend.step_graph = None  # a replay runs no hook
+    batch = torch.ones(1, 3, 1, 1, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    monkeypatch.setattr(cifar_fast.fused, "augment", lambda *tensors, **settings: batch)  # interpreted, half a minute
     for _ in range(recipe.epochs):
         for _ in backend.train_epoch(draws):
             pass
