@@ -4,6 +4,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cifar_fast import Recipe
+from cifar_fast.augment import Draws
+from cifar_fast.augment import augment as eager_augment
+from cifar_fast.backends import normalize, planar
 from cifar_fast.kernels.augment import (
     DTYPES,
     augment,
@@ -12,13 +19,6 @@ from cifar_fast.kernels.augment import (
     example_launches,
     normalization_table,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from cifar_fast import Recipe
-from cifar_fast.augment import Draws
-from cifar_fast.augment import augment as eager_augment
-from cifar_fast.backends import normalize, planar
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,7 +77,7 @@ def assert_same(launched, expected):
 
 
 @every_dtype
-def test_every_crop_with_every_flip_has_the_bits_of_the_eager_path(dtype):
+def test_every_crop_with_every_flip_has_the_bits_of_the_eager_path(dtype, few_programs):
     images = random_images(20, dtype=dtype)
     draws = random_draws(50, 20)
     crop, flip = torch.tensor(list(itertools.product(range(25), range(2))), device=DEVICE).T.contiguous()
@@ -94,10 +94,10 @@ def test_every_cutout_has_the_bits_of_the_eager_path(few_programs):
 def test_every_crop_flip_and_cutout_together_has_the_bits_of_the_eager_path_on_small_images():
     images = random_images(20, size=5)
     crop, flip, cutout = torch.tensor(
-        list(itertools.product(range(25), range(2), range(16))), device=DEVICE
+        list(itertools.product(range(25), range(2), range(9))), device=DEVICE
     ).T.contiguous()
-    draws = with_rows(random_draws(800, 20), crop=crop, flip=flip, cutout=cutout)
-    assert_same(images.launch(draws, cutout_size=2), images.eager(draws, cutout_size=2))
+    draws = with_rows(random_draws(450, 20), crop=crop, flip=flip, cutout=cutout)
+    assert_same(images.launch(draws, cutout_size=3), images.eager(draws, cutout_size=3))
 
 
 @settings(deadline=None, max_examples=40)

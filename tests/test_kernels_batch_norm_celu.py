@@ -7,6 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cifar_fast import CNN, Recipe, load_dataset
+from cifar_fast.backends import normalize
 from cifar_fast.kernels.batch_norm_celu import (
     BatchNormCELU2d,
     batch_norm_celu,
@@ -16,11 +21,6 @@ from cifar_fast.kernels.batch_norm_celu import (
     inference_op,
 )
 from cifar_fast.kernels.launch import TABLE
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from cifar_fast import CNN, Recipe, load_dataset
-from cifar_fast.backends import normalize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 arithmetic is wrong and its rounding cuts off: to pass under it a kernel must do no
@@ -188,21 +188,21 @@ def test_any_shape(shape, pool, training, dtype, seed):
 
 
 @pytest.mark.parametrize("pool", [1, 2])
-@pytest.mark.parametrize("shape", [(3, 20, 6, 6), (2, 9, 7, 5), (1, 8, 2, 4), (4, 17, 5, 3)])
+@pytest.mark.parametrize("shape", [(3, 12, 6, 4), (2, 9, 7, 5), (1, 8, 2, 4), (4, 17, 5, 3)])
 def test_several_blocks_per_split_and_splits_per_channel(shape, pool, small_blocks):
     assert_as_good_as_eager(make(shape, torch.float32), training=True, pool=pool)
     assert_as_good_as_eager(make(shape, torch.float32, shift=1000), training=True, pool=pool)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_real_activations(shared, dtype):
-    """The first two convolutions of the model on real images."""
+def test_real_activations(shared, dtype, few_programs):
+    """The first two convolutions of the model on real images: two splits of the first, a short one last."""
     dataset = load_dataset("npz", shared("data/cifar10-mini.npz"))
     images, _ = normalize(dataset, torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
     model = CNN(Recipe(), 10)
     with torch.no_grad():
-        first = model.seq[0](images[:2].permute(0, 3, 1, 2))
+        first = model.seq[0](images[:5].permute(0, 3, 1, 2))
         second = model.seq[3](model.seq[2](model.seq[1](first)))
     for x, pool in ((first, 1), (second, 2)):
         x = x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
@@ -211,7 +211,8 @@ def test_real_activations(shared, dtype):
 
 @pytest.mark.parametrize(("pool", "training"), list(itertools.product([1, 2], [True, False])))
 def test_gradcheck_in_float64(pool, training):
-    x, weight, bias, mean, var = make((2, 2, 5, 2), torch.float64)
+    # In training with the pool: four windows a channel, and rows left out. Two would have a gradient of zero.
+    x, weight, bias, mean, var = make((2, 2, 5 if training and pool == 2 else 3, 2), torch.float64)
 
     def function(x, weight, bias):
         return batch_norm_celu(x, weight, bias, mean.clone(), var.clone(), training=training, alpha=0.075, pool=pool)
@@ -245,7 +246,7 @@ def test_every_element_is_written_and_no_scratch_is_read_before(pool, monkeypatc
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_input_gives_the_same_bits(dtype, small_blocks):
-    tensors = make((3, 10, 8, 8), dtype)
+    tensors = make((3, 10, 6, 4), dtype)
     first, second = (everything(batch_norm_celu, tensors, training=True, pool=2) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
