@@ -45,6 +45,15 @@ setup(
     ],
     extras_require={
         "hf": HF,
-        "dev": [*HF, "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff~=0.17.6", "mypy~=2.4", "setuptools>=77"],
+        "dev": [
+            *HF,
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff~=0.17.6",
+            "mypy~=2.4",
+            "setuptools>=77",
+        ],
     },
 )

@@ -1,8 +1,8 @@
 import os
 from pathlib import Path
 
-# Before torch is imported, here and in processes that tests start: sharing small tensors between threads costs more than
-# it saves, and the tests themselves share the cores.
+# Before torch is imported, here and in processes that tests start: sharing small tensors between threads costs more
+# than it saves, and the tests themselves share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
