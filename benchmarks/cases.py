@@ -73,12 +73,7 @@ class Augmentation:
 
     def inputs(self, sets: int, device: torch.device) -> list[Tensors]:
         """``sets`` batches' draws, all of them out of one data set of random bytes."""
-        options = (
-            self.images,
-            (self.recipe.crop_padding + 1) ** 2,
-            2,
-            (IMAGE_SIZE + 1 - self.recipe.cutout_size) ** 2,
-        )
+        options = (self.images, (self.recipe.crop_padding + 1) ** 2, 2, (IMAGE_SIZE + 1 - self.recipe.cutout_size) ** 2)
         shared = {
             "images": torch.randint(256, (self.images, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, device=device),
             "labels": torch.randint(10, (self.images,), device=device),

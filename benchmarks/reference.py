@@ -1,7 +1,7 @@
 """The reference recipe stated a second time, plainly and slowly: what parity and speed are held against.
 
 It shares no code with ``cifar_fast``, nor its constants: each transformation is applied option by
-option to the pictures that drew it (25 crops, 2 flips, 625 cutouts: 652 masked passes an epoch), the
+option to the images that drew it (25 crops, 2 flips, 625 cutouts: 652 masked passes an epoch), the
 network is spelled out layer by layer, and the schedule is worked out from its definition.
 """
 
@@ -21,7 +21,7 @@ WIDTHS = (64, 128, 128, 128, 256, 512, 512, 512)
 def normalized(
     train: np.ndarray, test: np.ndarray, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 ``[N, 32, 32, 3]`` to ``[N, 3, 32, 32]``, with the training pictures' mean and deviation a channel.
+    """uint8 ``[N, 32, 32, 3]`` to ``[N, 3, 32, 32]``, with the mean and deviation per channel of the training images.
 
     torchvision's CIFAR-10, which the script trains on, is a transposed view of ``[N, 3, 32, 32]``, and torch.tensor
     keeps its strides: all that follows is NCHW in memory.
@@ -122,7 +122,7 @@ class Training:
         return loss.detach(), correct
 
     def batches(self, images: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """An augmented epoch's batches, without the pictures left over."""
+        """An augmented epoch's batches, without the images left over."""
         images, labels = augmented_epoch(images, labels)
         for i in range(len(images) // self.batch_size):
             part = slice(i * self.batch_size, (i + 1) * self.batch_size)

@@ -32,9 +32,9 @@ def hoards(x, y, N: tl.constexpr):
 open(sys.argv[1], 'w').write(source)
 sys.path.insert(0, sys.argv[1].rsplit('/', 1)[0])
 from hoarding import hoards
-x, y = (torch.empty(n, device='meta', dtype=torch.float32) for n in (1 << 16, 1 << 15))
-launch = Launch(hoards, (1,), {'x': x}, {'y': y}, {}, {'N': 1 << 15}, num_warps=1)
-print(compile_launch('case', launch, 'sm_90').problems())
+x, y = (torch.empty(n, device='meta', dtype=torch.float32) for n in (1 << 14, 1 << 13))
+launch = Launch(hoards, (1,), {'x': x}, {'y': y}, {}, {'N': 1 << 13}, num_warps=1)
+print(compile_launch('case', launch, 'sm_87').problems())
 """
 
 
@@ -43,23 +43,19 @@ def compiler(*arguments):
     return subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_every_kernel_compiles_for_a_gpu_that_is_not_here_without_spills_and_with_wide_accesses(tmp_path):
-    done = compiler("-m", "benchmarks", "compile", "--targets", "sm_90", "--json", str(tmp_path / "rows.json"))
-    assert done.returncode == 0, done.stderr or done.stdout
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_kernel_compiles_for_every_target_without_spills_and_with_wide_accesses(dtype, tmp_path):
+    done = compiler("-m", "benchmarks", "compile", "--dtype", dtype, "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stderr or done.stdout[-1000:]
     assert done.stdout.splitlines()[-1] == "no spills, and 128 bits wherever a large tensor is read or written"
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["kernel"] for row in rows} == {
         *("augment_kernel", "statistics_kernel", "merge_statistics_kernel", "apply_kernel"),
         *("backward_sums_kernel", "merge_sums_kernel", "backward_apply_kernel"),
     }
+    assert len({row["target"] for row in rows}) == 7
     assert all(row["registers"] > 0 and row["read"] > 0 and row["written"] > 0 for row in rows)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_every_kernel_compiles_for_every_target(dtype):
-    done = compiler("-m", "benchmarks", "compile", "--dtype", dtype)
-    assert done.returncode == 0, done.stderr or done.stdout[-1000:]
 
 
 def test_a_kernel_that_spills_is_a_problem(tmp_path):

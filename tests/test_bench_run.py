@@ -1,17 +1,13 @@
 """The run of the benchmarks: its rows, what it leaves, how it goes on, and the report."""
 
 import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
 
 import benchmarks.run
 from benchmarks.__main__ import main
-from benchmarks.parts import CPU_SIDES, Bench, Skip, Wrong, cpu_side, time_steps
+from benchmarks.parts import Bench, Skip, Wrong, time_steps
 from benchmarks.report import RESULTS, pivot, report, write_report
 from benchmarks.rows import Row, ratio
 from benchmarks.run import rows_of, run
@@ -19,8 +15,6 @@ from benchmarks.timing import interleave
 from cifar_fast import InputError, Recipe
 from cifar_fast.plan import resolve
 from tests.conftest import NARROW, small_dataset
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_a_row_shows_median_and_range_and_ratios_are_taken_turn_by_turn():
@@ -115,6 +109,27 @@ def test_nothing_is_measured_where_parity_fails(tmp_path, parts):
     assert code == 1 and ran == ["ceilings"] and set(results["parts"]) == {"ceilings", "parity"}
 
 
+def test_kernels_keep_what_was_measured_before_a_failure_and_a_wrong_result_is_exit_code_1(tmp_path, parts):
+    made, _ = parts
+
+    def fails_later(bench):
+        yield Row("kernels", "norm", "fused", "in a loop", "us", [1.0])
+        raise RuntimeError("out of memory")
+
+    made["kernels"] = fails_later
+    code, results = start(tmp_path)
+    assert code == 1 and results["parts"]["kernels"]["failed"] == "RuntimeError: out of memory"
+    made["kernels"] = lambda bench: iter([Row("kernels", "pool", "fused", "wrong: y is off", "", [])])
+    code, results = start(tmp_path)
+    assert code == 1 and [row["case"] for row in results["parts"]["kernels"]["rows"]] == ["norm", "pool"]
+    assert "pool, fused: wrong: y is off" in (tmp_path / "results.md").read_text()
+
+
+def test_a_data_directory_without_a_data_set_is_cifar10s(tmp_path, capsys):
+    assert main(["run", "--output", str(tmp_path / "out"), "--data-url", str(tmp_path / "none.tar.gz")]) == 2
+    assert "none.tar.gz" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_without_minutes_left_no_part_begins(tmp_path, parts, capsys):
     _, ran = parts
     assert start(tmp_path, minutes=0)[0] == 0
@@ -128,20 +143,6 @@ def test_results_of_other_settings_are_not_mixed_with_these(tmp_path, parts):
 
 
 # -- on a CPU, to the end
-
-
-@pytest.mark.parametrize("side", CPU_SIDES)
-def test_each_side_of_the_cpu_part_gives_seconds(tmp_path, side):
-    small_dataset(40, 8, 10).save(tmp_path / "x.npz")
-    seconds = cpu_side(Recipe(batch_size=8, widths=NARROW), tmp_path / "x.npz", side)
-    assert set(seconds) == {"step", "augmentation of an epoch"} and min(seconds.values()) > 0
-
-
-def test_a_step_whose_loss_is_not_finite_has_no_figure(tmp_path):
-    small_dataset(40, 8, 10).save(tmp_path / "x.npz")
-    wild = Recipe(batch_size=8, widths=NARROW, lr_values=(1e30, 1e30, 0))
-    with pytest.raises(Wrong, match="not finite"):
-        cpu_side(wild, tmp_path / "x.npz", "auto")
 
 
 def test_steps_of_a_backend_are_timed():
@@ -168,22 +169,3 @@ def test_the_stored_reports_are_what_the_stored_rows_say(tmp_path):
         assert (file.parent / "results.md").read_text() == report(results) + "\n", file
         (tmp_path / "results.json").write_text(file.read_text())
         write_report(tmp_path)
-
-
-# -- under pytest-benchmark
-
-
-@pytest.mark.slow  # steps at full width
-def test_the_cpu_part_under_pytest_benchmark_runs_on_cifar10(cifar10):
-    """In the data set's published form; torchvision is told of the archive in the process of the benchmarks."""
-    from torchvision.datasets import CIFAR10
-
-    patch = {name: getattr(CIFAR10, name) for name in ("train_list", "test_list", "meta", "tgz_md5")}
-    code = (
-        f"import sys, pytest; from torchvision.datasets import CIFAR10\n"
-        f"for name, value in {patch!r}.items(): setattr(CIFAR10, name, value)\n"
-        f"sys.exit(pytest.main(['benchmarks', '-q', '--dataset', 'cifar10', '--data-dir', {str(cifar10)!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "6 passed" in done.stdout and ("skipped" in done.stdout or torch.cuda.is_available())
