@@ -212,7 +212,7 @@ def test_real_activations(shared, dtype, few_programs):
 @pytest.mark.parametrize(("pool", "training"), list(itertools.product([1, 2], [True, False])))
 def test_gradcheck_in_float64(pool, training):
     # In training with the pool: four windows a channel, and rows left out. Two would have a gradient of zero.
-    x, weight, bias, mean, var = make((2, 2, 5 if training and pool == 2 else 3, 2), torch.float64)
+    x, weight, bias, mean, var = make((2, 2, 5, 2) if training and pool == 2 else (1, 2, 3, 2), torch.float64)
 
     def function(x, weight, bias):
         return batch_norm_celu(x, weight, bias, mean.clone(), var.clone(), training=training, alpha=0.075, pool=pool)
