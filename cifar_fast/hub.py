@@ -27,14 +27,17 @@ def read_hub(repository: str, log: Log) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise InputError(f"hf:{repository} needs {error.name}: pip install 'cifar_fast[hf]'") from None
     try:
-        files = HfApi().list_repo_files(repository, repo_type="dataset")
+        files = [file.rfilename for file in HfApi().dataset_info(repository).siblings or ()]
         arrays: dict[str, np.ndarray] = {}
         for split in ("train", "test"):
-            shards = sorted(file for file in files if re.search(rf"(^|[/_-]){split}[-_.\d][^/]*\.parquet$", file))
+            found = [re.fullmatch(rf"(.*?)\b{split}[-_./\d].*\.parquet", file) for file in sorted(files)]
+            shards = {match[0]: match[1] for match in found if match}
             if not shards:
                 raise InputError(
                     f"hf:{repository}: no parquet file of the split {split!r} among its {len(files)} files"
                 )
+            if len(configurations := set(shards.values())) > 1:
+                raise InputError(f"hf:{repository}: has several configurations ({', '.join(sorted(configurations))})")
             paths = [hf_hub_download(repository, shard, repo_type="dataset") for shard in shards]
             table = concat_tables([parquet.read_table(path) for path in paths])
             arrays |= _split(repository, split, table, log)
