@@ -31,7 +31,7 @@ from benchmarks.floors import copy_rates, floor_rows, passes, product_rates
 from benchmarks.rows import Row
 from benchmarks.timing import LAUNCHES, capture, child, cold_times, count_launches, interleave, replay_times, wall
 from cifar_fast import CNN, Dataset, Recipe, draw_epoch, load_dataset
-from cifar_fast.augment import augment
+from cifar_fast.augment import augment, seeded
 from cifar_fast.backends import Backend, Eager, device_guard, keep_freed_memory
 from cifar_fast.plan import Plan, fused_unavailable_reason, resolve, set_up
 from cifar_fast.profile import profile
@@ -373,9 +373,9 @@ def trainings(bench: Bench) -> Rows:
 
 def _training(bench: Bench, backend: Backend, seed: int) -> dict[str, float]:
     """The last row of a training by ``backend``."""
-    torch.manual_seed(seed)
-    backend.reset(CNN(backend.recipe, bench.dataset.num_classes))
-    *_, last = train(backend, bench.n, seed, synchronized_clock(bench.plan.device))
+    weights, draws = seeded(seed, bench.plan.device)
+    backend.reset(CNN(backend.recipe, bench.dataset.num_classes, weights))
+    *_, last = train(backend, bench.n, draws, seed, synchronized_clock(bench.plan.device))
     return vars(last)
 
 

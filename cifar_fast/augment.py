@@ -8,10 +8,21 @@ square of the cutout is then set to zero, which is the mean color of normalized 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from cifar_fast.recipe import IMAGE_SIZE, Recipe
+
+
+def seeded(seed: int, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
+    """The generators of a run's initial weights and of its draws, in the state in which ``torch.manual_seed(seed)``
+    leaves torch's own; on a CPU both are one.
+
+    They belong to the run alone: whoever draws elsewhere in the process changes nothing here, nor is changed.
+    """
+    weights = torch.Generator().manual_seed(seed)
+    return weights, weights if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -49,18 +60,21 @@ class Draws:
         return Draws(self.tensor[:, start:stop])
 
 
-def draw_epoch(n: int, *, device: torch.device | str, recipe: Recipe | None = None) -> Draws:
-    """Draw one epoch's choices for ``n`` images from the default generator of ``device``.
+def draw_epoch(
+    n: int, *, device: torch.device | str, recipe: Recipe | None = None, generator: torch.Generator | None = None
+) -> Draws:
+    """Draw one epoch's choices for ``n`` images from ``generator`` (default: that of ``device``).
 
     The calls and their order are the reference script's, so the same seed gives the same epoch.
     """
     recipe = recipe or Recipe()
     crops = (recipe.crop_padding + 1) ** 2
     cutouts = (IMAGE_SIZE + 1 - recipe.cutout_size) ** 2
-    permutation = torch.randperm(n, device=device)
-    crop = torch.randint(crops, (n,), device=device)
-    flip = torch.randint(0 if recipe.flip else 1, 2, (n,), device=device)
-    cutout = torch.randint(cutouts, (n,), device=device)
+    where: dict[str, Any] = dict(device=device, generator=generator)
+    permutation = torch.randperm(n, **where)
+    crop = torch.randint(crops, (n,), **where)
+    flip = torch.randint(0 if recipe.flip else 1, 2, (n,), **where)
+    cutout = torch.randint(cutouts, (n,), **where)
     return Draws(torch.stack((permutation, crop, flip, cutout)))
 
 

@@ -97,7 +97,7 @@ class Eager:
     def reset(self, model: CNN) -> None:
         self.epoch = 0
         self.model.load_state_dict(model.state_dict())
-        self.optimizer = make_sgd(self.model, self.recipe, fused=False)
+        self.optimizer = make_sgd(self.model, self.recipe)
 
     def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.epoch += 1
@@ -136,7 +136,7 @@ class Compiled:
         self.epoch = 0
         self.model.load_state_dict(model.state_dict())
         self.model.zero_grad()
-        self.optimizer = make_sgd(self.model, self.recipe, fused=False)
+        self.optimizer = make_sgd(self.model, self.recipe)
 
     def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.epoch += 1
@@ -180,12 +180,8 @@ def make_model(
     dtype: torch.dtype,
     change: Callable[[CNN], CNN] = lambda model: model,
 ) -> CNN:
-    """A model with throw-away weights, changed by ``change``, its weights of the type that goes with ``dtype``.
-
-    The caller's random numbers are left alone.
-    """
-    with torch.random.fork_rng(devices=[]):
-        model = CNN(recipe, dataset.num_classes)
+    """A model with throw-away weights, changed by ``change``, its weights of the type that goes with ``dtype``."""
+    model = CNN(recipe, dataset.num_classes, torch.Generator())
     return change(model).to(torch.float32 if dtype == torch.bfloat16 else dtype).to(device)
 
 
@@ -194,7 +190,8 @@ def make_score(model: CNN, recipe: Recipe, device: torch.device, dtype: torch.dt
     autocast = dtype == torch.bfloat16
 
     def score(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        # Without the cache of casts, which outlives a step where the caller is in an autocast block too.
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
             return loss_and_correct(model(images), labels, recipe)
 
     return score
@@ -216,8 +213,13 @@ def fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return own
 
 
-def make_sgd(model: CNN, recipe: Recipe, *, fused: bool, lr: float | torch.Tensor = 0.0) -> torch.optim.SGD:
-    """The recipe's optimizer, whose loss is a sum over the batch: weight decay times the batch size."""
+def make_sgd(
+    model: CNN, recipe: Recipe, *, fused: bool | None = None, lr: float | torch.Tensor = 0.0
+) -> torch.optim.SGD:
+    """The recipe's optimizer, whose loss is a sum over the batch: weight decay times the batch size.
+
+    ``fused`` None is torch's default, as the script has it: many tensors an operation on a GPU, which False turns off.
+    """
     return torch.optim.SGD(
         model.parameters(),
         lr,
@@ -252,12 +254,18 @@ def normalize(dataset: Dataset, device: torch.device, dtype: torch.dtype) -> tup
     Both are those of the training images' 0..255 values, per channel, the deviation with N - 1.
     """
     train, test = (torch.tensor(images, device=device) for images in (dataset.train_images, dataset.test_images))
-    std, mean = torch.std_mean(planar(train).float(), dim=(0, 1, 2), unbiased=True, keepdim=True)
+    mean, std = channel_statistics(train)
     if not std.all():
         raise InputError(
             f"{dataset.source}: a channel of train_images has the same value everywhere; it cannot be normalized"
         )
     return ((train - mean) / std).to(dtype), ((test - mean) / std).to(dtype)
+
+
+def channel_statistics(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (with N - 1) of the bytes ``images`` ``[N, S, S, C]``, float32 ``[C]`` each."""
+    std, mean = torch.std_mean(planar(images).float(), dim=(0, 1, 2), unbiased=True)
+    return mean, std
 
 
 def planar(images: torch.Tensor) -> torch.Tensor:

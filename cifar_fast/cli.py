@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cifar_fast import __version__
 from cifar_fast.data import load_dataset
 from cifar_fast.errors import InputError
-from cifar_fast.flags import Parser, add_run_flags, recipe_of, run_command
+from cifar_fast.files import check_writable
+from cifar_fast.flags import Parser, add_run_flags, name_and_path, recipe_of, run_command, say
 
 USAGE = """usage: cifar-fast COMMAND [flags]
 
@@ -66,13 +68,22 @@ def train_parser() -> argparse.ArgumentParser:
         "--profile", metavar="DIR", help="do not train: the profile command, which writes to that folder"
     )
     group.add_argument("--print-recipe", action="store_true", help="print the recipe as JSON and stop")
+    group.add_argument(
+        "--also-test",
+        type=name_and_path,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="also tell the accuracy at the end of each run on another test set: CIFAR-10.1, CIFAR-10.2, CIFAR-10-C as "
+        "published, or a .npz file with images and labels; may be given several times",
+    )
     return parser
 
 
 def _train(args: argparse.Namespace) -> int:
     recipe = recipe_of(args)
     if args.print_recipe:
-        print(recipe.to_json())
+        say(recipe.to_json())
         return 0
     if args.profile:
         args.output = args.profile
@@ -86,17 +97,23 @@ def _train(args: argparse.Namespace) -> int:
     # Whatever can be refused is refused before the data, which may take long to come.
     plan = resolve(args.backend, args.device, args.dtype, args.memory_format)
     check(plan, seed=args.seed, runs=args.runs)
-    output = Output(args.output or default_output(args.dataset), args.overwrite)
+    also_test = dict(args.also_test)
+    if len(also_test) < len(args.also_test):
+        raise InputError("--also-test: two test sets have one name; give each its own")
+    output = Output(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
     if plan.device.type == "cpu":
         keep_freed_memory()
-    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url)
-    fit_plan(recipe, dataset, plan, seed=args.seed, runs=args.runs, output=output)
-    print(f"written to {output.path}")
-    return 0
+    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
+    how: dict[str, Any] = dict(seed=args.seed, runs=args.runs, output=output, also_test=also_test, log=say)
+    result = fit_plan(recipe, dataset, plan, **how)
+    say(f"written to {output.path}")
+    for line in result.unwritten:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if result.unwritten else 0
 
 
 def default_output(dataset: str) -> str:
-    """A new folder's name for results on the data set of that name, which may have slashes in it."""
+    """A name for a new folder for results on the data set of that name, which may have slashes in it."""
     return time.strftime(f"runs/{dataset.replace('/', '-').replace(':', '-')}-%Y%m%d-%H%M%S")
 
 
@@ -120,10 +137,9 @@ def profile_parser() -> argparse.ArgumentParser:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    import torch
-
-    from cifar_fast.augment import draw_epoch
+    from cifar_fast.augment import draw_epoch, seeded
     from cifar_fast.backends import device_guard, keep_freed_memory
+    from cifar_fast.isolation import isolated
     from cifar_fast.model import CNN
     from cifar_fast.plan import resolve, set_up
     from cifar_fast.profile import profile
@@ -132,16 +148,18 @@ def _profile(args: argparse.Namespace) -> int:
     recipe = recipe_of(args)
     plan = resolve(args.backend, args.device, args.dtype, args.memory_format)
     check(plan, seed=args.seed, runs=1)
+    check_writable(Path(args.output).expanduser(), f"--output {args.output}")
     if plan.device.type == "cpu":
         keep_freed_memory()
-    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url)
+    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
     dataset.steps_per_epoch(recipe.batch_size)
-    torch.manual_seed(args.seed)
-    with device_guard(plan.device):
-        backend, _ = set_up(plan, recipe, dataset, print)
-        backend.reset(CNN(recipe, dataset.num_classes))
-        profile(backend, draw_epoch(len(dataset.train_images), device=plan.device, recipe=recipe), args.output)
-    print(f"written to {args.output}: trace.json for ui.perfetto.dev, and profile.json")
+    weights, generator = seeded(args.seed, plan.device)
+    with device_guard(plan.device), isolated(plan.device):
+        backend, _ = set_up(plan, recipe, dataset, say)
+        backend.reset(CNN(recipe, dataset.num_classes, weights))
+        draws = draw_epoch(len(dataset.train_images), device=plan.device, recipe=recipe, generator=generator)
+        profile(backend, draws, args.output, log=say)
+    say(f"written to {args.output}: trace.json for ui.perfetto.dev, and profile.json")
     return 0
 
 
@@ -182,6 +200,10 @@ def _compare(args: argparse.Namespace) -> int:
         raise InputError(f"--seed must lie between 0 and 2^63, not {args.seed}")
     if not args.tolerance > 0:
         raise InputError(f"--tolerance must be above 0, not {args.tolerance:g}")
+    if args.json:
+        if not args.json.parent.is_dir() or args.json.is_dir():
+            raise InputError(f"--json {args.json}: must name a file in a folder that is there")
+        check_writable(args.json.parent, f"--json {args.json}", "choose another file")
 
     import torch
 
@@ -194,16 +216,16 @@ def _compare(args: argparse.Namespace) -> int:
     first, second = (
         resolve(backend, args.device, args.dtype, args.memory_format) for backend in (args.backend, args.against)
     )
-    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url)
+    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
     comparison = Comparison(first, second, tolerance=args.tolerance)
-    print(comparison.heading())
+    say(comparison.heading())
     if first.device.type == "cpu" and "fused" in (*first.backends, *second.backends):
-        print("no GPU: the kernels run in Triton's interpreter, slowly; narrow --widths and a small --batch-size help")
-    for step in compare(recipe, dataset, first, second, seed=args.seed, steps=args.steps, drift=args.drift, log=print):
-        print(comparison.add(step))
+        say("no GPU: the kernels run in Triton's interpreter, slowly; narrow --widths and a small --batch-size help")
+    for step in compare(recipe, dataset, first, second, seed=args.seed, steps=args.steps, drift=args.drift, log=say):
+        say(comparison.add(step))
     if args.json:
         write_report(args.json, comparison, recipe, dataset, seed=args.seed, drift=args.drift)
-    print(comparison.verdict())
+    say(comparison.verdict())
     return 0 if comparison.within else 1
 
 

@@ -24,7 +24,6 @@ is past the tolerance the exit code is 1.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -37,14 +36,15 @@ from typing import Any
 
 import torch
 
-from cifar_fast.augment import draw_epoch
+from cifar_fast.augment import draw_epoch, seeded
 from cifar_fast.backends import Backend, Eager, device_guard
 from cifar_fast.data import Dataset
 from cifar_fast.environment import environment
 from cifar_fast.files import atomic_write, writing
+from cifar_fast.isolation import convolutions_in_tf32, isolated
 from cifar_fast.model import CNN
 from cifar_fast.plan import Plan, set_up, short_name
-from cifar_fast.progress import Log, silent
+from cifar_fast.progress import Log, encodable
 from cifar_fast.recipe import Recipe
 
 TOLERANCE = 3.0
@@ -88,41 +88,51 @@ def compare(
 
     Convolutions in float32 are IEEE's here, without TF32, which torch else takes on a GPU.
     """
+    found = _compare(recipe, dataset, first, second, seed, steps, drift, encodable(log))
+    while True:
+        with device_guard(first.device), isolated(first.device), convolutions_in_tf32(False):
+            rows = next(found, None)
+        if rows is None:
+            return
+        yield rows
+
+
+def _compare(
+    recipe: Recipe, dataset: Dataset, first: Plan, second: Plan, seed: int, steps: int, drift: bool, log: Log
+) -> Iterator[list[Row]]:
     device, dtype = first.device, first.dtype
     steps_per_epoch = dataset.steps_per_epoch(recipe.batch_size)
     dataset = dataclasses.replace(
         dataset, test_images=dataset.test_images[:2], test_labels=dataset.test_labels[:2]
     )  # none is needed
     next_higher = higher_precision(dtype)
-    gpu = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpu), device_guard(device), _without_tf32():
-        torch.manual_seed(seed)
-        model = CNN(recipe, dataset.num_classes)
-        ours, theirs = (set_up(plan, recipe, dataset, log or silent)[0] for plan in (first, second))
-        layout = first.memory_format
-        same_layout = isinstance(theirs, Eager) and theirs.memory_format == layout
-        eager = theirs if same_layout else Eager(recipe, dataset, device, dtype, layout)
-        assert isinstance(eager, Eager)
-        higher = Eager(recipe, dataset, device, next_higher, layout)
-        truth = higher if next_higher == torch.float64 else Eager(recipe, dataset, device, torch.float64, layout)
-        for side in (higher, truth):
-            side.data = side.data._replace(train_images=eager.data.train_images.to(side.dtype))
-        five: tuple[Backend, ...] = (ours, theirs, eager, higher, truth)
-        sides = list({id(one): one for one in five}.values())
-        for one in sides:
-            one.reset(model)
-        followers = [one for one in sides if one is not theirs]
+    weights, generator = seeded(seed, device)
+    model = CNN(recipe, dataset.num_classes, weights)
+    ours, theirs = (set_up(plan, recipe, dataset, log)[0] for plan in (first, second))
+    layout = first.memory_format
+    same_layout = isinstance(theirs, Eager) and theirs.memory_format == layout
+    eager = theirs if same_layout else Eager(recipe, dataset, device, dtype, layout)
+    assert isinstance(eager, Eager)
+    higher = Eager(recipe, dataset, device, next_higher, layout)
+    truth = higher if next_higher == torch.float64 else Eager(recipe, dataset, device, torch.float64, layout)
+    for side in (higher, truth):
+        side.data = side.data._replace(train_images=eager.data.train_images.to(side.dtype))
+    five: tuple[Backend, ...] = (ours, theirs, eager, higher, truth)
+    sides = list({id(one): one for one in five}.values())
+    for one in sides:
+        one.reset(model)
+    followers = [one for one in sides if one is not theirs]
 
-        for step in range(1, steps + 1):
-            if (step - 1) % steps_per_epoch == 0:
-                draws = draw_epoch(len(dataset.train_images), device=device, recipe=recipe)
-                training = [one.train_epoch(draws) for one in sides]
-            if step == 1 or not drift:
-                for one in followers:
-                    _follow(one, theirs)
-            losses = [next(trained)[0] for trained in training]
-            seen = {id(one): _tensors(one, loss) for one, loss in zip(sides, losses)}
-            yield [_row(step, *key, [seen[id(one)][key] for one in five], dtype) for key in seen[id(theirs)]]
+    for step in range(1, steps + 1):
+        if (step - 1) % steps_per_epoch == 0:
+            draws = draw_epoch(len(dataset.train_images), device=device, recipe=recipe, generator=generator)
+            training = [one.train_epoch(draws) for one in sides]
+        if step == 1 or not drift:
+            for one in followers:
+                _follow(one, theirs)
+        losses = [next(trained)[0] for trained in training]
+        seen = {id(one): _tensors(one, loss) for one, loss in zip(sides, losses)}
+        yield [_row(step, *key, [seen[id(one)][key] for one in five], dtype) for key in seen[id(theirs)]]
 
 
 def higher_precision(dtype: torch.dtype) -> torch.dtype:
@@ -190,16 +200,6 @@ def past_tolerance(rows: list[Row], tolerance: float) -> list[tuple[str, str, fl
         if not ratio <= tolerance or not all(map(math.isfinite, ratios)):
             bad.append((layer, quantity, ratio))
     return bad
-
-
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 @dataclass

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cifar_fast.errors import InputError
-from cifar_fast.files import atomic_write, writing
+from cifar_fast.errors import InputError, first_line
+from cifar_fast.files import atomic_write, locked, writing
 from cifar_fast.progress import Log, silent
 from cifar_fast.recipe import IMAGE_SIZE
 
@@ -58,14 +58,14 @@ class Dataset:
     def __post_init__(self) -> None:
         for split in ("train", "test"):
             images, labels = np.asarray(getattr(self, f"{split}_images")), np.asarray(getattr(self, f"{split}_labels"))
-            self._check(split, images, labels)
+            check_images(self.source, images, labels, f"{split}_")
             # torchvision's arrays are transposed views, OpenCV's reversed ones: torch refuses some layouts and computes
             # in others, so that every later step would have to know them.
             layout: Any = ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE", "ENSUREARRAY"]
             object.__setattr__(self, f"{split}_images", np.require(images, np.uint8, layout))
             object.__setattr__(self, f"{split}_labels", np.require(labels, np.int64, layout))
-        if not self.class_names:
-            object.__setattr__(self, "class_names", tuple(str(i) for i in range(self.train_labels.max() + 1)))
+        names = map(_text, self.class_names) if len(self.class_names) else range(self.train_labels.max() + 1)
+        object.__setattr__(self, "class_names", tuple(map(str, names)))
         if not 2 <= self.num_classes <= MAX_CLASSES:
             raise InputError(f"{self.source}: {self.num_classes} class(es); there must be 2 to {MAX_CLASSES}")
         if self.train_labels.max() >= self.num_classes:
@@ -94,26 +94,6 @@ class Dataset:
                 "--batch-size"
             )
         return n // batch_size
-
-    def _check(self, split: str, images: np.ndarray, labels: np.ndarray) -> None:
-        shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
-        if images.dtype != np.uint8 or images.shape[1:] != shape:
-            raise InputError(
-                f"{self.source}: {split}_images must be uint8 of shape (N, 32, 32, 3), not {images.dtype} of "
-                f"shape {images.shape}"
-            )
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            must = f"whole numbers of shape {images.shape[:1]}, one per image"
-            raise InputError(
-                f"{self.source}: {split}_labels must be {must}, not {labels.dtype} of shape {labels.shape}"
-            )
-        if len(images) == 0:
-            raise InputError(f"{self.source}: {split}_images holds no image; there must be at least one")
-        if labels.min() < 0 or labels.max() >= MAX_CLASSES:
-            raise InputError(
-                f"{self.source}: {split}_labels must lie in 0 to {MAX_CLASSES - 1}, not {labels.min()} to "
-                f"{labels.max()}"
-            )
 
     def save(self, path: str | Path) -> None:
         """Write the arrays and class names to the .npz file ``path``, which ``load_dataset("npz", path)`` reads."""
@@ -145,6 +125,27 @@ class Dataset:
             digest.update(repr(array.shape).encode())
             digest.update(array)
         return digest.hexdigest()
+
+
+def check_images(source: str, images: np.ndarray, labels: np.ndarray, prefix: str = "") -> None:
+    """Raise :class:`InputError` unless ``images`` are uint8 ``[N, 32, 32, 3]`` and ``labels`` whole numbers ``[N]``, N
+    at least 1; ``source`` and ``prefix``, before the arrays' names, say which they are.
+    """
+    shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
+    if images.dtype != np.uint8 or images.shape[1:] != shape:
+        raise InputError(
+            f"{source}: {prefix}images must be uint8 of shape (N, 32, 32, 3), not {images.dtype} of "
+            f"shape {images.shape}"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        must = f"whole numbers of shape {images.shape[:1]}, one per image"
+        raise InputError(f"{source}: {prefix}labels must be {must}, not {labels.dtype} of shape {labels.shape}")
+    if len(images) == 0:
+        raise InputError(f"{source}: {prefix}images holds no image; there must be at least one")
+    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
+        raise InputError(
+            f"{source}: {prefix}labels must lie in 0 to {MAX_CLASSES - 1}, not {labels.min()} to {labels.max()}"
+        )
 
 
 def load_dataset(
@@ -188,7 +189,7 @@ def load_dataset(
             arrays = _read_npz(path)
     except OSError as error:
         raise InputError(f"{error.filename or source}: {error.strerror or error}; check --data-dir") from None
-    names = tuple(map(str, np.atleast_1d(arrays.pop("class_names", ()))))
+    names = tuple(np.atleast_1d(arrays.pop("class_names", ())).tolist())
     return Dataset(name=name, source=source, class_names=names, **arrays)
 
 
@@ -198,7 +199,13 @@ def is_dataset(name: str) -> bool:
 
 
 def _read_cifar(name: str, root: Path, data_url: str | None, log: Log) -> dict[str, np.ndarray]:
-    from torchvision.datasets import CIFAR10, CIFAR100  # imports torch: not before it is needed
+    try:
+        from torchvision.datasets import CIFAR10, CIFAR100  # imports torch: not before it is needed
+    except Exception as error:  # one made for another torch raises a RuntimeError
+        raise InputError(
+            f"--dataset {name} is read by torchvision, which cannot be imported ({first_line(error)}); install the "
+            "torchvision that goes with this torch, or use --dataset folder, npz or synthetic"
+        ) from None
 
     kind: Any = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     unpacked = (root / kind.meta["filename"]).is_file()  # the unpacked folder itself
@@ -233,14 +240,14 @@ def _bring(kind: Any, root: Path, sources: list[str], splits: Callable[[], list[
     """
     from torchvision.datasets.utils import check_integrity, extract_archive
 
-    from cifar_fast.download import download, locked
+    from cifar_fast.download import download
 
     archive = root / kind.filename
     made = [folder for folder in (root, *root.absolute().parents) if not folder.exists()]
     there = archive.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root, log):
+        with locked(root, lambda: log(f"another process is at work in {root}; waiting for it")):
             with contextlib.suppress(RuntimeError):  # another process may have brought it: none unpacks what one reads
                 return splits()
             if not check_integrity(archive, kind.tgz_md5):
@@ -276,17 +283,23 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         (path,) = found
     if not path.is_file():
         raise InputError(f"{path}: no such file; --data-dir must name an .npz file")
+    needed = f"an .npz file with {', '.join(ARRAYS)} is needed"
     try:
         arrays = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            raise InputError(f"{path}: holds one array of shape {arrays.shape}, as .npy files do; {needed}")
         with arrays:
             missing = [key for key in ARRAYS if key not in arrays]
-            if not missing:
-                return {key: arrays[key] for key in (*ARRAYS, "class_names") if key in arrays}
+            if missing:
+                has = ", ".join(arrays) or "nothing"
+                raise InputError(f"{path}: lacks {', '.join(missing)}; it holds {has}; {needed}")
+            return {key: arrays[key] for key in (*ARRAYS, "class_names") if key in arrays}
+    except InputError:
+        raise
     except Exception as error:  # a damaged zip fails in as many ways as there are bytes
         raise InputError(
             f"{path}: not a readable .npz file ({_one_line(error)}); make it again with numpy.savez"
         ) from None
-    raise InputError(f"{path}: lacks {', '.join(missing)}; it must hold {', '.join(ARRAYS)}")
 
 
 def _read_synthetic() -> dict[str, np.ndarray]:
@@ -301,6 +314,11 @@ def _read_synthetic() -> dict[str, np.ndarray]:
         test_labels=test_labels,
         class_names=np.array(list(PATTERNS)),
     )
+
+
+def _text(name: Any) -> str:
+    """A class name, which Python 2's pickles and numpy's "S" arrays have as bytes."""
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
 def _one_line(error: Exception) -> str:

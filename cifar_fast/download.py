@@ -10,7 +10,7 @@ import os
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_fast.errors import InputError
@@ -39,8 +39,8 @@ def download(sources: Sequence[str], path: Path, md5: str, log: Log) -> None:
 
     Sources are URLs or paths of files. Bytes go to ``path`` with ".part" appended, from which the next source, and the
     next call after a kill, goes on; the file gets its name when its sum is right. Where all are slow, the fastest
-    finishes it; a source that was cut off is asked again as long as each time brings new bytes. Hold :func:`locked`
-    on the folder, so that no other process writes there.
+    finishes it; a source that was cut off is asked again as long as each time brings new bytes. Hold
+    :func:`cifar_fast.files.locked` on the folder, so that no other process writes there.
 
     Raises:
         InputError: the file cannot be written.
@@ -123,27 +123,6 @@ def _fetch(url: str, part: Path, may_leave: bool, log: Log) -> None:
                 window, received = time.monotonic(), 0
         if total is not None and _size(part) < total:
             raise OSError(f"cut off after {_size(part):,} of {total:,} bytes")
-
-
-@contextlib.contextmanager
-def locked(folder: Path, log: Log) -> Iterator[None]:
-    """Keep other processes that ask for it out of ``folder`` meanwhile; without effect where there are no locks."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log(f"another process is at work in {folder}; waiting for it")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _as_url(source: str) -> str:

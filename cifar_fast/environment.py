@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -13,18 +14,12 @@ import torch
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What the figures depend on besides the code: versions, device, threads."""
-    import torchvision
-
-    try:
-        import triton
-    except ImportError:
-        triton = None
     cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "triton": triton and triton.__version__,
+        "torchvision": _version("torchvision"),
+        "triton": _version("triton"),
         "numpy": np.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
@@ -34,6 +29,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _version(package: str) -> str | None:
+    """The installed version, without an import that may be slow or fail; None where the package is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

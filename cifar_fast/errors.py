@@ -10,3 +10,8 @@ class InputError(ValueError):
 
 class Diverged(ArithmeticError):
     """The loss stopped being finite. Its message names the step; the commands print it and exit with code 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, in its first line; its type where that is nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

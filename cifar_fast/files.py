@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cifar_fast.errors import InputError
@@ -28,3 +29,41 @@ def writing(what: str, cure: str = "choose another folder") -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{what}: cannot be written to ({error.strerror or error}); {cure}") from None
+
+
+def check_writable(path: Path, what: str, cure: str = "choose another folder") -> None:
+    """Raise :class:`InputError` where nothing can be made in the folder ``path``, before the work that it is for; what
+    of ``path`` is not there is not made.
+    """
+    with writing(what, cure):
+        above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"{what}: {above} is not a directory; {cure}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{what}: {above} cannot be written to; {cure}")
+    with writing(what, cure):
+        tempfile.TemporaryFile(dir=above).close()  # file systems that are read-only, or made by the kernel
+
+
+@contextlib.contextmanager
+def locked(folder: Path, on_busy: Callable[[], None]) -> Iterator[None]:
+    """Keep other processes that ask for it out of ``folder`` meanwhile; without effect where there are no locks.
+
+    Where another is in it, ``on_busy`` is called; if it returns, the other is waited for.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_busy()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

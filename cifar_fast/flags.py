@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,6 +31,9 @@ def run_command(command: Callable[[], int], argv: list[str] | None, on_interrupt
 
     With --traceback in ``argv`` (None: the process's own) an error also shows where it came from.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # lines go out as they come, escaped where the encoding lacks a letter
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return command()
     except (InputError, Diverged) as error:
@@ -38,6 +44,18 @@ def run_command(command: Callable[[], int], argv: list[str] | None, on_interrupt
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
         return 130
+
+
+def say(line: str) -> None:
+    """Print ``line``; where whoever read the output has gone, as after ``| head -1``, end the command quietly.
+
+    As an exit, not as an error, which the code in between would take for one of its files'.
+    """
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed when Python ends
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +144,14 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
             metavar="N" if isinstance(default, int) or (several and isinstance(default[0], int)) else "X",
             help=f"{field.metadata['help']} (default: {shown})",
         )
+
+
+def name_and_path(text: str) -> tuple[str, str]:
+    """The value of a flag NAME=PATH."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, path
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:

@@ -1,4 +1,4 @@
-"""Images in folders, ``ROOT/train/CLASS/*.png|jpg`` and ``ROOT/test/CLASS/*``: decoded once, then cached.
+"""Images in folders, ``ROOT/train/CLASS/`` and ``ROOT/test/CLASS/`` and what is below them: decoded once, then cached.
 
 The cache is one ``.npz`` beside ROOT. It carries a fingerprint of every file's path, size and
 modification time, and is made again when that changes.
@@ -7,14 +7,16 @@ modification time, and is made again when that changes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -24,7 +26,6 @@ from cifar_fast.files import atomic_write
 from cifar_fast.progress import Log, progress_bar
 from cifar_fast.recipe import IMAGE_SIZE
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits per channel or less: RGB keeps them whole
 CHUNK = 250  # images per task: enough to hide the cost of handing one over, few enough for a lively bar
 SERIAL = 5000  # up to this many images are decoded sooner than other processes start
@@ -37,11 +38,15 @@ def read_folder(root: Path, log: Log) -> dict[str, np.ndarray]:
     :class:`InputError` that names the folder or file at fault.
     """
     root = root.resolve()
-    train, test = _classes(root / "train"), _classes(root / "test")
+    left_out: Counter[str] = Counter()
+    train, test = (_classes(root / split, left_out) for split in ("train", "test"))
     if unknown := sorted(set(test) - set(train)):
         raise InputError(
             f"{root / 'test' / unknown[0]}: {root / 'train'} has no such class; add it there, or take it out of test"
         )
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        log(f"left out {left_out.total()} files under {root} that are no images of a class: {kinds}")
     names = list(train)
     files = [file for classes in (train, test) for found in classes.values() for file in found]
     labels = np.array(
@@ -70,16 +75,15 @@ def read_folder(root: Path, log: Log) -> dict[str, np.ndarray]:
     )
 
 
-def _classes(split: Path) -> dict[str, list[Path]]:
-    """The images of each class folder of ``split``, both in alphabetical order."""
+def _classes(split: Path, left_out: Counter[str]) -> dict[str, list[Path]]:
+    """The images of each class folder of ``split``, both in alphabetical order; ``left_out`` counts other files by
+    their kind.
+    """
     try:
-        folders = sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
-        classes = {
-            folder.name: sorted(
-                path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-            )
-            for folder in folders
-        }
+        entries = sorted(split.iterdir())
+        folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
+        left_out.update(_kind(path) for path in entries if path not in folders)
+        classes = {folder.name: sorted(_images(folder, left_out)) for folder in folders}
     except OSError as error:
         raise InputError(
             f"{error.filename}: {error.strerror}; --data-dir must name a folder with train/CLASS/ and test/CLASS/ in it"
@@ -91,13 +95,43 @@ def _classes(split: Path) -> dict[str, list[Path]]:
     for name, found in classes.items():
         if not found:
             raise InputError(
-                f"{split / name}: an empty class, no {', '.join(SUFFIXES)} file in it; add images or delete the folder"
+                f"{split / name}: an empty class, no image that Pillow reads in it; add images or delete the folder"
             )
     return classes
 
 
+def _images(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
+    """The images in ``folder`` and those below it, links followed, as torchvision's ImageFolder finds them."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    readable, seen = _readable_suffixes(), set[str]()
+    for path, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        for file in map(Path(path).joinpath, files):
+            if file.suffix.lower() in readable and not file.name.startswith("."):
+                yield file
+            else:
+                left_out[_kind(file)] += 1
+
+
+@functools.cache
+def _readable_suffixes() -> frozenset[str]:
+    """Those of the formats that Pillow decodes here, which depends on how it was built."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+
+
+def _kind(path: Path) -> str:
+    return "hidden" if path.name.startswith(".") else path.suffix.lower() or "without a suffix"
+
+
 def _fingerprint(root: Path, files: list[Path]) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"transparent over white\0")  # how they are decoded, where that has changed
     for file in files:
         status = file.stat()
         digest.update(
@@ -141,13 +175,22 @@ def _decode_chunk(files: list[Path]) -> np.ndarray:
 
 
 def decode_image(file: Path | BinaryIO, name: str) -> np.ndarray:
-    """The image in ``file`` as uint8 ``[32, 32, 3]``; ``name`` says in errors which one it is."""
+    """The image in ``file`` as uint8 ``[32, 32, 3]``, what is transparent over white; ``name`` says in errors which one
+    it is.
+    """
+    frames, pixels = 1, None
     try:
         with Image.open(file) as image:
-            mode, size = image.mode, image.size
-            pixels = np.asarray(image.convert("RGB")) if size == (IMAGE_SIZE, IMAGE_SIZE) and mode in MODES else None
+            mode, size, frames = image.mode, image.size, getattr(image, "n_frames", 1)
+            if size == (IMAGE_SIZE, IMAGE_SIZE) and mode in MODES and frames == 1:
+                if "A" in image.getbands() or "transparency" in image.info:
+                    white = Image.new("RGBA", size, "white")
+                    image = Image.alpha_composite(white, image.convert("RGBA"))
+                pixels = np.asarray(image.convert("RGB"))
     except Exception as error:  # decoders raise what they like, SyntaxError and struct.error among it
         raise InputError(f"{name}: not a whole image ({error}); replace it or delete it") from None
+    if frames > 1:
+        raise InputError(f"{name}: holds {frames} images; save the one that is meant alone")
     if pixels is None:
         raise InputError(
             f"{name}: {size[0]} x {size[1]} pixels, mode {mode}; "

@@ -65,10 +65,10 @@ class Fused:
         self.draws = warm_up_draws(n, device)
         rates = [recipe.learning_rate(step + 1, self.steps) for step in range(recipe.epochs * self.steps)]
         self.schedule = torch.tensor(rates, dtype=torch.float32, device=device)
-        self.rate = torch.zeros(1, device=device)
+        self.rate = torch.zeros(1, dtype=torch.float32, device=device)
         self.done = torch.zeros(1, dtype=torch.int64, device=device)  # steps of this run
         self.position = torch.zeros_like(self.done)  # the same, of this epoch
-        self.losses = torch.zeros(self.steps, size, device=device)
+        self.losses = torch.zeros(self.steps, size, dtype=torch.float32, device=device)
         self.correct = torch.zeros(self.steps, size, dtype=torch.bool, device=device)
         self.test_correct = torch.zeros(len(dataset.test_images), dtype=torch.bool, device=device)
 

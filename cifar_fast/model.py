@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import skip_init
 
 from cifar_fast.recipe import Recipe
 
@@ -13,20 +17,25 @@ class CNN(nn.Module):
     """Convolutions 3x3, each followed by (max-pool,) batch norm and CELU; then max-pool and a linear layer.
 
     The pool stands before the norm, where it cuts the norm's traffic by four. Names in the state
-    dict are those of the reference script's model.
+    dict are those of the reference script's model. Made on the CPU in float32, with initial weights drawn from
+    ``generator`` (default: torch's own) as torch's layers draw theirs.
     """
 
-    def __init__(self, recipe: Recipe, num_classes: int) -> None:
+    def __init__(self, recipe: Recipe, num_classes: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.output_scale = recipe.output_scale
+        where: dict[str, Any] = dict(device="cpu", dtype=torch.float32)
         layers: list[nn.Module] = []
         for block in recipe.blocks():
-            layers.append(nn.Conv2d(block.c_in, block.c_out, kernel_size=3, padding=1, bias=False))
+            layers.append(skip_init(nn.Conv2d, block.c_in, block.c_out, 3, padding=1, bias=False, **where))
             if block.pool > 1:
                 layers.append(nn.MaxPool2d(block.pool))
-            layers += [nn.BatchNorm2d(block.c_out), nn.CELU(alpha=recipe.celu_alpha)]
-        head = [nn.MaxPool2d(recipe.final_size), nn.Flatten(), nn.Linear(recipe.widths[-1], num_classes, bias=False)]
-        self.seq = nn.Sequential(*layers, *head)
+            layers += [nn.BatchNorm2d(block.c_out, **where), nn.CELU(alpha=recipe.celu_alpha)]
+        linear = skip_init(nn.Linear, recipe.widths[-1], num_classes, bias=False, **where)
+        self.seq = nn.Sequential(*layers, nn.MaxPool2d(recipe.final_size), nn.Flatten(), linear)
+        for layer in self.seq:
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):  # what their reset_parameters does, which takes no generator
+                nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits ``[B, num_classes]`` of normalized images ``[B, 3, 32, 32]``."""

@@ -17,7 +17,6 @@ import dataclasses
 import itertools
 import json
 import re
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -34,9 +33,10 @@ from cifar_fast.augment import Draws
 from cifar_fast.backends import Backend, device_guard
 from cifar_fast.environment import environment
 from cifar_fast.errors import InputError
-from cifar_fast.files import atomic_write, writing
+from cifar_fast.files import atomic_write, check_writable, writing
+from cifar_fast.isolation import isolated
 from cifar_fast.plan import short_name
-from cifar_fast.progress import Log
+from cifar_fast.progress import Log, print_line
 
 UNTRACED = 2  # steps before the trace, for what only the first ones do
 
@@ -127,7 +127,7 @@ def classify_operator(name: str) -> str:
     return next((line for line, pattern in OPERATORS if re.search(pattern, name)), OTHER)
 
 
-def profile(backend: Backend, draws: Draws, directory: str | Path, steps: int = 5, log: Log = print) -> Table:
+def profile(backend: Backend, draws: Draws, directory: str | Path, steps: int = 5, log: Log = print_line) -> Table:
     """Trace ``steps`` training steps of ``backend``, which was reset, and leave it that much further trained.
 
     Writes ``trace.json``, for https://ui.perfetto.dev or chrome://tracing, and ``profile.json``, the table, to
@@ -140,12 +140,12 @@ def profile(backend: Backend, draws: Draws, directory: str | Path, steps: int = 
     directory = Path(directory).expanduser()
     with writing(f"--output {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()  # shows before the work whether files can be made
+    check_writable(directory, f"--output {directory}")
 
     cuda = backend.device.type == "cuda"
     finish = torch.cuda.synchronize if cuda else lambda: None
     training = itertools.chain.from_iterable(backend.train_epoch(draws) for _ in range(UNTRACED + steps))
-    with device_guard(backend.device):
+    with device_guard(backend.device), isolated(backend.device):
         for _ in itertools.islice(training, UNTRACED):
             pass
         finish()

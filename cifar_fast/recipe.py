@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +19,9 @@ IMAGE_SIZE = 32
 """Height and width of an image, in pixels."""
 
 IMAGE_CHANNELS = 3
+
+LARGEST = 2**31
+"""Whole numbers of a recipe are below it: sizes that torch and the kernels can count with."""
 
 
 def _constant(default: Any, help: str) -> Any:
@@ -107,6 +111,13 @@ class Recipe:
             "widths",
             f"double at most {IMAGE_SIZE.bit_length() - 1} times, from the 3 input channels on",
         )
+        smallest = min(self.blocks(), key=lambda block: block.out_size)
+        need(
+            self.batch_size * smallest.out_size**2 > 1,
+            "batch_size",
+            f"be at least 2 where a map has one pixel, as block {smallest.index}'s with these widths (batch norm "
+            "needs more than one value a channel)",
+        )
         need(self.celu_alpha > 0, "celu_alpha", "be above 0")
         need(self.output_scale > 0, "output_scale", "be above 0")
         need(0 <= self.label_smoothing <= 1, "label_smoothing", "lie in 0 to 1")
@@ -149,7 +160,7 @@ class Recipe:
         """The recipe that ``text`` states; a constant it leaves out keeps the reference's value."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"a recipe must be JSON: {error}") from None
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, dict):
@@ -164,7 +175,7 @@ class Recipe:
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         try:
-            return cls.from_json(Path(path).read_text())
+            return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from None
         except InputError as error:
@@ -182,11 +193,13 @@ def _as_type_of(default: Any, value: Any, name: str) -> Any:
             return value
         kind = "true or false"
     elif isinstance(default, int):
-        if isinstance(value, Integral) and not isinstance(value, bool):
+        if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < LARGEST:
             return int(value)
-        kind = "a whole number"
+        kind = f"a whole number below {LARGEST}" if isinstance(value, Integral) else "a whole number"
     else:
-        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        with contextlib.suppress(OverflowError):  # a whole number past what a float holds
+            if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+                return float(value)
         kind = "a finite number"
-    raise InputError(f"{name} must be {kind}, not {value!r}")
+    shown = repr(value) if not isinstance(value, Integral) or abs(int(value)) < 10**20 else "a number of many digits"
+    raise InputError(f"{name} must be {kind}, not {shown}")

@@ -34,7 +34,9 @@ class EpochRow:
 
 @dataclass(frozen=True)
 class Run:
-    """One training from scratch: its last test accuracy in %, and where its seconds went."""
+    """One training from scratch: its last test accuracy in %, that on other test sets by their names, and where its
+    seconds went.
+    """
 
     run: int
     seed: int
@@ -42,6 +44,11 @@ class Run:
     train_seconds: float
     setup_seconds: float
     evaluation_seconds: float
+    also_test: dict[str, float] = field(default_factory=dict)
+
+
+FORMAT = 1
+"""Of ``model.pt``; raised when what it holds changes its meaning."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,9 @@ class Result:
 
     ``auto``: why what was left to us was chosen so, and what failed before it. ``environment``: as
     :func:`cifar_fast.environment.environment` gives it. ``dataset``: as :meth:`cifar_fast.Dataset.facts`.
-    ``state_dict``: the last run's weights, for a plain ``CNN``.
+    ``mean`` and ``std``: of the training images' 0..255 values, per channel, which the model's input is normalized
+    with. ``state_dict``: the last run's weights, for a plain ``CNN``. ``unwritten``: a line for each file of
+    ``output`` that could not be written.
     """
 
     recipe: Recipe
@@ -62,7 +71,21 @@ class Result:
     dataset: dict[str, Any]
     rows: list[EpochRow]
     runs: list[Run]
+    mean: list[float]
+    std: list[float]
     state_dict: dict[str, torch.Tensor] = field(repr=False)
+    unwritten: list[str] = field(default_factory=list)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What ``model.pt`` holds: the weights, and all that is needed to use them."""
+        return {
+            "format": FORMAT,
+            "state_dict": self.state_dict,
+            "recipe": dataclasses.asdict(self.recipe),
+            "class_names": list(self.dataset["class_names"]),
+            "mean": self.mean,
+            "std": self.std,
+        }
 
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` holds. Of one run alone there is no deviation and no interval: None."""
@@ -80,6 +103,9 @@ class Result:
             "test_accuracy_mean": statistics.fmean(accuracies),
             "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
             "test_accuracy_ci95": confidence_interval_95(accuracies),
+            "also_test_mean": {
+                name: statistics.fmean(run.also_test[name] for run in self.runs) for name in self.runs[0].also_test
+            },
             "train_seconds_mean": statistics.fmean(seconds),
             "train_seconds_median": statistics.median(seconds),
             "train_seconds_min": min(seconds),
@@ -103,7 +129,8 @@ class Result:
 
 
 def confidence_interval_95(values: list[float]) -> list[float] | None:
-    """Student's 95 % interval ``[low, high]`` of the mean; None for fewer than two values.
+    """Student's 95 % interval ``[low, high]`` of the mean accuracy in %, cut off at 0 and 100; None for fewer than two
+    values.
 
     With t = sqrt(k) tan(angle), the density of Student's t with k degrees of freedom is that of
     cos(angle)^(k - 1), which is summed here up to its share of 0.95.
@@ -116,4 +143,4 @@ def confidence_interval_95(values: list[float]) -> list[float] | None:
     quantile = freedom**0.5 * np.tan(np.interp(0.95, share / share[-1], angles[1:]))
     mean = statistics.fmean(values)
     margin = float(quantile) * statistics.stdev(values) / len(values) ** 0.5
-    return [mean - margin, mean + margin]
+    return [max(mean - margin, 0.0), min(mean + margin, 100.0)]

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from cifar_fast.augment import draw_epoch
-from cifar_fast.backends import Backend, device_guard
+from cifar_fast.also_test import accuracy, read_test_sets
+from cifar_fast.augment import draw_epoch, seeded
+from cifar_fast.backends import Backend, channel_statistics, device_guard
 from cifar_fast.data import Dataset
 from cifar_fast.environment import environment
 from cifar_fast.errors import Diverged, InputError
+from cifar_fast.isolation import THREADS, isolated
 from cifar_fast.model import CNN
 from cifar_fast.output import Output
 from cifar_fast.plan import Plan, resolve, set_up, short_name
-from cifar_fast.progress import Log, progress_bar, silent
+from cifar_fast.progress import Log, encodable, print_line, progress_bar, silent
 from cifar_fast.recipe import Recipe
 from cifar_fast.results import EpochRow, Result, Run
 
@@ -34,13 +37,16 @@ def fit(
     runs: int = 1,
     output: str | Path | None = None,
     overwrite: bool = False,
-    log: Log | None = print,
+    also_test: Mapping[str, str | Path] | None = None,
+    threads: int | None = None,
+    log: Log | None = print_line,
 ) -> Result:
     """Train ``recipe`` on ``dataset`` from scratch, ``runs`` times.
 
-    Run i (from 0) is seeded with ``seed + i`` and is the run that this seed gives alone. The random generators of the
-    caller are left as they were. On a CPU a step takes 15 to 30 % less time after
-    :func:`cifar_fast.backends.keep_freed_memory`, which the command calls.
+    Run i (from 0) is seeded with ``seed + i`` and is the run that this seed gives alone, whatever surrounds the call:
+    torch's settings that a result depends on are at their defaults meanwhile (:mod:`cifar_fast.isolation`), and random
+    numbers come from generators of the run's own, so that those of the caller are left as they were. On a CPU a step
+    takes 15 to 30 % less time after :func:`cifar_fast.backends.keep_freed_memory`, which the command calls.
 
     Args:
         backend: auto, eager, compiled, fused.
@@ -50,15 +56,23 @@ def fit(
             eager by name, the second for all others.
         output: folder for metrics.jsonl, summary.json, curves.png and model.pt; None writes nothing.
         overwrite: replace the results that ``output`` holds already.
+        also_test: names and paths of other test sets, see :func:`cifar_fast.also_test.read_test_sets`; their
+            accuracies stand in each run.
+        threads: of the CPU; None takes those that torch had when this package was imported, whatever
+            ``torch.set_num_threads`` said since, because the last bits depend on it.
         log: takes the lines that a person reads; None is silent, without a progress bar too.
 
     Raises:
         InputError: something given cannot work here.
         Diverged: the loss stopped being finite.
+
+    A file of ``output`` that cannot be written takes nothing else with it: see ``Result.unwritten``.
     """
     plan = resolve(backend, device, dtype, memory_format)
     folder = Output(output, overwrite) if output is not None else None
-    return fit_plan(recipe, dataset, plan, seed=seed, runs=runs, output=folder, log=log)
+    return fit_plan(
+        recipe, dataset, plan, seed=seed, runs=runs, output=folder, also_test=also_test, threads=threads, log=log
+    )
 
 
 def fit_plan(
@@ -69,45 +83,53 @@ def fit_plan(
     seed: int = 0,
     runs: int = 1,
     output: Output | None = None,
-    log: Log | None = print,
+    also_test: Mapping[str, str | Path] | None = None,
+    threads: int | None = None,
+    log: Log | None = print_line,
 ) -> Result:
     """As :func:`fit`, with device, dtype and backend settled by :func:`cifar_fast.plan.resolve`."""
-    log = log or silent
-    check(plan, seed=seed, runs=runs)
+    log = encodable(log)
+    seed, runs = check(plan, seed=seed, runs=runs, threads=threads)
     dataset.steps_per_epoch(recipe.batch_size)
-    facts = environment(plan.device)
-    clock = synchronized_clock(plan.device)
+    test_sets = read_test_sets(also_test or {}, dataset.num_classes)
     rows: list[EpochRow] = []
     done: list[Run] = []
 
     with contextlib.ExitStack() as stack:
         if output:
-            stack.enter_context(output)
-        gpu = [plan.device] if plan.device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices=gpu))
+            stack.enter_context(output).report = log
         stack.enter_context(device_guard(plan.device))
+        stack.enter_context(isolated(plan.device, THREADS if threads is None else threads))
+        facts = environment(plan.device)
+        clock = synchronized_clock(plan.device)
 
         log(f"torch {facts['torch']}, {facts['device_name']}, {facts['threads']} threads, backend {plan}")
         if plan.reason:
             log(f"auto: {plan.reason}")
         start = clock()
         backend, failures = set_up(plan, recipe, dataset, log)
+        normalization = channel_statistics(torch.from_numpy(dataset.train_images).to(plan.device))
         for run in range(runs):
             if runs > 1:
                 log(f"run {run + 1} of {runs}, seed {seed + run}")
-            torch.manual_seed(seed + run)
-            backend.reset(CNN(recipe, dataset.num_classes))
+            weights, draws = seeded(seed + run, plan.device)
+            backend.reset(CNN(recipe, dataset.num_classes, weights))
             setup_seconds = clock() - start
-            for row in train(backend, len(dataset.train_images), run, clock, log):
+            for row in train(backend, len(dataset.train_images), draws, run, clock, log):
                 rows.append(row)
                 if output:
                     output.add(row)
                 log(str(row))
+            also = {}
+            for test in test_sets:
+                also[test.name] = accuracy(backend, dataset, normalization, test)
+                log(f"also tested on {test.name}, {len(test.images)} images: {also[test.name]:.2f} %")
             last = rows[-1]
             seconds = last.train_seconds, setup_seconds, last.evaluation_seconds
-            done.append(Run(run, seed + run, last.test_accuracy, *seconds))
+            done.append(Run(run, seed + run, last.test_accuracy, *seconds, also))
             start = clock()
 
+        mean, std = (statistic.tolist() for statistic in normalization)
         result = Result(
             recipe=recipe,
             environment=facts,
@@ -118,16 +140,26 @@ def fit_plan(
             dataset=dataset.facts(),
             rows=rows,
             runs=done,
+            mean=mean,
+            std=std,
             state_dict={name: tensor.detach().cpu() for name, tensor in backend.state_dict().items()},
         )
+        log(result.closing_line())
         if output:
             output.finish(result)
-    log(result.closing_line())
     return result
 
 
-def check(plan: Plan, *, seed: int, runs: int) -> None:
-    """Raise :class:`InputError` for what is wrong with a training whatever the data."""
+def check(plan: Plan, *, seed: int, runs: int, threads: int | None = None) -> tuple[int, int]:
+    """``seed`` and ``runs`` as Python's integers; :class:`InputError` for what is wrong with a training whatever the
+    data.
+    """
+    try:
+        seed, runs = operator.index(seed), operator.index(runs)
+    except TypeError:
+        raise InputError(f"seed and runs must be whole numbers, not {seed!r} and {runs!r}") from None
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, not {threads}")
     if runs < 1:
         raise InputError(f"runs must be at least 1, not {runs}")
     if not 0 <= seed < 2**63 - runs:
@@ -136,12 +168,16 @@ def check(plan: Plan, *, seed: int, runs: int) -> None:
         raise InputError(
             "--dtype float16 needs a GPU (on a CPU torch has no fast float16 convolutions); use bfloat16 or float32"
         )
+    return seed, runs
 
 
-def train(backend: Backend, n: int, run: int, clock: Callable[[], float], log: Log = silent) -> Iterator[EpochRow]:
+def train(
+    backend: Backend, n: int, draws: torch.Generator, run: int, clock: Callable[[], float], log: Log = silent
+) -> Iterator[EpochRow]:
     """Train all epochs of a run on the ``n`` training images of ``backend``, which was reset; gives a row as each ends.
 
-    ``clock`` gives seconds, read when the device is done; see :func:`synchronized_clock`.
+    ``draws`` is the generator of the epochs' draws; ``clock`` gives seconds, read when the device is done, see
+    :func:`synchronized_clock`.
     """
     recipe, on_cpu = backend.recipe, backend.device.type == "cpu"
     steps = n // recipe.batch_size
@@ -150,7 +186,7 @@ def train(backend: Backend, n: int, run: int, clock: Callable[[], float], log: L
         with progress_bar(steps, f"epoch {epoch + 1}/{recipe.epochs}", "step", log) as bar:
             start = clock()
             scores = []
-            for scored in backend.train_epoch(draw_epoch(n, device=backend.device, recipe=recipe)):
+            for scored in backend.train_epoch(draw_epoch(n, device=backend.device, recipe=recipe, generator=draws)):
                 scores.append(scored)
                 bar.update()
                 if on_cpu:  # elsewhere reading a loss would make the device wait

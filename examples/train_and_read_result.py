@@ -38,9 +38,8 @@ def main() -> None:
     model.load_state_dict(result.state_dict)
     model.eval()
     image = torch.from_numpy(dataset.test_images[:1]).permute(0, 3, 1, 2).float()
-    statistics = torch.from_numpy(dataset.train_images).float()
-    std, mean = torch.std_mean(statistics, dim=(0, 1, 2))
-    logits = model((image - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (result.mean, result.std))
+    logits = model((image - mean) / std)
     guess = dataset.class_names[int(logits.argmax())]
     print(f"the first test image is {dataset.class_names[dataset.test_labels[0]]!r}, and taken for {guess!r}")
 

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .launch import Launch, empty_channels_last, operator, parameters, require, require_tensor
 
@@ -568,8 +569,8 @@ backward_op.register_autograd(_refuse)
 
 def batch_norm_celu(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     *,
@@ -585,8 +586,8 @@ def batch_norm_celu(
     tensor (m C values of x's type) and the argmax (m C bytes); the statistics (12 C bytes), weight, bias.
 
     Args:
-        x: ``[N, C, H, W]`` in channels_last; float16, bfloat16, float32 or float64.
-        weight, bias: ``[C]``, of any of these types, as torch's batch norm.
+        x: ``[N, C, H, W]`` in channels_last; float16, bfloat16, float32 or float64. In evaluation N may be 0.
+        weight, bias: ``[C]``, of any of these types, as torch's batch norm; None: ones, zeros.
         running_mean, running_var: ``[C]``, likewise; None in training keeps none.
         alpha: CELU's, above 0.
         momentum: the share of this batch in the new running statistics (the variance unbiased).
@@ -597,9 +598,21 @@ def batch_norm_celu(
 
     Raises:
         ValueError, TypeError: a shape, layout or type that is not one of these.
-        RuntimeError: tensors on several devices, or on one where Triton cannot run; a second derivative.
+        RuntimeError: tensors on several devices, or on one where Triton cannot run; a second derivative, or one in
+            forward mode.
     """
+    if not torch.compiler.is_compiling():
+        inputs = [tensor for tensor in (x, weight, bias) if tensor is not None]
+        tangents = [forward_ad.unpack_dual(tensor).tangent for tensor in inputs]
+        forward_mode = "batch_norm_celu has no derivative in forward mode (jvp, jacfwd); use backward or autograd.grad"
+        require(all(tangent is None for tangent in tangents), RuntimeError, forward_mode)
+    if x.dim() == 4:
+        weight = x.new_ones(x.shape[1]) if weight is None else weight
+        bias = x.new_zeros(x.shape[1]) if bias is None else bias
     _check(x, weight, bias, running_mean, running_var, training, eps, alpha, pool)
+    if x.shape[0] == 0:  # nothing to launch, but shapes and gradients to give
+        how = dict(training=False, alpha=alpha, eps=eps, pool=pool)
+        return batch_norm_celu_reference(x, weight, bias, running_mean, running_var, **how)
     given = None
     if not training:
         mean, var = running_mean.double(), running_var.double()
@@ -624,9 +637,10 @@ def _check(x, weight, bias, running_mean, running_var, training: bool, eps: floa
     require(pool in (1, 2), ValueError, f"pool must be 1 or 2, not {pool}")
     require(alpha > 0 and eps > 0, ValueError, f"alpha and eps must be above 0, not {alpha} and {eps}")
     n, channels, height, width = x.shape
-    values = n * (height // pool) * (width // pool)
+    pixels = (height // pool) * (width // pool)
+    values = n * pixels
     empty = f"x must have at least one value per channel after the pool, which {list(x.shape)} has not"
-    require(values > 0 and channels > 0, ValueError, empty)
+    require(pixels > 0 and channels > 0 and (n > 0 or not training), ValueError, empty)
     single = f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"  # torch's words
     require(not training or values > 1, ValueError, single)
     in_layout = x.is_contiguous(memory_format=torch.channels_last)
@@ -643,7 +657,11 @@ def _check(x, weight, bias, running_mean, running_var, training: bool, eps: floa
 class BatchNormCELU2d(nn.BatchNorm2d):
     """:func:`batch_norm_celu` as a module, in the place of ``MaxPool2d(pool)``, ``BatchNorm2d``, ``CELU(alpha)``.
 
-    Its state dict is that of ``torch.nn.BatchNorm2d``.
+    Its options and its state dict are those of ``torch.nn.BatchNorm2d``; an input in another layout is brought into
+    channels_last first. Tools that treat it as a batch norm work where they keep it in its place
+    (``torch.optim.swa_utils.update_bn``, ``torch.func.replace_all_batch_norm_modules_``). Those that would put a plain
+    norm or a folded convolution there, and so lose pool and CELU, read its ``eps``, and get a TypeError
+    (``SyncBatchNorm.convert_sync_batchnorm``, ``fuse_conv_bn_eval``); the value itself is ``epsilon``.
     """
 
     def __init__(
@@ -651,27 +669,46 @@ class BatchNormCELU2d(nn.BatchNorm2d):
         num_features: int,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
         *,
         alpha: float,
         pool: int = 1,
         **factory,
     ) -> None:
-        super().__init__(num_features, eps, momentum, **factory)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
         self.alpha, self.pool = alpha, pool
 
-    def forward(self, x: Tensor) -> Tensor:
-        momentum = self.momentum
-        if self.training:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:  # the plain average over all batches so far
-                momentum = 1.0 / self.num_batches_tracked
-        tensors = self.weight, self.bias, self.running_mean, self.running_var
-        return batch_norm_celu(
-            x, *tensors, training=self.training, alpha=self.alpha, momentum=momentum, eps=self.eps, pool=self.pool
+    @property
+    def eps(self) -> float:
+        raise TypeError(
+            "BatchNormCELU2d is a max-pool, a batch norm and a CELU in one: what replaces or folds a batch norm would "
+            "lose the others; use MaxPool2d, BatchNorm2d and CELU for that, whose state dict is the same"
         )
 
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.epsilon = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Which statistics, and how they are updated, as torch's own forward.
+        momentum = 0.0 if self.momentum is None else self.momentum
+        tracking = self.training and self.track_running_stats
+        if tracking and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the plain average over all batches so far
+                momentum = self.num_batches_tracked.double().reciprocal()
+        running = (self.running_mean, self.running_var) if tracking or not self.training else (None, None)
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        how = dict(training=training, alpha=self.alpha, momentum=momentum, eps=self.epsilon, pool=self.pool)
+        return batch_norm_celu(x, self.weight, self.bias, *running, **how)
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, alpha={self.alpha}, pool={self.pool}"
+        return (
+            f"{self.num_features}, eps={self.epsilon}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, alpha={self.alpha}, pool={self.pool}"
+        )
 
 
 def example_launches(

@@ -53,7 +53,10 @@ def test_two_to_a_thousand_classes(tmp_path, classes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(train_images=None, test_labels=None), ["lacks train_images, test_labels"]),
+        (
+            dict(train_images=None, test_labels=None, x=np.zeros(2)),
+            ["lacks train_images, test_labels", "it holds train_labels, test_images, x"],
+        ),
         (dict(train_images=np.zeros((96, 32, 32, 3), np.float32)), ["train_images must be uint8", "float32"]),
         (dict(test_images=np.zeros((40, 3, 32, 32), np.uint8)), ["test_images must be", r"\(40, 3, 32, 32\)"]),
         (dict(test_images=np.uint8(3)), ["test_images must be"]),
@@ -96,6 +99,17 @@ def test_a_damaged_npz_is_refused_by_name(tmp_path, share, truncate):
     else:  # a flipped bit where the format keeps nothing of use, such as a date, harms nothing
         assert not truncate
         assert dataset.digest == load_dataset("npz", path).digest
+
+
+def test_a_sound_npy_is_told_as_what_it_is(tmp_path, small):
+    np.save(tmp_path / "x.npy", small.train_images)
+    with refusal(r"x.npy: holds one array of shape \(96, 32, 32, 3\)", "an .npz file with train_images"):
+        load_dataset("npz", tmp_path / "x.npy")
+
+
+def test_class_names_may_be_bytes(tmp_path, small):
+    path = save_npz(tmp_path / "x.npz", small, class_names=np.array([b"cat", "hôtel".encode(), b"eel"]))
+    assert load_dataset("npz", path).class_names == ("cat", "hôtel", "eel")
 
 
 def test_an_npz_that_is_not_there_is_named(tmp_path):
@@ -142,6 +156,62 @@ def test_a_folder_gives_its_pictures_in_the_order_of_their_names(tmp_path):
     for index, file in ((2, "train/ant/002.png"), (7, "train/bee/001.png")):
         assert np.array_equal(dataset.train_images[index], np.asarray(Image.open(root / file)))
     assert np.array_equal(dataset.test_images[3], np.asarray(Image.open(root / "test/bee/001.png")))
+
+
+def test_every_image_that_pillow_reads_counts_wherever_it_lies_in_its_class(tmp_path):
+    root = make_folder(tmp_path / "set")
+    with Image.open(root / "train/ant/000.png") as image:
+        for name in ("b/deep/er/x.BMP", "b/y.tif", "c.webp", "d.ppm", "e.Gif"):
+            (root / "train/ant" / name).parent.mkdir(parents=True, exist_ok=True)
+            image.save(root / "train/ant" / name, **{"lossless": True} if name.endswith("webp") else {})
+    (root / "train/bee/link").symlink_to(root / "train/ant/b", target_is_directory=True)
+    (root / "train/bee/loop").symlink_to(root / "train/bee", target_is_directory=True)
+    lines = []
+    dataset = load_dataset("folder", root, log=lines.append)
+    assert list(np.bincount(dataset.train_labels)) == [6 + 5, 6 + 2]
+    assert np.array_equal(dataset.train_images[6], dataset.train_images[0])  # b/deep/er/x.BMP, after 005.png
+    assert not any("left out" in line for line in lines)
+
+
+def test_what_is_left_out_is_told_in_a_line(tmp_path):
+    root = make_folder(tmp_path / "set")
+    for name in (
+        "train/ant/labels.txt",
+        "train/ant/sub/notes.txt",
+        "train/ant/.hidden.png",
+        "test/stray.png",
+        "train/bee/README",
+    ):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    lines = []
+    assert len(load_dataset("folder", root, log=lines.append).train_images) == 12
+    (line,) = [line for line in lines if "left out" in line]
+    assert "left out 5 files" in line
+    assert line.endswith(": 1 .png, 2 .txt, 1 hidden, 1 without a suffix")
+
+
+def test_transparent_images_are_laid_over_white(tmp_path):
+    root = make_folder(tmp_path / "set")
+    pixels = np.full((32, 32, 4), [200, 100, 0, 255], np.uint8)
+    pixels[:16, :, 3] = 0  # their hidden colour must not show
+    pixels[16:24, :, 3] = 51
+    Image.fromarray(pixels).save(root / "train/ant/000.png")
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.save(root / "train/ant/001.png", transparency=1)
+    images = load_dataset("folder", root, log=None).train_images
+    assert (images[0, :16] == 255).all() and (images[0, 24:] == [200, 100, 0]).all()
+    assert (np.abs(images[0, 16:24].astype(int) - [244, 224, 204]) <= 1).all()
+    assert (images[1] == 255).all()
+
+
+def test_a_file_of_several_images_is_refused(tmp_path):
+    root = make_folder(tmp_path / "set")
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    frames[0].save(root / "train/ant/x.gif", save_all=True, append_images=frames[1:])
+    with refusal("x.gif: holds 2 images"):
+        load_dataset("folder", root, log=None)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1"])

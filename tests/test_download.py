@@ -24,7 +24,8 @@ from PIL import Image
 
 from cifar_fast import InputError, load_dataset
 from cifar_fast.data import MIRRORS
-from cifar_fast.download import download, locked
+from cifar_fast.download import download
+from cifar_fast.files import locked
 from cifar_fast.train import main
 from tests.archives import KINDS
 from tests.conftest import small_dataset
@@ -310,10 +311,11 @@ def test_a_disk_that_is_full_is_told_in_a_line(tmp_path, serve, rate):
 DOWNLOAD = """
 import sys
 from pathlib import Path
-from cifar_fast.download import download, locked
+from cifar_fast.download import download
+from cifar_fast.files import locked
 folder, url, md5 = sys.argv[1:]
 path = Path(folder, "archive")
-with locked(path.parent, print):
+with locked(path.parent, lambda: print("busy")):
     if not path.exists():
         download([url], path, md5, print)
 """
@@ -375,13 +377,13 @@ def test_who_waited_takes_what_the_other_unpacked_and_does_not_unpack_again(cifa
         lock.close()
 
     lock = contextlib.ExitStack()
-    lock.enter_context(locked(tmp_path / "data", pytest.fail))
+    lock.enter_context(locked(tmp_path / "data", lambda: pytest.fail("busy")))
     assert load_dataset("cifar10", tmp_path / "data", log=other_process).digest == expected
 
 
 def test_the_lock_is_given_back(tmp_path):
     for _ in range(2):
-        with locked(tmp_path, lambda line: pytest.fail(line)):
+        with locked(tmp_path, lambda: pytest.fail("busy")):
             pass
 
 

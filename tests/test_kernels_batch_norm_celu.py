@@ -1,6 +1,8 @@
 """Parity of the fused operator: under Triton's interpreter where there is no GPU, compiled where there is one."""
 
 import ast
+import copy
+import inspect
 import itertools
 import math
 
@@ -9,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import update_bn
 
 from cifar_fast import CNN, Recipe, load_dataset
 from cifar_fast.backends import normalize
@@ -318,6 +322,154 @@ def test_the_module_is_batch_norm_with_its_state_dict(momentum):
     assert torch.allclose(fused.eval()(x), F.celu(plain.eval()(F.max_pool2d(x, 2)), 0.075), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(affine=False),
+        dict(bias=False),
+        dict(track_running_stats=False),
+        dict(affine=False, track_running_stats=False),
+    ],
+    ids=str,
+)
+def test_the_modules_options_are_those_of_torchs_batch_norm(options, pool):
+    if "bias" in options and "bias" not in inspect.signature(torch.nn.BatchNorm2d).parameters:
+        pytest.skip("this torch's batch norm has no such option")
+    fused = BatchNormCELU2d(6, alpha=0.075, pool=pool, **options).to(DEVICE)
+    plain = torch.nn.BatchNorm2d(6, **options).to(DEVICE)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    for training in (True, False):
+        fused.train(training), plain.train(training)
+        x = make((4, 6, 6, 6), torch.float32)[0]
+        xs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        ys = fused(xs[0]), F.celu(plain(F.max_pool2d(xs[1], pool)), 0.075)
+        torch.testing.assert_close(*ys, rtol=1e-5, atol=1e-6)
+        for y in ys:
+            y.square().sum().backward()
+        torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=1e-4, atol=1e-5)
+    for mine, its in zip(fused.parameters(), plain.parameters()):
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["statistics to None", "no longer tracked", "tracked again"])
+def test_statistics_changed_after_the_module_was_made(change):
+    modules = BatchNormCELU2d(6, alpha=0.075).to(DEVICE), torch.nn.BatchNorm2d(6).to(DEVICE)
+    for module in modules:
+        if change == "statistics to None":
+            torch.func.replace_all_batch_norm_modules_(module)
+        else:
+            module.track_running_stats = False
+    for training in (True, False):
+        if change == "tracked again":
+            for module in modules:
+                module.track_running_stats = True
+        x = make((4, 6, 6, 6), torch.float32)[0]
+        fused, plain = (module.train(training)(x) for module in modules)
+        torch.testing.assert_close(fused, F.celu(plain, 0.075), rtol=1e-5, atol=1e-6)
+    for name, tensor in modules[1].state_dict().items():
+        torch.testing.assert_close(modules[0].state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "sliced", "every other channel", "reversed rows"])
+def test_the_module_takes_any_layout(layout):
+    x = make((4, 12, 6, 6), torch.float32)[0]
+    x = {
+        "NCHW": lambda: x.contiguous()[:, :6].contiguous(),
+        "sliced": lambda: x[:, 3:9, 1:5, 2:],
+        "every other channel": lambda: x[:, ::2],
+        "reversed rows": lambda: x[:, :6].transpose(2, 3),
+    }[layout]()
+    for training in (True, False):
+        fused, plain = BatchNormCELU2d(6, alpha=0.075).to(DEVICE), torch.nn.BatchNorm2d(6).to(DEVICE)
+        y = fused.train(training)(x)
+        torch.testing.assert_close(y, F.celu(plain.train(training)(x), 0.075), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+def test_an_empty_batch_in_evaluation_is_empty(pool):
+    x = torch.zeros(0, 6, 4, 4, device=DEVICE, requires_grad=True)
+    module = BatchNormCELU2d(6, alpha=0.075, pool=pool).to(DEVICE).eval()
+    y = module(x)
+    assert y.shape == (0, 6, 4 // pool, 4 // pool)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    with pytest.raises(ValueError, match="at least one value per channel"):
+        module.train()(x)
+
+
+def test_the_average_over_all_batches_is_exact_in_float64():
+    module = BatchNormCELU2d(5, momentum=None, alpha=0.075, dtype=torch.float64, device=DEVICE)
+    batches = [make((4, 5, 3, 3), torch.float64, seed)[0] for seed in range(7)]
+    for batch in batches:
+        module(batch)
+    for mine, of_batches in (
+        (module.running_mean, [batch.mean((0, 2, 3)) for batch in batches]),
+        (module.running_var, [batch.var((0, 2, 3)) for batch in batches]),
+    ):
+        torch.testing.assert_close(mine, torch.stack(of_batches).mean(0), rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize(
+    "change", [lambda y, other: y.add_(other), lambda y, other: F.relu_(y), lambda y, other: y.mul_(2)]
+)
+def test_the_result_may_be_changed_in_place(change, pool):
+    """As torch's own may, by a shortcut or by an activation after it."""
+    x, weight, bias, mean, var = make((3, 6, 4, 4), torch.float32)
+    gradients = []
+    for function in (batch_norm_celu, batch_norm_celu_reference):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        y = function(*inputs, mean.clone(), var.clone(), training=True, alpha=0.075, pool=pool)
+        other = torch.ones_like(y) * 0.3
+        change(y, other).square().sum().backward()
+        gradients.append([tensor.grad for tensor in inputs])
+    for mine, its in zip(*gradients):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_is_refused():
+    tensors = make((2, 3, 4, 4), torch.float32)
+
+    def through(x, weight):
+        return batch_norm_celu(x, weight, *tensors[2:], training=True, alpha=0.075)
+
+    for which in (0, 1):
+        tangents = [torch.zeros_like(tensors[0]), torch.zeros_like(tensors[1])]
+        tangents[which] += 1
+        with pytest.raises(RuntimeError, match="no derivative in forward mode"):
+            torch.func.jvp(through, tuple(tensors[:2]), tuple(tangents))
+    with pytest.raises(RuntimeError, match="no derivative in forward mode"):
+        torch.func.jacfwd(lambda x: through(x, tensors[1]))(tensors[0])
+    assert through(*tensors[:2]).isfinite().all()
+
+
+def network():
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 6, 3, padding=1, bias=False), BatchNormCELU2d(6, alpha=0.075, pool=2)
+    return torch.nn.Sequential(*layers).to(DEVICE)
+
+
+def test_tools_that_would_replace_it_by_a_plain_norm_fail_with_a_word():
+    model = network()
+    with pytest.raises(TypeError, match="a max-pool, a batch norm and a CELU in one"):
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with pytest.raises(TypeError, match="a max-pool, a batch norm and a CELU in one"):
+        fuse_conv_bn_eval(*model.eval())
+    assert "eps=1e-05" in repr(model) and type(copy.deepcopy(model)[1]) is BatchNormCELU2d
+
+
+def test_update_bn_keeps_working():
+    model, plain = network(), network()
+    batches = [make((4, 3, 8, 8), torch.float32, seed)[0] for seed in range(3)]
+    plain[1] = torch.nn.Sequential(torch.nn.MaxPool2d(2), torch.nn.BatchNorm2d(6), torch.nn.CELU(0.075)).to(DEVICE)
+    for each in (model, plain):
+        each(make((4, 3, 8, 8), torch.float32, 9)[0])
+        update_bn(batches, each)
+    for name in ("running_mean", "running_var", "num_batches_tracked", "momentum"):
+        torch.testing.assert_close(getattr(model[1], name), getattr(plain[1][1], name))
+
+
 # -- as an operator of torch
 
 
@@ -406,7 +558,7 @@ def wrong(**changes):
         (dict(alpha=0.0), ValueError, "alpha and eps must be above 0"),
         (dict(weight=torch.ones(5)), ValueError, r"weight must have the shape \[4\], not \[5\]"),
         (dict(bias=torch.ones(4, dtype=torch.int64)), TypeError, "bias must be float16 or .*, not torch.int64"),
-        (dict(bias=None), TypeError, "bias must be a tensor, not None"),
+        (dict(bias="none"), TypeError, "bias must be a tensor, not 'none'"),
         (dict(running_mean=None), ValueError, "must both be given, or neither"),
         (dict(weight=torch.ones(4, device="meta")), RuntimeError, "weight must be on .*, as x is, not on meta"),
     ],

@@ -62,6 +62,10 @@ def test_json_gives_the_recipe_back(tmp_path):
         (dict(crop_padding=32), "crop_padding must lie in 0 to 31"),
         (dict(cutout_size=33), "cutout_size must lie in 0 to 32"),
         (dict(flip=1), "flip must be true or false"),
+        (dict(epochs=2**31), "epochs must be a whole number below 2147483648"),
+        pytest.param(dict(epochs=10**5000), "not a number of many digits", id="long"),
+        (dict(weight_decay=10**400), "weight_decay must be a finite number"),
+        (dict(batch_size=1, widths=(6, 12, 24, 48, 96)), "batch_size must be at least 2 .* block 5's"),
     ],
 )
 def test_a_constant_that_makes_no_sense_is_refused_by_name(values, words):
@@ -77,12 +81,24 @@ def test_a_constant_that_makes_no_sense_is_refused_by_name(values, words):
         ("[]", "a JSON object"),
         ('{"epoch": 3}', "has no epoch; it has epochs"),
         ('{"epochs": "3"}', "epochs must be a whole number, not '3'"),
+        pytest.param('{"epochs": 1' + "0" * 5000 + "}", "must be JSON: Exceeds the limit", id="long"),
+        ('{"weight_decay": 1e400}', "weight_decay must be a finite number"),
+        pytest.param("[" * 100_000, "must be JSON", id="deep"),
     ],
 )
 def test_a_recipe_file_that_makes_no_sense_is_named(tmp_path, text, words):
     (tmp_path / "recipe.json").write_text(text)
     with pytest.raises(InputError, match=f"recipe.json: .*{words}"):
         Recipe.load(tmp_path / "recipe.json")
+
+
+def test_a_recipe_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"epochs": 3}', encoding="utf-8-sig")
+    assert Recipe.load(tmp_path / "recipe.json") == Recipe(epochs=3)
+
+
+def test_a_batch_of_one_trains_where_a_map_has_more_than_one_pixel():
+    assert Recipe(batch_size=1, widths=(6, 12, 24, 48)).blocks()[-1].out_size == 2
 
 
 def test_a_missing_recipe_file_is_named(tmp_path):

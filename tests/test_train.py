@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
 
@@ -45,6 +46,81 @@ def test_the_command_prints_plain_lines_and_writes_its_files(tmp_path, npz):
     assert "mean of 2 runs" in lines[-2] and lines[-1] == f"written to {tmp_path}/out"
     assert "\r" not in done.stdout + done.stderr and "it/s" not in done.stderr
     assert len(json.loads((tmp_path / "out/summary.json").read_text())["runs"]) == 2
+
+
+def test_a_redirected_log_has_each_line_when_it_happens(tmp_path, npz):
+    flags = f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW} --epochs 100000"
+    with open(tmp_path / "log", "w") as log:
+        training = subprocess.Popen([sys.executable, "-m", "cifar_fast.train", *flags.split()], stdout=log)
+        try:
+            deadline = time.monotonic() + 60
+            while "epoch  2" not in (tmp_path / "log").read_text():
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+        finally:
+            training.kill()
+            training.wait()
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path, npz):
+    flags = f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW} --epochs 100000"
+    command = f"{sys.executable} -m cifar_fast.train {flags} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("torch ") and done.stdout.count("\n") == 1
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_jobs_that_start_at_once_have_a_folder_each(tmp_path, npz):
+    """As four jobs of an array do, which start in one second."""
+    code = f"import sys, cifar_fast.cli as cli; cli.default_output = lambda name: {str(tmp_path / 'runs/same')!r}; "
+    code += "sys.exit(cli.train())"
+    flags = f"--dataset npz --data-dir {npz} {NARROW}"
+    jobs = [subprocess.Popen([sys.executable, "-c", code, *flags.split(), "--seed", str(seed)]) for seed in range(3)]
+    assert [job.wait() for job in jobs] == [0, 0, 0]
+    seeds = [
+        json.loads((folder / "summary.json").read_text())["runs"][0]["seed"] for folder in (tmp_path / "runs").iterdir()
+    ]
+    assert sorted(seeds) == [0, 1, 2]
+    assert {len((folder / "metrics.jsonl").read_text().splitlines()) for folder in (tmp_path / "runs").iterdir()} == {2}
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_cost_the_results(tmp_path, npz):
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = run(f"--dataset npz --data-dir {npz} --output {tmp_path}/häuser {NARROW}", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "h\\xe4user" in done.stdout.splitlines()[-1]
+    assert (tmp_path / "häuser/summary.json").exists()
+
+
+@pytest.mark.parametrize("value", ["module://not_there.backend_inline", "not there"])
+def test_a_backend_of_matplotlib_that_is_not_there_does_not_cost_the_curves(tmp_path, npz, value):
+    done = run(
+        f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}", env=os.environ | {"MPLBACKEND": value}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/curves.png").exists()
+
+
+def test_a_file_that_could_not_be_written_is_exit_code_1(tmp_path, npz, monkeypatch, capfd):
+    monkeypatch.setattr("torch.save", lambda *args: 1 / 0)
+    assert main(f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}".split()) == 1
+    shown = capfd.readouterr()
+    assert "\ntest accuracy " in shown.out
+    assert shown.err == f"error: {tmp_path}/out/model.pt could not be written (division by zero)\n"
+
+
+@pytest.mark.parametrize(
+    "broken", ["raise RuntimeError('operator torchvision::nms does not exist')", "import not_there"]
+)
+def test_torchvision_is_needed_only_by_what_it_reads(tmp_path, npz, broken):
+    (tmp_path / "path/torchvision").mkdir(parents=True)
+    (tmp_path / "path/torchvision/__init__.py").write_text(broken)
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}/path:{os.getcwd()}"}
+    done = run(f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}", env=env)
+    assert done.returncode == 0, done.stderr
+    done = run(f"--dataset cifar10 --data-dir {tmp_path}/none --output {tmp_path}/out2 {NARROW}", env=env)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "which cannot be imported" in done.stderr and "install the torchvision that goes with" in done.stderr
 
 
 def test_on_a_terminal_a_bar_shows_the_steps(tmp_path, npz):
@@ -118,6 +194,7 @@ def test_a_recipe_file_is_the_start_and_flags_change_it(tmp_path, capsys):
         ("--dtype float16 --device cpu", "float16 needs a GPU"),
         ("--device cuda:99", "--device cuda:99: "),
         ("--backend fused --device cuda:98", "--device cuda:98: "),
+        ("--batch-size 1 --widths 6 12 24 48 96", "batch_size must be at least 2 where a map has one pixel"),
         ("--recipe none.json", "cannot read the recipe none.json"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
         ("--output {file}/out", "is not a directory"),
