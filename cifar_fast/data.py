@@ -153,9 +153,6 @@ def load_dataset(
 ) -> Dataset:
     """Load the data set ``name``, one of :data:`DATASETS`.
 
-    ``folder`` decodes with other processes when the images are many; as always with Python's ``multiprocessing``, a
-    script that calls it needs the ``if __name__ == "__main__":`` guard then.
-
     Args:
         data_dir: the folder or file to read. For ``cifar10`` and ``cifar100`` the folder of the archive, by default
             ``data``, or the unpacked one; ``synthetic`` and ``hf:`` need none.

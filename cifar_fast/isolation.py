@@ -64,12 +64,10 @@ def _enter_process_wide(stack: contextlib.ExitStack) -> None:
     if any(action == "error" for action, *_ in warnings.filters):
         warnings.simplefilter("default")
     stack.enter_context(torch.autograd.set_detect_anomaly(False))
-    stack.callback(
-        torch.use_deterministic_algorithms,
-        torch.are_deterministic_algorithms_enabled(),
-        warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():  # asked first: the call imports the whole compiler
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        stack.callback(torch.use_deterministic_algorithms, True, warn_only=warn_only)
+        torch.use_deterministic_algorithms(False)
     stack.callback(torch.set_default_dtype, torch.get_default_dtype())
     torch.set_default_dtype(torch.float32)
     for owner, name, value in (

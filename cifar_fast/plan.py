@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from cifar_fast.backends import Backend, Compiled, Eager
 from cifar_fast.data import Dataset
-from cifar_fast.errors import InputError
+from cifar_fast.errors import InputError, first_line
+from cifar_fast.files import check_writable
 from cifar_fast.names import BACKENDS, DTYPES, MEMORY_FORMATS
 from cifar_fast.progress import Log
 from cifar_fast.recipe import Recipe
@@ -53,6 +56,7 @@ def resolve(backend: str = "auto", device: str = "auto", dtype: str = "auto", me
             raise InputError(f"unknown {what} {value!r}; there are auto, {', '.join(names)}")
     if backend == "fused" and memory_format == "contiguous_format":
         raise InputError("the fused backend's kernels need --memory-format channels_last; eager and compiled have both")
+    check_caches()
     reasons = []
 
     where = _device(device)
@@ -94,6 +98,15 @@ def resolve(backend: str = "auto", device: str = "auto", dtype: str = "auto", me
     return Plan(backends, where, getattr(torch, dtype), getattr(torch, memory_format), "; ".join(reasons))
 
 
+def check_caches() -> None:
+    """Raise :class:`InputError` where a compiler's cache cannot be written. torch makes its own with the import of its
+    compiler, which its optimizers and torchvision do too.
+    """
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        if folder := os.environ.get(variable):
+            check_writable(Path(folder), f"${variable} ({folder})", "name a folder that can be, or unset it")
+
+
 def fused_unavailable_reason(device: torch.device) -> str | None:
     """Why the fused backend cannot run on ``device``, as far as can be told before it is set up; None where it may."""
     try:
@@ -129,8 +142,7 @@ def set_up(plan: Plan, recipe: Recipe, dataset: Dataset, log: Log) -> tuple[Back
         except InputError:
             raise
         except Exception as error:  # compiler, driver, memory: each layer below raises its own
-            said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            failure = f"the {name} backend cannot be set up here ({type(error).__name__}: {said})"
+            failure = f"the {name} backend cannot be set up here ({type(error).__name__}: {first_line(error)})"
             if following is None:
                 raise InputError(f"{failure}; see --backend for others, --traceback for where it failed") from error
         failures.append(f"{failure}, {following} instead")

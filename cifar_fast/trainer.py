@@ -46,7 +46,8 @@ def fit(
     Run i (from 0) is seeded with ``seed + i`` and is the run that this seed gives alone, whatever surrounds the call:
     torch's settings that a result depends on are at their defaults meanwhile (:mod:`cifar_fast.isolation`), and random
     numbers come from generators of the run's own, so that those of the caller are left as they were. On a CPU a step
-    takes 15 to 30 % less time after :func:`cifar_fast.backends.keep_freed_memory`, which the command calls.
+    takes 15 to 30 % less time after :func:`cifar_fast.backends.keep_freed_memory`, which the command calls. In workers
+    of one's own, start processes with ``spawn``: torch's threads do not survive a fork.
 
     Args:
         backend: auto, eager, compiled, fused.

@@ -64,5 +64,5 @@ def run(directory: Path) -> None:
         print(f"{dataset.name}: test accuracy {result.rows[-1].test_accuracy:.2f} %")
 
 
-if __name__ == "__main__":  # decoding many images starts other processes, which import this file
+if __name__ == "__main__":
     main()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,13 +80,17 @@ def run(
             f"Triton kernels need tensors on a GPU, not on {device}; "
             "set TRITON_INTERPRET=1 before Python starts to run them here"
         )
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with torch.cuda.device(device) if device.type == "cuda" else _interpreting:
         for launch in launches:
             compiled = launch.kernel[launch.grid](
                 **launch.arguments, **launch.constants, num_warps=launch.num_warps, enable_fp_fusion=FP_FUSION
             )
             if on_compiled:
                 on_compiled(launch, compiled)
+
+
+_interpreting = threading.RLock()
+"""The interpreter puts its own functions into ``triton.language`` while it runs a kernel, for all threads."""
 
 
 def interpreted() -> bool:

@@ -182,10 +182,14 @@ def test_bad_input_is_one_line_and_exit_code_2(npz, capsys, flags, words):
     assert error.startswith("error: ") and words in error and error.count("\n") == 1
 
 
-def test_a_report_that_cannot_be_written_is_said(npz, capsys, tmp_path):
+@pytest.mark.parametrize("place", ["file/r.json", "none/r.json", "folder", "/proc/r.json"])
+def test_a_report_that_cannot_be_written_is_said_before_the_work(npz, capsys, tmp_path, place):
     (tmp_path / "file").touch()
-    assert compare(npz, f"--backend eager --steps 1 --dtype float32 --json {tmp_path}/file/r.json") == 2
-    assert "--json" in capsys.readouterr().err
+    (tmp_path / "folder").mkdir()
+    assert compare(npz, f"--backend eager --steps 1 --dtype float32 --json {tmp_path / place}") == 2
+    shown = capsys.readouterr()
+    assert f"--json {tmp_path / place}" in shown.err and shown.err.count("\n") == 1
+    assert not shown.out
 
 
 @pytest.mark.gpu

@@ -1,5 +1,8 @@
+import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -243,17 +246,31 @@ def test_the_second_load_reads_the_cache_and_a_change_makes_it_again(tmp_path, m
     assert sorted(os.listdir(tmp_path)) == ["set", "set.cifar_fast.npz"]
 
 
-def test_many_processes_decode_what_one_does(tmp_path, monkeypatch):
-    root = make_folder(tmp_path / "set", suffix="jpg")
-    serial = load_dataset("folder", root, log=None).digest
-    (tmp_path / "set.cifar_fast.npz").unlink()
-    monkeypatch.setattr(cifar_fast.folder, "SERIAL", 0)
-    monkeypatch.setattr(cifar_fast.folder, "CHUNK", 3)
-    assert load_dataset("folder", root, log=None).digest == serial
-    (tmp_path / "set.cifar_fast.npz").unlink()
-    (root / "test/bee/001.jpg").write_bytes(b"no picture")
-    with refusal("001.jpg", "not a whole image"):
-        load_dataset("folder", root, log=None)
+def load_in_a_pool(root):
+    return load_dataset("folder", root, log=None).digest
+
+
+def test_a_large_folder_loads_in_a_worker_of_a_pool_and_from_standard_input(tmp_path):
+    """Where no further process can be started, or would start by running the script once more."""
+    root = tmp_path / "set"
+    for split, n in (("train", 5100), ("test", 10)):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), "red" if name == "ant" else "blue").save(root / split / name / "0.png")
+            for i in range(1, n):
+                os.link(root / split / name / "0.png", root / split / name / f"{i}.png")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # its workers are daemons
+        digest = pool.apply(load_in_a_pool, (root,))
+    for arguments, script in ((["-"], None), (["unguarded.py"], tmp_path / "unguarded.py")):
+        (tmp_path / "set.cifar_fast.npz").unlink()
+        code = f"from cifar_fast import load_dataset; print(load_dataset('folder', {str(root)!r}, log=None).digest)"
+        if script:
+            script.write_text(code)
+        env = os.environ | {"PYTHONPATH": os.getcwd()}
+        done = subprocess.run(
+            [sys.executable, *arguments], input=code, capture_output=True, text=True, cwd=tmp_path, env=env
+        )
+        assert (done.stdout, done.stderr) == (f"{digest}\n", "")
 
 
 def test_a_folder_whose_cache_cannot_be_written_loads_all_the_same(tmp_path, capsys):

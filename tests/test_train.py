@@ -109,6 +109,14 @@ def test_a_file_that_could_not_be_written_is_exit_code_1(tmp_path, npz, monkeypa
     assert shown.err == f"error: {tmp_path}/out/model.pt could not be written (division by zero)\n"
 
 
+@pytest.mark.parametrize("variable", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
+def test_a_compilers_cache_that_cannot_be_written_is_named(tmp_path, npz, monkeypatch, capfd, variable):
+    monkeypatch.setenv(variable, "/proc/none")
+    assert main(f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}".split()) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: ${variable} (/proc/none): cannot be written to") and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "broken", ["raise RuntimeError('operator torchvision::nms does not exist')", "import not_there"]
 )
