@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import logging
 import os
 import signal
 import sys
@@ -31,13 +32,17 @@ def run_command(command: Callable[[], int], argv: list[str] | None, on_interrupt
 
     With --traceback in ``argv`` (None: the process's own) an error also shows where it came from.
     """
+    show_traceback = "--traceback" in (sys.argv if argv is None else argv)
+    if show_traceback:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("cifar_fast").setLevel(logging.INFO)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # lines go out as they come, escaped where the encoding lacks a letter
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return command()
     except (InputError, Diverged) as error:
-        if "--traceback" in (sys.argv if argv is None else argv):
+        if show_traceback:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -61,6 +61,7 @@ class Fused:
         self.recipe, self.device, self.dtype, self.memory_format = recipe, device, dtype, memory_format
         n, size = len(dataset.train_images), recipe.batch_size
         self.steps = n // size
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.data, self.table = byte_tensors(dataset, device, dtype)
         self.draws = warm_up_draws(n, device)
         rates = [recipe.learning_rate(step + 1, self.steps) for step in range(recipe.epochs * self.steps)]
@@ -68,13 +69,16 @@ class Fused:
         self.rate = torch.zeros(1, dtype=torch.float32, device=device)
         self.done = torch.zeros(1, dtype=torch.int64, device=device)  # steps of this run
         self.position = torch.zeros_like(self.done)  # the same, of this epoch
-        self.losses = torch.zeros(self.steps, size, dtype=torch.float32, device=device)
         self.correct = torch.zeros(self.steps, size, dtype=torch.bool, device=device)
         self.test_correct = torch.zeros(len(dataset.test_images), dtype=torch.bool, device=device)
+        self.test_batch = evaluation_batch(len(dataset.test_images), size)
 
         # The compiled code and the graphs hold this model's tensors; each run copies its weights into them.
         self.model = make_model(recipe, dataset, device, dtype, fuse).to(memory_format=memory_format)
         self.score = compile_score(make_score(self.model, recipe, device, dtype))
+        loss_dtype = torch.float16 if dtype == torch.float16 else torch.float32
+        self.losses = torch.zeros(self.steps, size, dtype=loss_dtype, device=device)
+        self.ones = torch.ones(size, dtype=loss_dtype, device=device)  # the gradient of the losses' sum
         # On a CPU torch 2.11's fused SGD is wrong in half precision.
         self.optimizer = make_sgd(self.model, recipe, lr=self.rate, fused=device.type == "cuda")
         for parameter in self.model.parameters():
@@ -122,31 +126,63 @@ class Fused:
         )
         loss, correct = self.score(images, labels)
         self.model.zero_grad()
-        loss.sum().backward()
+        loss.backward(self.ones)
         self.optimizer.step()
-        self.losses.index_copy_(0, self.position, loss.detach().float()[None])
+        self.losses.index_copy_(0, self.position, loss.detach()[None])
         self.correct.index_copy_(0, self.position, correct[None])
         self.done.add_(1)
 
     def _evaluate(self) -> None:
-        self.test_correct.copy_(evaluate_by_batches(self.model, self.score, self.data, self.recipe.batch_size))
+        self.test_correct.copy_(evaluate_by_batches(self.model, self.score, self.data, self.test_batch))
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """Run ``function`` until nothing in it is left to compile or choose; on a GPU, give the graph of a call."""
         if self.device.type == "cpu":
             function()
             return None
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.stream.wait_stream(before)
+        first_error = None
         with fastest_deterministic_convolutions():
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    self.done.zero_()  # a run may have fewer steps
-                    function()
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                function()
+            try:
+                with torch.cuda.stream(self.stream):
+                    for _ in range(WARM_UP):
+                        self.done.zero_()  # a run may have fewer steps
+                        function()
+                before.wait_stream(self.stream)
+                # On the warm-up's stream, whose workspaces it shares: the default one belongs to the GPU of the
+                # process's first capture. Other threads may go on with what a capture forbids.
+                with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                    try:
+                        function()
+                    except Exception as error:
+                        first_error = error
+                        raise
+            except Exception as error:
+                leave_capture(before)
+                raise first_error or error from None
         return graph
+
+
+def evaluation_batch(n: int, batch_size: int) -> int:
+    """Images per batch of an evaluation of ``n``: near four training batches, which keep more of each image, and alike
+    where ``n`` allows it, since each size is compiled by itself.
+    """
+    return -(-n // -(-n // (4 * batch_size)))
+
+
+def leave_capture(stream: torch.cuda.Stream) -> None:
+    """Make ``stream`` current again after a capture that failed, which leaves its own.
+
+    In torch 2.11 the GPU's generator still believes in the capture then, and gives no more numbers; one that succeeds
+    takes that back.
+    """
+    torch.cuda.set_stream(stream)
+    side = torch.cuda.Stream()
+    side.wait_stream(stream)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):
+        torch.zeros(1, device=stream.device)
+    torch.cuda.set_stream(stream)
 
 
 def byte_tensors(dataset: Dataset, device: torch.device, dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:

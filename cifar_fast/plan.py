@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ import torch
 
 from cifar_fast.backends import Backend, Compiled, Eager
 from cifar_fast.data import Dataset
-from cifar_fast.errors import InputError, first_line
+from cifar_fast.errors import InputError, first_cause, first_line, out_of_memory
 from cifar_fast.files import check_writable
 from cifar_fast.names import BACKENDS, DTYPES, MEMORY_FORMATS
 from cifar_fast.progress import Log
 from cifar_fast.recipe import Recipe
+
+LOGGER = logging.getLogger(__name__)
+"""At INFO it gives the traceback of each backend that failed before another was taken; --traceback shows it."""
 
 OLDEST_GPU = (7, 5)
 """The lowest compute capability that the kernels are compiled for in the tests."""
@@ -142,12 +146,19 @@ def set_up(plan: Plan, recipe: Recipe, dataset: Dataset, log: Log) -> tuple[Back
         except InputError:
             raise
         except Exception as error:  # compiler, driver, memory: each layer below raises its own
-            failure = f"the {name} backend cannot be set up here ({type(error).__name__}: {first_line(error)})"
+            cause = first_cause(error)
+            why = f"{type(cause).__name__}: {first_line(cause)}"
+            if out_of_memory(cause):
+                why = f"out of memory at --batch-size {recipe.batch_size}"
+            failure = f"the {name} backend cannot be set up here ({why})"
             if following is None:
                 raise InputError(f"{failure}; see --backend for others, --traceback for where it failed") from error
+            LOGGER.info("%s", failure, exc_info=error)
         failures.append(f"{failure}, {following} instead")
         log(f"auto: {failures[-1]}")
         gc.collect()  # what failed holds its tensors in cycles, and the next backend needs the memory
+        if plan.device.type == "cuda":
+            torch.cuda.empty_cache()
     raise AssertionError("a plan has at least one backend")
 
 

@@ -15,7 +15,7 @@ from cifar_fast.augment import draw_epoch, seeded
 from cifar_fast.backends import Backend, channel_statistics, device_guard
 from cifar_fast.data import Dataset
 from cifar_fast.environment import environment
-from cifar_fast.errors import Diverged, InputError
+from cifar_fast.errors import Diverged, InputError, out_of_memory
 from cifar_fast.isolation import THREADS, isolated
 from cifar_fast.model import CNN
 from cifar_fast.output import Output
@@ -116,11 +116,12 @@ def fit_plan(
             weights, draws = seeded(seed + run, plan.device)
             backend.reset(CNN(recipe, dataset.num_classes, weights))
             setup_seconds = clock() - start
-            for row in train(backend, len(dataset.train_images), draws, run, clock, log):
-                rows.append(row)
-                if output:
-                    output.add(row)
-                log(str(row))
+            with naming_the_batch_size(recipe):
+                for row in train(backend, len(dataset.train_images), draws, run, clock, log):
+                    rows.append(row)
+                    if output:
+                        output.add(row)
+                    log(str(row))
             also = {}
             for test in test_sets:
                 also[test.name] = accuracy(backend, dataset, normalization, test)
@@ -149,6 +150,17 @@ def fit_plan(
         if output:
             output.finish(result)
     return result
+
+
+@contextlib.contextmanager
+def naming_the_batch_size(recipe: Recipe) -> Iterator[None]:
+    """Raise :class:`InputError` with the batch size where memory runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(f"out of memory in training at --batch-size {recipe.batch_size}; try a smaller one") from error
 
 
 def check(plan: Plan, *, seed: int, runs: int, threads: int | None = None) -> tuple[int, int]:

@@ -163,6 +163,9 @@ def merge_statistics_kernel(
     squares,  # [num_splits, C]
     firsts,  # [C]
     statistics,  # [3, C], written: mean, var (biased), 1 / sqrt(var + eps)
+    running_mean,  # [C], updated where there is one
+    running_var,  # [C], likewise, by the unbiased variance
+    num_batches_tracked,  # one more, where it is there
     rows,
     num_splits,
     rows_per_split,
@@ -170,6 +173,9 @@ def merge_statistics_kernel(
     BLOCK_SPLITS: tl.constexpr,  # power of two >= num_splits
     BLOCK_C: tl.constexpr,
     EPS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    TRACKED: tl.constexpr,  # whether there are running statistics
+    COUNTED: tl.constexpr,  # whether num_batches_tracked is there
 ):
     split, channel, exists = _tile(0, tl.program_id(0), num_splits, C, BLOCK_SPLITS, BLOCK_C)
     offset = split * C + channel
@@ -185,6 +191,27 @@ def merge_statistics_kernel(
     tl.store(statistics + column, total + first, mask=column < C)
     tl.store(statistics + C + column, var, mask=column < C)
     tl.store(statistics + 2 * C + column, 1.0 / tl.sqrt(var + EPS), mask=column < C)
+    if TRACKED:
+        unbiased = square / tl.maximum(rows - 1, 1)
+        acc = statistics.dtype.element_ty
+        old_mean = tl.load(running_mean + column, mask=column < C, other=0.0).to(tl.float64)
+        old_var = tl.load(running_var + column, mask=column < C, other=0.0).to(tl.float64)
+        new_mean = (MOMENTUM * (total + first) + (1 - MOMENTUM) * old_mean).to(acc)
+        new_var = (MOMENTUM * unbiased + (1 - MOMENTUM) * old_var).to(acc)
+        tl.store(running_mean + column, new_mean.to(running_mean.dtype.element_ty), mask=column < C)
+        tl.store(running_var + column, new_var.to(running_var.dtype.element_ty), mask=column < C)
+    if COUNTED:
+        if tl.program_id(0) == 0:
+            tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1)
+
+
+@triton.jit
+def _sqrt(value):
+    """Rounded to nearest, which ``tl.sqrt`` is for float64 only."""
+    if value.dtype == tl.float64:
+        return tl.sqrt(value)
+    else:
+        return tl.sqrt_rn(value)
 
 
 @triton.jit
@@ -197,7 +224,8 @@ def _channel_values(pointer, channel, C: tl.constexpr, ACC: tl.constexpr):
 def apply_kernel(
     x,  # [N, H, W, C]
     y,  # [rows, C]
-    statistics,  # [3, C]: mean, var, 1 / sqrt(var + eps)
+    mean,  # [C]
+    spread,  # [C]: 1 / sqrt(var + eps), or var where EPS is above 0
     weight,  # [C]
     bias,  # [C]
     rows,
@@ -209,12 +237,15 @@ def apply_kernel(
     BLOCK_C: tl.constexpr,
     ALPHA: tl.constexpr,
     TERMS: tl.constexpr,
+    EPS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     row, channel, exists = _tile(tl.program_id(0), tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
     value, _ = _load_pooled(x, row, channel, exists, H, W, C, POOL, ACC)
-    invstd = _channel_values(statistics + 2 * C, channel, C, ACC)
-    normalized = (value - _channel_values(statistics, channel, C, ACC)) * invstd
+    invstd = _channel_values(spread, channel, C, ACC)
+    if EPS > 0:
+        invstd = 1.0 / _sqrt(invstd + EPS)
+    normalized = (value - _channel_values(mean, channel, C, ACC)) * invstd
     z = normalized * _channel_values(weight, channel, C, ACC) + _channel_values(bias, channel, C, ACC)
     # Not z > 0, so that NaN takes the branch that keeps it.
     celu = tl.where(z <= 0, ALPHA * _expm1(tl.minimum(z, 0.0) / ALPHA, TERMS), z)
@@ -376,39 +407,11 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _plan_statistics(shape: _Shape, x, pooled, argmax, statistics, eps: float) -> list[Launch]:
-    """Fill ``statistics`` ``[3, C]`` with mean, biased var and 1 / sqrt(var + eps) of the pooled x, and keep that in
-    ``pooled`` and ``argmax``, which are None where nothing is pooled.
+def _plan_apply(x, y, mean, spread, weight, bias, alpha: float, pool: int, eps: float = 0.0) -> list[Launch]:
+    """Normalize and activate ``x``, pooled on the way where ``pool`` is 2, into ``y``.
+
+    ``spread`` is 1 / sqrt(var + eps), or var where ``eps`` is given.
     """
-    num_splits, blocks = shape.cut("statistics")
-    tile, merge = shape.tile("statistics"), shape.table("merge")
-    partial = statistics.new_empty(2 * num_splits + 1, shape.channels)
-    means, squares, firsts = partial[:num_splits], partial[num_splits:-1], partial[-1]
-    partials = dict(means=means, squares=squares, firsts=firsts)
-    return [
-        Launch(
-            statistics_kernel,
-            grid=shape.grid(num_splits, tile),
-            reads=dict(x=x),
-            writes=dict(pooled=pooled, argmax=argmax, **partials),
-            scalars=dict(rows=shape.rows),
-            constants=shape.size | tile | {"BLOCKS_PER_SPLIT": blocks, "ACC": shape.acc},
-            num_warps=shape.table("statistics")["num_warps"],
-        ),
-        Launch(
-            merge_statistics_kernel,
-            grid=(triton.cdiv(shape.channels, merge["channels"]),),
-            reads=partials,
-            writes=dict(statistics=statistics),
-            scalars=dict(rows=shape.rows, num_splits=num_splits, rows_per_split=blocks * tile["BLOCK_R"]),
-            constants=shape.merging(num_splits) | {"EPS": eps},
-            num_warps=merge["num_warps"],
-        ),
-    ]
-
-
-def _plan_apply(x, y, statistics, weight, bias, alpha: float, pool: int) -> list[Launch]:
-    """Normalize and activate ``x``, pooled on the way where ``pool`` is 2, into ``y``."""
     shape = _Shape(x, pool)
     kernel = "apply" if pool == 1 else "pool_apply"
     tile = shape.tile(kernel)
@@ -416,62 +419,119 @@ def _plan_apply(x, y, statistics, weight, bias, alpha: float, pool: int) -> list
         Launch(
             apply_kernel,
             grid=shape.grid(triton.cdiv(shape.rows, tile["BLOCK_R"]), tile),
-            reads=dict(x=x, statistics=statistics, weight=weight, bias=bias),
+            reads=dict(x=x, mean=mean, spread=spread, weight=weight, bias=bias),
             writes=dict(y=y),
             scalars=dict(rows=shape.rows),
-            constants=shape.size | tile | {"ALPHA": alpha, "TERMS": 13 if shape.double else 7, "ACC": shape.acc},
+            constants=shape.size
+            | tile
+            | {"ALPHA": alpha, "TERMS": 13 if shape.double else 7, "EPS": eps, "ACC": shape.acc},
             num_warps=shape.table(kernel)["num_warps"],
-            touched=dict(statistics=2 * shape.channels),  # not the variance itself
         )
     ]
 
 
+def statistics_outputs(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    pool: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch's statistics ``[3, C]`` (empty in evaluation), the pooled tensor and its argmax (empty where pool is 1)."""
+    n, channels, height, width = x.shape
+    kept = (n, channels, height // pool, width // pool) if pool == 2 else (0, 0, 0, 0)
+    pooled, argmax = (empty_channels_last(*kept, dtype, x.device) for dtype in (x.dtype, torch.uint8))
+    return torch.empty(3 if training else 0, channels, dtype=_accumulator(x), device=x.device), pooled, argmax
+
+
+def plan_statistics(
+    x, running_mean, running_var, num_batches_tracked, training, momentum, eps, pool, statistics, pooled, argmax
+) -> list[Launch]:
+    """Fill ``statistics`` with mean, biased var and 1 / sqrt(var + eps) of the pooled x, and update the running ones that
+    are there; in evaluation only pool.
+    """
+    if not training and pool == 1:
+        return []
+    shape = _Shape(x, pool)
+    num_splits, blocks = shape.cut("statistics")
+    tile, merge = shape.tile("statistics"), shape.table("merge")
+    partial = torch.empty(2 * num_splits + 1, shape.channels, dtype=statistics.dtype, device=x.device)
+    means, squares, firsts = partial[:num_splits], partial[num_splits:-1], partial[-1]
+    partials = dict(means=means, squares=squares, firsts=firsts)
+    running = dict(running_mean=running_mean, running_var=running_var, num_batches_tracked=num_batches_tracked)
+    kept = dict(pooled=pooled, argmax=argmax) if pool == 2 else dict(pooled=None, argmax=None)
+    launches = [
+        Launch(
+            statistics_kernel,
+            grid=shape.grid(num_splits, tile),
+            reads=dict(x=x),
+            writes=kept | partials,
+            scalars=dict(rows=shape.rows),
+            constants=shape.size | tile | {"BLOCKS_PER_SPLIT": blocks, "ACC": shape.acc},
+            num_warps=shape.table("statistics")["num_warps"],
+        ),
+        Launch(
+            merge_statistics_kernel,
+            grid=(triton.cdiv(shape.channels, merge["channels"]),),
+            reads=partials | running,
+            writes=dict(statistics=statistics) | running,
+            scalars=dict(rows=shape.rows, num_splits=num_splits, rows_per_split=blocks * tile["BLOCK_R"]),
+            constants=shape.merging(num_splits)
+            | {"EPS": eps, "MOMENTUM": momentum}
+            | {"TRACKED": running_mean is not None, "COUNTED": num_batches_tracked is not None},
+            num_warps=merge["num_warps"],
+        ),
+    ]
+    return launches if training else launches[:1]  # the first also writes pooled and argmax
+
+
+statistics_op = operator(
+    "batch_norm_celu_statistics",
+    statistics_outputs,
+    plan_statistics,
+    mutates=("running_mean", "running_var", "num_batches_tracked"),
+)
+
+
 def forward_outputs(
     x: Tensor,
+    pooled: Tensor,
+    argmax: Tensor,
+    statistics: Tensor,
     weight: Tensor,
     bias: Tensor,
-    given: Tensor | None,
-    eps: float,
+    training: bool,
     alpha: float,
     pool: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the pooled tensor and its argmax (empty where pool is 1), and the batch's statistics ``[3, C]`` (empty where
-    ``given``).
-    """
-    n, channels, height, width = x.shape
-    size = n, channels, height // pool, width // pool
-    kept = size if pool == 2 else (0, 0, 0, 0)
-    y = empty_channels_last(*size, x.dtype, x.device)
-    pooled, argmax = (empty_channels_last(*kept, dtype, x.device) for dtype in (x.dtype, torch.uint8))
-    return y, pooled, argmax, torch.empty(3 if given is None else 0, channels, dtype=_accumulator(x), device=x.device)
-
-
-def plan_forward(x, weight, bias, given, eps, alpha, pool, y, pooled, argmax, statistics) -> list[Launch]:
-    """Forward with what backward needs kept. ``given``: statistics ``[3, C]`` to use in place of the batch's."""
-    shape = _Shape(x, pool)
-    if given is None:
-        launches = _plan_statistics(shape, x, *((pooled, argmax) if pool == 2 else (None, None)), statistics, eps)
-    elif pool == 2:
-        # Evaluation needs no statistics; keep the first launch, which also writes pooled and argmax.
-        launches = _plan_statistics(shape, x, pooled, argmax, torch.empty_like(given), eps)[:1]
-    else:
-        launches = []
-    used = statistics if given is None else given
-    return launches + _plan_apply(x if pool == 1 else pooled, y, used, weight, bias, alpha, 1)
-
-
-forward_op = operator("batch_norm_celu", forward_outputs, plan_forward)
-
-
-def inference_outputs(x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, alpha: float, pool: int) -> Tensor:
+) -> Tensor:
     """y."""
     n, channels, height, width = x.shape
     return empty_channels_last(n, channels, height // pool, width // pool, x.dtype, x.device)
 
 
-def plan_inference(x, weight, bias, statistics, alpha, pool, y) -> list[Launch]:
-    """y by the ``statistics`` ``[3, C]``, in one pass."""
-    return _plan_apply(x, y, statistics, weight, bias, alpha, pool)
+def plan_forward(x, pooled, argmax, statistics, weight, bias, training, alpha, pool, y) -> list[Launch]:
+    """y by the ``statistics`` ``[3, C]``. Its gradient in training is that of x through them too."""
+    mean, _, invstd = statistics
+    return _plan_apply(x if pool == 1 else pooled, y, mean, invstd, weight, bias, alpha, 1)
+
+
+forward_op = operator("batch_norm_celu", forward_outputs, plan_forward)
+
+
+def inference_outputs(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, alpha: float, pool: int
+) -> Tensor:
+    """y."""
+    n, channels, height, width = x.shape
+    return empty_channels_last(n, channels, height // pool, width // pool, x.dtype, x.device)
+
+
+def plan_inference(x, weight, bias, mean, var, eps, alpha, pool, y) -> list[Launch]:
+    """y by the running statistics ``mean`` and ``var``, in one pass."""
+    return _plan_apply(x, y, mean, var, weight, bias, alpha, pool, eps)
 
 
 inference_op = operator("batch_norm_celu_inference", inference_outputs, plan_inference)
@@ -545,18 +605,14 @@ backward_op = operator("batch_norm_celu_backward", backward_outputs, plan_backwa
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, weight, bias, given, _, alpha, pool = inputs
-    _, pooled, argmax, statistics = output
-    ctx.settings = (*x.shape[2:], given is None, alpha, pool)
-    ctx.mark_non_differentiable(pooled, argmax, statistics)
-    ctx.set_materialize_grads(False)  # the outputs that none uses would else get gradients of zeros
-    ctx.save_for_backward(x if pool == 1 else pooled, argmax, statistics if given is None else given, weight, bias)
+    x, pooled, argmax, statistics, weight, bias, training, alpha, pool = inputs
+    ctx.settings = (*x.shape[2:], training, alpha, pool)
+    ctx.save_for_backward(x if pool == 1 else pooled, argmax, statistics, weight, bias)
 
 
-def _differentiate(ctx, dy, *unused):
-    if dy is None:
-        return (None,) * 7
-    return *backward_op(dy, *ctx.saved_tensors, *ctx.settings), *(None,) * 4
+def _differentiate(ctx, dy):
+    dx, dweight, dbias = backward_op(dy, *ctx.saved_tensors, *ctx.settings)
+    return dx, None, None, None, dweight, dbias, None, None, None
 
 
 def _refuse(ctx, *gradients):
@@ -576,9 +632,10 @@ def batch_norm_celu(
     *,
     training: bool,
     alpha: float,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     pool: int = 1,
+    num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """``CELU(BatchNorm(MaxPool(x)))``, and in training the running statistics updated as torch does.
 
@@ -590,8 +647,10 @@ def batch_norm_celu(
         weight, bias: ``[C]``, of any of these types, as torch's batch norm; None: ones, zeros.
         running_mean, running_var: ``[C]``, likewise; None in training keeps none.
         alpha: CELU's, above 0.
-        momentum: the share of this batch in the new running statistics (the variance unbiased).
+        momentum: the share of this batch in the new running statistics (the variance unbiased); as a tensor of one
+            value it stays on the device, and the update takes launches of its own.
         pool: 1, or 2 for a 2 x 2 max-pool first; an odd last row or column is left out, as by torch.
+        num_batches_tracked: an int64 tensor of one value, which is one more after training with ``momentum`` a number.
 
     Returns:
         ``[N, C, H // pool, W // pool]`` in channels_last, of x's type.
@@ -613,21 +672,22 @@ def batch_norm_celu(
     if x.shape[0] == 0:  # nothing to launch, but shapes and gradients to give
         how = dict(training=False, alpha=alpha, eps=eps, pool=pool)
         return batch_norm_celu_reference(x, weight, bias, running_mean, running_var, **how)
-    given = None
     if not training:
-        mean, var = running_mean.double(), running_var.double()
-        given = torch.stack((mean, var, (var + eps).rsqrt())).to(_accumulator(x))
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))):
-            return inference_op(x, weight, bias, given, alpha, pool)
-        given = given.detach()
-    y, _, _, statistics = forward_op(x, weight, bias, given, eps, alpha, pool)
-    if training and running_mean is not None:
-        mean, var, _ = statistics
-        m = y.numel() // y.shape[1]
+            return inference_op(x, weight, bias, running_mean, running_var, eps, alpha, pool)
+        _, pooled, argmax = statistics_op(x.detach(), None, None, None, False, 0.0, eps, pool)
+        mean, var = running_mean.double(), running_var.double()
+        given = torch.stack((mean, var, (var + eps).rsqrt())).to(_accumulator(x)).detach()
+        return forward_op(x, pooled, argmax, given, weight, bias, False, alpha, pool)
+    later = isinstance(momentum, Tensor)
+    running = (None, None, None) if later else (running_mean, running_var, num_batches_tracked)
+    statistics, pooled, argmax = statistics_op(x.detach(), *running, True, 0.0 if later else momentum, eps, pool)
+    if later and running_mean is not None:
+        m = x.shape[0] * (x.shape[2] // pool) * (x.shape[3] // pool)
         with torch.no_grad():
-            running_mean.copy_(mean * momentum + running_mean.to(mean.dtype) * (1 - momentum))
-            running_var.copy_(var * (m / (m - 1)) * momentum + running_var.to(var.dtype) * (1 - momentum))
-    return y
+            for old, new in ((running_mean, statistics[0]), (running_var, statistics[1] * (m / (m - 1)))):
+                old.copy_(new * momentum + old.to(new.dtype) * (1 - momentum))
+    return forward_op(x, pooled, argmax, statistics, weight, bias, True, alpha, pool)
 
 
 def _check(x, weight, bias, running_mean, running_var, training: bool, eps: float, alpha: float, pool: int) -> None:
@@ -692,17 +752,18 @@ class BatchNormCELU2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         # Which statistics, and how they are updated, as torch's own forward.
-        momentum = 0.0 if self.momentum is None else self.momentum
+        momentum, count = self.momentum, None
         tracking = self.training and self.track_running_stats
         if tracking and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the plain average over all batches so far
-                momentum = self.num_batches_tracked.double().reciprocal()
+            count = self.num_batches_tracked
+            if momentum is None:  # the plain average over all batches so far
+                momentum = count.add_(1).double().reciprocal()
+        momentum = 0.0 if momentum is None else momentum
         running = (self.running_mean, self.running_var) if tracking or not self.training else (None, None)
         training = self.training or (self.running_mean is None and self.running_var is None)
         x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         how = dict(training=training, alpha=self.alpha, momentum=momentum, eps=self.epsilon, pool=self.pool)
-        return batch_norm_celu(x, self.weight, self.bias, *running, **how)
+        return batch_norm_celu(x, self.weight, self.bias, *running, num_batches_tracked=count, **how)
 
     def extra_repr(self) -> str:
         return (
@@ -726,15 +787,18 @@ def example_launches(
     ``direction``: forward, backward (both in training) or inference. Weight and bias are of ``parameter_dtype``.
     """
     x = empty_channels_last(*shape, dtype, "meta")
-    weight, bias = (torch.empty(shape[1], dtype=parameter_dtype, device="meta") for _ in range(2))
+    weight, bias, *running = (torch.empty(shape[1], dtype=parameter_dtype, device="meta") for _ in range(4))
     if direction == "inference":
-        statistics = torch.empty(3, shape[1], dtype=_accumulator(x), device="meta")
-        inputs = x, weight, bias, statistics, alpha, pool
+        inputs = x, weight, bias, *running, eps, alpha, pool
         return plan_inference(*inputs, inference_outputs(*inputs))
-    inputs = x, weight, bias, None, eps, alpha, pool
-    y, pooled, argmax, statistics = outputs = forward_outputs(*inputs)
+    count = torch.empty((), dtype=torch.int64, device="meta")
+    inputs = x, *running, count, True, 0.1, eps, pool
+    statistics, pooled, argmax = outputs = statistics_outputs(*inputs)
+    launches = plan_statistics(*inputs, *outputs)
+    inputs = x, pooled, argmax, statistics, weight, bias, True, alpha, pool
+    y = forward_outputs(*inputs)
     if direction == "forward":
-        return plan_forward(*inputs, *outputs)
+        return launches + plan_forward(*inputs, y)
     kept = x if pool == 1 else pooled
     inputs = torch.empty_like(y), kept, argmax, statistics, weight, bias, *shape[2:], True, alpha, pool
     return plan_backward(*inputs, *backward_outputs(*inputs))

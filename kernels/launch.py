@@ -127,12 +127,14 @@ def _checked_in() -> Table:
     return json.loads(TABLE.read_text())
 
 
-def operator(name: str, outputs: Callable[..., Any], plan: Callable[..., list[Launch]]) -> Any:
+def operator(
+    name: str, outputs: Callable[..., Any], plan: Callable[..., list[Launch]], mutates: tuple[str, ...] = ()
+) -> Any:
     """Register ``cifar_fast::name`` with torch, from the two functions that say all of it.
 
     ``outputs(*inputs)`` allocates the results, one tensor or a tuple; its signature is the operator's, and it stands in
-    for the operator where torch only traces. ``plan(*inputs, *results)`` gives the launches that fill them. The
-    operator is opaque to torch.compile, which makes it work under Triton's interpreter too, and it wants its inputs in
+    for the operator where torch only traces. ``plan(*inputs, *results)`` gives the launches that fill them, and change
+    the inputs named in ``mutates``. The operator is opaque to torch.compile, which makes it work under Triton's interpreter too, and it wants its inputs in
     the layout in which they were traced.
     """
 
@@ -142,9 +144,9 @@ def operator(name: str, outputs: Callable[..., Any], plan: Callable[..., list[La
         run(plan(*inputs, *results), results[0].device)
         return made
 
-    schema = torch.library.infer_schema(outputs, mutates_args=())
+    schema = torch.library.infer_schema(outputs, mutates_args=mutates)
     tags = (torch.Tag.needs_exact_strides,)
-    registered = torch.library.custom_op(f"cifar_fast::{name}", compute, mutates_args=(), schema=schema, tags=tags)
+    registered = torch.library.custom_op(f"cifar_fast::{name}", compute, mutates_args=mutates, schema=schema, tags=tags)
     registered.register_fake(outputs)
     registered.outputs, registered.plan = outputs, plan
     return registered

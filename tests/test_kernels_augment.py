@@ -1,4 +1,7 @@
 import itertools
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -338,3 +341,20 @@ def test_on_a_gpu_replays_of_a_captured_launch_walk_through_the_epoch(dtype):
         for k in range(5):
             graph.replay()
             assert_same(captured, images.eager(draws.slice(k * 512, (k + 1) * 512)))
+
+
+def test_the_folder_by_its_own_name_is_the_same_package():
+    """Imported twice, its operators would be registered twice, and torch would drop the first."""
+    code = """
+import torch
+from cifar_fast.kernels import BatchNormCELU2d
+norm = BatchNormCELU2d(2, alpha=0.1)
+import kernels.launch, kernels
+from kernels import augment
+import cifar_fast.kernels.launch
+assert kernels.BatchNormCELU2d is BatchNormCELU2d and kernels.launch is cifar_fast.kernels.launch
+print(norm(torch.zeros(2, 2, 2, 2)).sum().item())
+"""
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (done.stdout, done.stderr) == ("0.0\n", "")

@@ -23,6 +23,7 @@ from cifar_fast.kernels.batch_norm_celu import (
     example_launches,
     forward_op,
     inference_op,
+    statistics_op,
 )
 from cifar_fast.kernels.launch import TABLE
 
@@ -473,19 +474,26 @@ def test_update_bn_keeps_working():
 # -- as an operator of torch
 
 
-@pytest.mark.parametrize(
-    ("pool", "training", "gradient"), list(itertools.product([1, 2], [True, False], [True, False]))
-)
-def test_opcheck(pool, training, gradient):
+@pytest.mark.parametrize(("pool", "gradient"), list(itertools.product([1, 2], [True, False])))
+def test_opcheck(pool, gradient):
+    """In evaluation: in training the gradient is that through the statistics, which are an argument here."""
     x, weight, bias, mean, var = make((2, 5, 5, 4), torch.float32)
-    inputs = [tensor.requires_grad_(gradient) for tensor in (x, weight, bias)]
-    given = None if training else torch.stack((mean, var, (var + 1e-5).rsqrt()))
-    torch.library.opcheck(forward_op, (*inputs, given, 1e-5, 0.075, pool))
+    _, pooled, argmax = statistics_op(x, None, None, None, False, 0.0, 1e-5, pool)
+    for tensor in (x, weight, bias):
+        tensor.requires_grad_(gradient)
+    given = torch.stack((mean, var, (var + 1e-5).rsqrt()))
+    torch.library.opcheck(forward_op, (x, pooled, argmax, given, weight, bias, False, 0.075, pool))
+
+
+@pytest.mark.parametrize(("pool", "running", "training"), list(itertools.product([1, 2], [True, False], [True, False])))
+def test_opcheck_of_the_statistics(pool, running, training):
+    x, _, _, mean, var = make((2, 5, 5, 4), torch.float32)
+    tracked = (mean, var, torch.tensor(3, device=DEVICE)) if running else (None, None, None)
+    torch.library.opcheck(statistics_op, (x, *tracked, training, 0.1, 1e-5, pool))
 
 
 def test_opcheck_of_inference():
-    x, weight, bias, mean, var = make((2, 5, 4, 4), torch.float32)
-    torch.library.opcheck(inference_op, (x, weight, bias, torch.stack((mean, var, var.rsqrt())), 0.075, 2))
+    torch.library.opcheck(inference_op, (*make((2, 5, 4, 4), torch.float32), 1e-5, 0.075, 2))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "inference"])
