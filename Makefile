@@ -1,6 +1,7 @@
 # make demo        set up, then train on the embedded data set: about half a minute on two cores after the installation
 # make test        set up, then run the whole test suite
 # make test-fast   the same without the tests marked slow
+# make test-long   the same with those that take minutes
 # make lint        format, lint, types
 # make docs        write docs/cli.md anew from the commands' own flags
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 IN := $(VENV)/bin/python
 
-.PHONY: demo test test-fast lint docs
+.PHONY: demo test test-fast test-long lint docs
 
 demo: $(VENV)/installed
 	$(IN) -m cifar_fast.train --dataset synthetic --widths 16 32 32 32 64 128 128 128 --epochs 6 --batch-size 128 --output runs/demo --overwrite
@@ -17,7 +18,10 @@ test: $(VENV)/installed
 	$(IN) -m pytest -n auto
 
 test-fast: $(VENV)/installed
-	$(IN) -m pytest -n auto -m "not slow"
+	$(IN) -m pytest -n auto -m "not slow and not long"
+
+test-long: $(VENV)/installed
+	$(IN) -m pytest -n auto -m ""
 
 lint: $(VENV)/installed
 	$(IN) -m ruff format --check

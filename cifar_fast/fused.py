@@ -137,7 +137,7 @@ class Fused:
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """Run ``function`` until nothing in it is left to compile or choose; on a GPU, give the graph of a call."""
-        if self.device.type == "cpu":
+        if self.stream is None:  # no GPU
             function()
             return None
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()

@@ -5,7 +5,7 @@ import sys
 if __name__ == "kernels":
     # A checkout's folder by its own name: the same modules as cifar_fast.kernels, since torch drops the operators of a
     # name that is registered a second time.
-    import cifar_fast.kernels
+    import cifar_fast.kernels  # noqa: F401
 
     for name, module in list(sys.modules.items()):
         if name == "cifar_fast.kernels" or name.startswith("cifar_fast.kernels."):

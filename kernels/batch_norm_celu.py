@@ -440,7 +440,7 @@ def statistics_outputs(
     eps: float,
     pool: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch's statistics ``[3, C]`` (empty in evaluation), the pooled tensor and its argmax (empty where pool is 1)."""
+    """The batch's statistics ``[3, C]``, empty in evaluation; the pooled tensor, its argmax, empty where pool is 1."""
     n, channels, height, width = x.shape
     kept = (n, channels, height // pool, width // pool) if pool == 2 else (0, 0, 0, 0)
     pooled, argmax = (empty_channels_last(*kept, dtype, x.device) for dtype in (x.dtype, torch.uint8))
@@ -450,8 +450,8 @@ def statistics_outputs(
 def plan_statistics(
     x, running_mean, running_var, num_batches_tracked, training, momentum, eps, pool, statistics, pooled, argmax
 ) -> list[Launch]:
-    """Fill ``statistics`` with mean, biased var and 1 / sqrt(var + eps) of the pooled x, and update the running ones that
-    are there; in evaluation only pool.
+    """Fill ``statistics`` with mean, biased var and 1 / sqrt(var + eps) of the pooled x, and update the running ones
+    that are there; in evaluation only pool.
     """
     if not training and pool == 1:
         return []

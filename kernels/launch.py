@@ -134,8 +134,8 @@ def operator(
 
     ``outputs(*inputs)`` allocates the results, one tensor or a tuple; its signature is the operator's, and it stands in
     for the operator where torch only traces. ``plan(*inputs, *results)`` gives the launches that fill them, and change
-    the inputs named in ``mutates``. The operator is opaque to torch.compile, which makes it work under Triton's interpreter too, and it wants its inputs in
-    the layout in which they were traced.
+    the inputs named in ``mutates``. The operator is opaque to torch.compile, which makes it work under Triton's
+    interpreter too, and it wants its inputs in the layout in which they were traced.
     """
 
     def compute(*inputs: Any) -> Any:

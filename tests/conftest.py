@@ -1,9 +1,16 @@
+import getpass
 import os
+import tempfile
 from pathlib import Path
 
 # Before torch is imported, here and in processes that tests start: sharing small tensors between threads costs more
 # than it saves, and the tests themselves share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A compiler's cache for each of pytest-xdist's workers: one may read a library that another has not finished writing.
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/cifar_fast_tests_{getpass.getuser()}/{_worker}"
+)
 
 import numpy as np
 import pytest

@@ -52,7 +52,10 @@ def test_the_command_reports_the_published_sets(published, small, capsys):
     assert summary["also_test_mean"]["c/fog"] != summary["also_test_mean"]["c/snow"]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("eager", "float32"), ("eager", "bfloat16"), ("fused", "float32")])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("eager", "float32"), ("eager", "bfloat16"), pytest.param("fused", "float32", marks=pytest.mark.slow)],
+)
 def test_the_own_test_set_under_another_name_has_the_own_accuracy(tmp_path, backend, dtype, uncompiled, few_programs):
     dataset = small_dataset(train=32)
     path = save_npz(tmp_path / "x.npz", dataset)

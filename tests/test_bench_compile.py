@@ -60,6 +60,7 @@ def test_every_kernel_compiles_for_old_and_new_targets_without_spills_and_with_w
     assert all(row["registers"] > 0 and row["read"] > 0 and row["written"] > 0 for row in rows)
 
 
+@pytest.mark.slow  # a compiler
 def test_a_kernel_that_spills_is_a_problem(tmp_path):
     done = compiler("-c", SPILLS, str(tmp_path / "hoarding.py"))
     assert "bytes spilled" in done.stdout, done.stderr[-1000:]

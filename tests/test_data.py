@@ -250,6 +250,7 @@ def load_in_a_pool(root):
     return load_dataset("folder", root, log=None).digest
 
 
+@pytest.mark.slow  # three processes, 10,000 images each
 def test_a_large_folder_loads_in_a_worker_of_a_pool_and_from_standard_input(tmp_path):
     """Where no further process can be started, or would start by running the script once more."""
     root = tmp_path / "set"
@@ -344,6 +345,7 @@ def test_a_place_where_cifar10_cannot_go_is_named(cifar10, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_sixty_thousand_real_pictures_load(shared, tmp_path):
     with tarfile.open(shared("data/cifar10-jpeg.tar.xz")) as archive:
         archive.extractall(tmp_path / "set", filter="data")

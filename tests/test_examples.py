@@ -27,6 +27,7 @@ def test_every_example_is_run_here():
     assert not [path.name for path in EXAMPLES.glob("*.py") if f'run_example("{path.name}"' not in text]
 
 
+@pytest.mark.slow  # a process of its own
 @pytest.mark.slow
 def test_training_from_python_gives_rows_and_a_summary_and_weights():
     lines = run_example("train_and_read_result.py", "--small")
@@ -37,6 +38,7 @@ def test_training_from_python_gives_rows_and_a_summary_and_weights():
     assert lines[-1].startswith("the first test image is 'dots', and taken for ")
 
 
+@pytest.mark.slow  # a process of its own
 def test_own_images_train_as_folders_and_as_arrays(tmp_path):
     lines = run_example("own_images.py", tmp_path / "mine")
     assert "the same data in both forms: True" in lines
@@ -46,6 +48,7 @@ def test_own_images_train_as_folders_and_as_arrays(tmp_path):
     assert folder.digest == load_dataset("npz", tmp_path / "mine/images.npz").digest
 
 
+@pytest.mark.slow  # a process of its own
 @pytest.mark.slow
 def test_the_fused_norm_trains_another_model_as_the_plain_one_does():
     lines = run_example("fused_norm_in_another_model.py")

@@ -96,6 +96,7 @@ def test_set_up_does_run_the_step_whose_trace_is_taken_back(uncompiled, few_prog
     assert not torch.equal(backend.state_dict()["seq.0.weight"].cpu(), model.state_dict()["seq.0.weight"])
 
 
+@pytest.mark.slow  # the interpreter
 def test_a_second_run_is_the_one_that_a_fresh_backend_gives(uncompiled, few_programs):
     dataset = small_dataset(train=10, test=6)
     draws = [draw_epoch(10, device=DEVICE) for _ in range(2)]
@@ -110,6 +111,7 @@ def test_a_second_run_is_the_one_that_a_fresh_backend_gives(uncompiled, few_prog
     assert all(torch.equal(tensor, weights[name]) for name, tensor in backend.state_dict().items())
 
 
+@pytest.mark.slow  # the interpreter
 def test_an_epoch_files_each_steps_losses_and_answers_where_eager_has_them(uncompiled, few_programs):
     """And takes the draws, of which two images are left over, and the test set, whose last batch is short, as eager
     does.
@@ -126,6 +128,7 @@ def test_an_epoch_files_each_steps_losses_and_answers_where_eager_has_them(uncom
     assert fused.done.item() == 2
 
 
+@pytest.mark.slow  # the interpreter
 def test_an_epoch_that_was_left_half_way_does_not_move_the_next(uncompiled, few_programs):
     backend, _ = make(small_dataset(train=10, test=6))
     draws = draw_epoch(10, device=DEVICE)

@@ -75,8 +75,10 @@ SURROUNDINGS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", SURROUNDINGS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in SURROUNDINGS), ("autocast", "bfloat16"), ("autocast, disabled", "bfloat16")],
+)
 def test_what_surrounds_the_call_changes_nothing(small, name, dtype, alone={}):  # noqa: B006
     if dtype not in alone:
         alone[dtype] = train(small, dtype=dtype)
@@ -110,6 +112,7 @@ def test_the_callers_random_numbers_go_on_as_if_nothing_had_been(small):
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.slow
 def test_runs_in_two_threads_are_those_of_their_seeds(small):
     """And a third thread draws all the while."""
     alone = [train(small, seed) for seed in range(4)]

@@ -88,12 +88,14 @@ def test_every_crop_with_every_flip_has_the_bits_of_the_eager_path(dtype, few_pr
     assert_same(images.launch(draws), images.eager(draws))
 
 
+@pytest.mark.slow  # the interpreter
 def test_every_cutout_has_the_bits_of_the_eager_path(few_programs):
     images, draws = random_images(20), random_draws(625, 20)
     draws = with_rows(draws, cutout=torch.arange(625, device=DEVICE))
     assert_same(images.launch(draws), images.eager(draws))
 
 
+@pytest.mark.slow  # the interpreter
 def test_every_crop_flip_and_cutout_together_has_the_bits_of_the_eager_path_on_small_images():
     images = random_images(20, size=5)
     crop, flip, cutout = torch.tensor(
@@ -103,6 +105,7 @@ def test_every_crop_flip_and_cutout_together_has_the_bits_of_the_eager_path_on_s
     assert_same(images.launch(draws, cutout_size=3), images.eager(draws, cutout_size=3))
 
 
+@pytest.mark.slow  # the interpreter
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_any_size_channels_padding_and_cutout_has_the_bits_of_the_eager_path(data):
@@ -228,6 +231,7 @@ def test_the_operator_keeps_torchs_contract(optional):
     torch.library.opcheck(augment_op, (images.images, draws.tensor, images.table, labels, step, 2, 3, 4, 8))
 
 
+@pytest.mark.slow  # a compiler
 def test_it_compiles_without_a_graph_break():
     images, draws = random_images(8), random_draws(4, 8)
     step = torch.ones(1, dtype=torch.int64, device=DEVICE)
@@ -343,6 +347,7 @@ def test_on_a_gpu_replays_of_a_captured_launch_walk_through_the_epoch(dtype):
             assert_same(captured, images.eager(draws.slice(k * 512, (k + 1) * 512)))
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_folder_by_its_own_name_is_the_same_package():
     """Imported twice, its operators would be registered twice, and torch would drop the first."""
     code = """

@@ -172,6 +172,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_odd_in_every_dimension(shape):
     assert_as_good_as_eager(make(shape, torch.float32), training=True, pool=1)
@@ -179,6 +180,7 @@ def test_shapes_odd_in_every_dimension(shape):
         assert_as_good_as_eager(make(shape, torch.float32), training=True, pool=2)
 
 
+@pytest.mark.slow  # the interpreter
 @settings(deadline=None, max_examples=30)
 @given(
     st.tuples(st.integers(1, 5), st.integers(1, 80), st.integers(2, 9), st.integers(2, 9)),
@@ -192,6 +194,7 @@ def test_any_shape(shape, pool, training, dtype, seed):
         assert_as_good_as_eager(make(shape, dtype, seed), ulps=4, training=training, pool=pool)
 
 
+@pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("pool", [1, 2])
 @pytest.mark.parametrize("shape", [(3, 12, 6, 4), (2, 9, 7, 5), (1, 8, 2, 4), (4, 17, 5, 3)])
 def test_several_blocks_per_split_and_splits_per_channel(shape, pool, small_blocks):
@@ -199,6 +202,7 @@ def test_several_blocks_per_split_and_splits_per_channel(shape, pool, small_bloc
     assert_as_good_as_eager(make(shape, torch.float32, shift=1000), training=True, pool=pool)
 
 
+@pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_real_activations(shared, dtype, few_programs):
     """The first two convolutions of the model on real images: two splits of the first, a short one last."""
@@ -214,6 +218,7 @@ def test_real_activations(shared, dtype, few_programs):
         assert_as_good_as_eager((x, *make(x.shape, dtype)[1:]), training=True, pool=pool)
 
 
+@pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize(("pool", "training"), list(itertools.product([1, 2], [True, False])))
 def test_gradcheck_in_float64(pool, training):
     # In training with the pool: four windows a channel, and rows left out. Two would have a gradient of zero.
@@ -225,6 +230,7 @@ def test_gradcheck_in_float64(pool, training):
     assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in (x, weight, bias)])
 
 
+@pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("pool", [1, 2])
 def test_every_element_is_written_and_no_scratch_is_read_before(pool, monkeypatch, small_blocks):
     """All fresh memory is poisoned: NaN, or an index that is none."""

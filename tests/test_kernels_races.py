@@ -31,6 +31,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("pool", [1, 2])
 def test_norm_does_not_depend_on_the_order_of_programs(order, pool, monkeypatch, small_blocks):

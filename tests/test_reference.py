@@ -1,5 +1,6 @@
 """The eager backend is the reference: same draws, same batches, same weights, same metrics."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from benchmarks.reference import Network, Training, augmented_epoch, normalized
 from cifar_fast import CNN, Recipe, draw_epoch, fit, load_dataset
 from cifar_fast.augment import augment
 from cifar_fast.backends import normalize
+from cifar_fast.data import ARRAYS
 from cifar_fast.train import main
 from tests.conftest import NARROW, published, small_dataset
 
@@ -80,11 +82,16 @@ def test_training_on_cifar10_is_the_references_bit_for_bit(cifar10):
         assert torch.equal(result.state_dict[name], tensor), name
 
 
-@pytest.mark.slow
-def test_metrics_on_real_pictures_are_those_of_the_references_script(shared, tmp_path, monkeypatch):
-    """2,000 pictures as CIFAR-10 is published, batch 64, 2 epochs, full width, by both commands."""
-    pictures, script = shared("data/cifar10-mini.npz"), shared("reference/cifar94.py")
-    root = published("cifar10", load_dataset("npz", pictures), tmp_path / "data", monkeypatch)
+@pytest.mark.parametrize(
+    "count", [pytest.param(128, marks=pytest.mark.slow), pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.long])]
+)
+def test_metrics_on_real_pictures_are_those_of_the_references_script(shared, tmp_path, monkeypatch, count):
+    """Pictures as CIFAR-10 is published, batch 64, 2 epochs, full width, by both commands."""
+    dataset, script = load_dataset("npz", shared("data/cifar10-mini.npz")), shared("reference/cifar94.py")
+    arrays = {name: getattr(dataset, name)[:count] for name in ARRAYS}
+    dataset, pictures = dataclasses.replace(dataset, **arrays), tmp_path / "pictures.npz"
+    dataset.save(pictures)
+    root = published("cifar10", dataset, tmp_path / "data", monkeypatch)
     flags = "--backend eager --device cpu --dtype float32 --epochs 2 --batch-size 64 --seed 0"
     assert main(f"--dataset cifar10 --data-dir {root} --output {tmp_path}/out {flags}".split()) == 0
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]

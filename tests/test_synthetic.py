@@ -24,6 +24,7 @@ def test_classes_are_balanced_and_named():
     assert set(np.bincount(dataset.test_labels)) == {200}
 
 
+@pytest.mark.slow
 def test_neither_mean_pictures_nor_colours_nor_neighbours_tell_the_classes():
     """Ten classes: chance is 10 %. What these simple rules reach is what would make the set trivial."""
     dataset = load_dataset("synthetic", log=None)

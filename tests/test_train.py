@@ -32,6 +32,7 @@ def run(flags, **how):
     )
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_command_prints_plain_lines_and_writes_its_files(tmp_path, npz):
     done = run(f"--dataset npz --data-dir {npz} --runs 2 --output {tmp_path}/out {NARROW}")
     assert done.returncode == 0, done.stderr
@@ -48,6 +49,7 @@ def test_the_command_prints_plain_lines_and_writes_its_files(tmp_path, npz):
     assert len(json.loads((tmp_path / "out/summary.json").read_text())["runs"]) == 2
 
 
+@pytest.mark.slow  # a process of its own
 def test_a_redirected_log_has_each_line_when_it_happens(tmp_path, npz):
     flags = f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW} --epochs 100000"
     with open(tmp_path / "log", "w") as log:
@@ -62,6 +64,7 @@ def test_a_redirected_log_has_each_line_when_it_happens(tmp_path, npz):
             training.wait()
 
 
+@pytest.mark.slow  # a process of its own
 def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path, npz):
     flags = f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW} --epochs 100000"
     command = f"{sys.executable} -m cifar_fast.train {flags} | head -1"
@@ -70,8 +73,9 @@ def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path, npz):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow  # a process of its own
 def test_jobs_that_start_at_once_have_a_folder_each(tmp_path, npz):
-    """As four jobs of an array do, which start in one second."""
+    """As jobs of an array do, which start in one second."""
     code = f"import sys, cifar_fast.cli as cli; cli.default_output = lambda name: {str(tmp_path / 'runs/same')!r}; "
     code += "sys.exit(cli.train())"
     flags = f"--dataset npz --data-dir {npz} {NARROW}"
@@ -80,10 +84,11 @@ def test_jobs_that_start_at_once_have_a_folder_each(tmp_path, npz):
     seeds = [
         json.loads((folder / "summary.json").read_text())["runs"][0]["seed"] for folder in (tmp_path / "runs").iterdir()
     ]
-    assert sorted(seeds) == [0, 1, 2]
+    assert sorted(seeds) == [0, 1]
     assert {len((folder / "metrics.jsonl").read_text().splitlines()) for folder in (tmp_path / "runs").iterdir()} == {2}
 
 
+@pytest.mark.slow  # a process of its own
 def test_a_name_that_the_terminal_cannot_show_does_not_cost_the_results(tmp_path, npz):
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = run(f"--dataset npz --data-dir {npz} --output {tmp_path}/häuser {NARROW}", env=env)
@@ -92,6 +97,7 @@ def test_a_name_that_the_terminal_cannot_show_does_not_cost_the_results(tmp_path
     assert (tmp_path / "häuser/summary.json").exists()
 
 
+@pytest.mark.slow  # a process of its own
 @pytest.mark.parametrize("value", ["module://not_there.backend_inline", "not there"])
 def test_a_backend_of_matplotlib_that_is_not_there_does_not_cost_the_curves(tmp_path, npz, value):
     done = run(
@@ -117,6 +123,7 @@ def test_a_compilers_cache_that_cannot_be_written_is_named(tmp_path, npz, monkey
     assert error.startswith(f"error: ${variable} (/proc/none): cannot be written to") and error.count("\n") == 1
 
 
+@pytest.mark.slow  # a process of its own
 @pytest.mark.parametrize(
     "broken", ["raise RuntimeError('operator torchvision::nms does not exist')", "import not_there"]
 )
@@ -131,6 +138,7 @@ def test_torchvision_is_needed_only_by_what_it_reads(tmp_path, npz, broken):
     assert "which cannot be imported" in done.stderr and "install the torchvision that goes with" in done.stderr
 
 
+@pytest.mark.slow  # a process of its own
 def test_on_a_terminal_a_bar_shows_the_steps(tmp_path, npz):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
@@ -246,6 +254,7 @@ def test_another_runs_results_are_refused_before_the_data_are_read(tmp_path, npz
     assert "already holds results" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # a process of its own
 def test_as_a_process_bad_input_shows_no_traceback(tmp_path):
     done = run("--dataset npz --data-dir none.npz", cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert done.returncode == 2
@@ -270,8 +279,8 @@ def test_every_public_name_exists():
 
 @pytest.mark.slow
 def test_the_demo_learns_the_embedded_set(tmp_path):
-    """What `make demo` runs, at a third of its epochs."""
-    flags = "--dataset synthetic --widths 16 32 32 32 64 128 128 128 --epochs 3 --batch-size 128 --device cpu"
+    """What `make demo` runs, narrower and for a third of its epochs."""
+    flags = "--dataset synthetic --widths 8 16 16 16 32 64 64 64 --epochs 2 --batch-size 128 --device cpu"
     done = run(f"{flags} --output {tmp_path}/demo")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "demo/summary.json").read_text())["test_accuracy_mean"] > 90

@@ -67,6 +67,7 @@ def test_the_weights_load_into_the_plain_model_and_score_what_the_run_scored(sma
     assert accuracy == pytest.approx(result.runs[0].test_accuracy)
 
 
+@pytest.mark.slow  # bfloat16, which this kind of CPU may lack
 def test_bfloat16_keeps_float32_weights_and_trains(small):
     result = train(small, dtype="bfloat16", recipe=dataclasses.replace(RECIPE, epochs=6))
     assert {tensor.dtype for tensor in result.state_dict.values()} == {torch.float32, torch.int64}
