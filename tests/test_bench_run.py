@@ -153,14 +153,13 @@ def test_steps_of_a_backend_are_timed():
     assert [len(values) for values in time_steps(bench, bench.backends, rounds=2).values()] == [2, 2]
 
 
-@pytest.mark.slow  # a comparison; with the rest twelve processes more
-@pytest.mark.parametrize("only", ["steps", pytest.param("cpu steps sweeps trainings", marks=pytest.mark.long)])
-def test_the_command_measures_a_cpu_to_the_end(tmp_path, capsys, only):
+@pytest.mark.slow
+@pytest.mark.long  # a comparison and thirteen processes
+def test_the_command_measures_a_cpu_to_the_end(tmp_path):
     flags = f"run --device cpu --output {tmp_path} --widths {' '.join(map(str, NARROW))} --batch-size 64 --minutes 9"
-    assert main(f"{flags} --only {only}".split()) == 0
+    assert main(f"{flags} --only cpu steps sweeps trainings".split()) == 0
     rows = rows_of(json.loads((tmp_path / "results.json").read_text()))
-    more = {"cpu", "sweeps"} if "cpu" in only else set()
-    assert {"ceilings", "floors", "parity", "steps", "profile"} | more == {row.part for row in rows}
+    assert {"ceilings", "floors", "parity", "cpu", "steps", "profile", "sweeps"} == {row.part for row in rows}
     assert (tmp_path / "steps.png").exists() and "## Steps" in (tmp_path / "results.md").read_text()
 
 

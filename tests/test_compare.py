@@ -36,7 +36,7 @@ def compare(npz, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "batch_size"), [("float32", 8), ("float16", 32)])
+@pytest.mark.parametrize(("dtype", "batch_size"), [pytest.param("float32", 8, marks=pytest.mark.long), ("float16", 32)])
 def test_fused_is_eager_within_eagers_own_error_at_every_layer_of_four_steps(
     tmp_path, npz, few_programs, capsys, dtype, batch_size
 ):

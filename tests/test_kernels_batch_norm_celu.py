@@ -181,7 +181,7 @@ def test_shapes_odd_in_every_dimension(shape):
 
 
 @pytest.mark.slow  # the interpreter
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     st.tuples(st.integers(1, 5), st.integers(1, 80), st.integers(2, 9), st.integers(2, 9)),
     st.sampled_from([1, 2]),

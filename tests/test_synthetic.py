@@ -1,6 +1,7 @@
 import hashlib
 
 import numpy as np
+import pytest
 
 from cifar_fast import load_dataset
 from cifar_fast.synthetic import PATTERNS, textures

@@ -141,6 +141,7 @@ def compiler():
 
 
 @pytest.mark.slow
+@pytest.mark.long  # test_cifar.py has a shorter one
 def test_compiled_trains_as_eager_does_and_its_set_up_leaves_no_trace(small, compiler):
     """Compiled arithmetic differs in its last bits, which each step makes larger: tight after one epoch, loose after
     two.
@@ -158,8 +159,7 @@ def test_compiled_trains_as_eager_does_and_its_set_up_leaves_no_trace(small, com
     assert (mine - its).norm() <= 0.02 * its.norm()
 
 
-@pytest.mark.slow
-def test_setting_up_the_compiled_backend_changes_no_weight_statistic_or_generator(small, compiler):
+def test_setting_up_the_compiled_backend_changes_no_weight_statistic_or_generator(small, uncompiled):
     torch.manual_seed(0)
     model = CNN(RECIPE, small.num_classes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
