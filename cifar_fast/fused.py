@@ -2,7 +2,7 @@
 
 Everything that a step needs lies on the device: the data set as bytes, the epoch's draws, the learning
 rate of each step of the run, and the number of the step. One call of ``_step`` reads that number,
-trains on its batch, files the losses under it and leaves it one higher. It takes nothing from the
+trains on its batch, files the losses under it, leaves it one higher and the next rate in its place. It takes nothing from the
 host and gives nothing back, so that it is captured once and an epoch is its draws and a replay a step.
 Without a GPU, under Triton's interpreter, the same function is called instead of replayed.
 """
@@ -29,7 +29,7 @@ from cifar_fast.backends import (
     warm_up_draws,
 )
 from cifar_fast.data import Dataset
-from cifar_fast.kernels import BatchNormCELU2d, augment, normalization_table
+from cifar_fast.kernels import BatchNormCELU2d, augment, normalization_table, record
 from cifar_fast.model import CNN
 from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
 
@@ -84,6 +84,7 @@ class Fused:
         for parameter in self.model.parameters():
             # A captured step must not allocate momentum. Starting from zeros equals SGD's lazy start (dampening 0).
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self._start_at(0)
         self.step_graph, self.evaluation_graph = self._capture(self._step), self._capture(self._evaluate)
 
     def reset(self, model: CNN) -> None:
@@ -91,11 +92,11 @@ class Fused:
         self.model.load_state_dict(model.state_dict())
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()
-        self.done.zero_()
+        self._start_at(0)
 
     def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.draws.tensor.copy_(draws.tensor)
-        self.done.fill_(self.epoch % self.recipe.epochs * self.steps)
+        self._start_at(self.epoch % self.recipe.epochs * self.steps)
         self.epoch += 1
         for i in range(self.steps):
             self.step_graph.replay() if self.step_graph else self._step()
@@ -108,11 +109,15 @@ class Fused:
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict()
 
+    def _start_at(self, done: int) -> None:
+        """Make the step ready that follows ``done`` steps of the run, the first of an epoch."""
+        self.done.fill_(done)
+        self.position.zero_()
+        self.rate.copy_(self.schedule[done : done + 1])
+
     def _step(self) -> None:
         recipe = self.recipe
         self.model.train()
-        torch.remainder(self.done, self.steps, out=self.position)
-        torch.index_select(self.schedule, 0, self.done, out=self.rate)
         images, labels = augment(
             self.data.train_images,
             self.draws.tensor,
@@ -128,9 +133,16 @@ class Fused:
         self.model.zero_grad()
         loss.backward(self.ones)
         self.optimizer.step()
-        self.losses.index_copy_(0, self.position, loss.detach()[None])
-        self.correct.index_copy_(0, self.position, correct[None])
-        self.done.add_(1)
+        record(
+            loss.detach(),
+            correct,
+            losses=self.losses,
+            answers=self.correct,
+            schedule=self.schedule,
+            rate=self.rate,
+            done=self.done,
+            position=self.position,
+        )
 
     def _evaluate(self) -> None:
         self.test_correct.copy_(evaluate_by_batches(self.model, self.score, self.data, self.test_batch))
@@ -147,7 +159,7 @@ class Fused:
             try:
                 with torch.cuda.stream(self.stream):
                     for _ in range(WARM_UP):
-                        self.done.zero_()  # a run may have fewer steps
+                        self._start_at(0)  # a run may have fewer steps
                         function()
                 before.wait_stream(self.stream)
                 # On the warm-up's stream, whose workspaces it shares: the default one belongs to the GPU of the
@@ -218,6 +230,8 @@ def fuse(model: CNN) -> CNN:
             model.seq[i], model.seq[i + 1] = fused, nn.Identity()
             if pooled:
                 model.seq[i - 1] = nn.Identity()
+    head = len(layers) - 3  # max-pool, flatten, linear
+    model.seq[head] = GlobalMaxPool2d()
     first = layers[0]
     how = dict(kernel_size=first.kernel_size, padding=first.padding, bias=False)
     model.seq[0] = skip_init(
@@ -225,6 +239,19 @@ def fuse(model: CNN) -> CNN:
     )  # fresh weights would draw random numbers
     model.seq[0].load_state_dict(first.state_dict())
     return model
+
+
+class GlobalMaxPool2d(nn.Module):
+    """The maximum over all pixels, the first where there are several, as ``[N, C, 1, 1]``.
+
+    As one pass of the compiler's in each direction: of torch's own backward it makes three, with atomics.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pixels = x.flatten(2)
+        first = pixels.argmax(dim=2, keepdim=True)
+        chosen = torch.arange(pixels.shape[2], device=x.device) == first
+        return torch.where(chosen, pixels, 0).sum(dim=2)[..., None, None]
 
 
 class PaddedConv2d(nn.Conv2d):

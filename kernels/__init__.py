@@ -13,5 +13,6 @@ if __name__ == "kernels":
 else:
     from .augment import augment, normalization_table
     from .batch_norm_celu import BatchNormCELU2d, batch_norm_celu
+    from .bookkeeping import record
 
-__all__ = ["BatchNormCELU2d", "augment", "batch_norm_celu", "normalization_table"]
+__all__ = ["BatchNormCELU2d", "augment", "batch_norm_celu", "normalization_table", "record"]

@@ -132,7 +132,7 @@ def operator(
 ) -> Any:
     """Register ``cifar_fast::name`` with torch, from the two functions that say all of it.
 
-    ``outputs(*inputs)`` allocates the results, one tensor or a tuple; its signature is the operator's, and it stands in
+    ``outputs(*inputs)`` allocates the results, one tensor, a tuple or None; its signature is the operator's, and it stands in
     for the operator where torch only traces. ``plan(*inputs, *results)`` gives the launches that fill them, and change
     the inputs named in ``mutates``. The operator is opaque to torch.compile, which makes it work under Triton's
     interpreter too, and it wants its inputs in the layout in which they were traced.
@@ -140,8 +140,8 @@ def operator(
 
     def compute(*inputs: Any) -> Any:
         made = outputs(*inputs)
-        results = (made,) if isinstance(made, torch.Tensor) else made
-        run(plan(*inputs, *results), results[0].device)
+        results = (made,) if isinstance(made, torch.Tensor) else made or ()
+        run(plan(*inputs, *results), inputs[0].device)
         return made
 
     schema = torch.library.infer_schema(outputs, mutates_args=mutates)

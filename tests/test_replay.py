@@ -1,0 +1,108 @@
+"""What a CUDA graph does, without a GPU: the step and the evaluation are recorded once, operator by operator, below
+autograd, and then replayed on the same memory while none of our Python runs.
+
+What a replay could not see, a number of the host's or a tensor made anew, shows as another result.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import cifar_fast.fused
+from cifar_fast import CNN, Recipe
+from cifar_fast.augment import draw_epoch, seeded
+from cifar_fast.backends import make_sgd
+from cifar_fast.fused import Fused
+from cifar_fast.kernels.launch import interpreted
+from tests.conftest import small_dataset
+
+pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU the graph itself is replayed")
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(epochs=3, batch_size=4, widths=(4, 8, 8, 16))
+
+
+class Recording(TorchDispatchMode):
+    """Stands in for a ``torch.cuda.CUDAGraph``: what ``function`` calls, and a ``replay`` of it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.calls = []
+        with self:
+            function()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        self.calls.append((operator, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for operator, args, kwargs, out in self.calls:
+            for there, fresh in zip(tree_leaves(out), tree_leaves(operator(*args, **kwargs))):
+                if isinstance(there, torch.Tensor) and there.data_ptr() != fresh.data_ptr():
+                    there.copy_(fresh)
+
+
+def make(dataset):
+    return Fused(RECIPE, dataset, CPU, torch.float32, torch.channels_last)
+
+
+def runs(backend, dataset, seeds=(0, 1)):
+    """Everything that runs of three epochs leave behind, an epoch at a time."""
+    seen = []
+    for seed in seeds:
+        weights, generator = seeded(seed, CPU)
+        backend.reset(CNN(RECIPE, dataset.num_classes, weights))
+        for _ in range(RECIPE.epochs):
+            draws = draw_epoch(len(dataset.train_images), device=CPU, recipe=RECIPE, generator=generator)
+            for loss, correct in backend.train_epoch(draws):
+                seen += [loss.clone(), correct.clone()]
+            seen += [backend.evaluate().clone(), backend.rate.clone(), backend.done.clone()]
+            seen += [tensor.clone() for tensor in backend.state_dict().values()]
+            seen += [state["momentum_buffer"].clone() for state in backend.optimizer.state.values()]
+    return seen
+
+
+@pytest.fixture
+def fused_sgd(monkeypatch, uncompiled, few_programs):
+    """The optimizer of a GPU, which reads its rate from the device: the CPU's plain one asks for a number."""
+    monkeypatch.setattr(cifar_fast.fused, "make_sgd", lambda *what, fused, **how: make_sgd(*what, fused=True, **how))
+
+
+def recorded(dataset):
+    backend = make(dataset)
+    backend._start_at(0)
+    backend.step_graph, backend.evaluation_graph = Recording(backend._step), Recording(backend._evaluate)
+    return backend
+
+
+def same(ours, theirs):
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.slow  # the interpreter
+def test_replays_of_two_runs_are_the_calls_bit_for_bit(fused_sgd):
+    dataset = small_dataset(train=10, test=7)
+    called = runs(make(dataset), dataset)
+    assert same(runs(recorded(dataset), dataset), called)
+    assert len({loss.sum().item() for loss in called if loss.shape == (4,) and loss.is_floating_point()}) > 10
+
+
+@pytest.mark.slow  # the interpreter
+@pytest.mark.parametrize("mistake", ["the rate is the host's", "a batch is taken twice"])
+def test_a_step_that_a_replay_cannot_repeat_is_told(fused_sgd, monkeypatch, mistake):
+    dataset, step = small_dataset(train=10, test=7), Fused._step
+
+    def broken(self):
+        if mistake == "the rate is the host's":
+            self.optimizer.param_groups[0]["lr"] = torch.tensor([self.rate.item()])
+            step(self)
+        else:
+            step(self)
+            self.position.copy_(torch.tensor([self.position.item() * 0]))
+
+    called = runs(make(dataset), dataset, seeds=(0,))
+    monkeypatch.setattr(Fused, "_step", broken)
+    assert not same(runs(recorded(dataset), dataset, seeds=(0,)), called)
