@@ -1,10 +1,10 @@
 """The fused backend: our kernels, torch.compile for the rest, and on a GPU a whole step in one CUDA graph.
 
-Everything that a step needs lies on the device: the data set as bytes, the epoch's draws, the learning
-rate of each step of the run, and the number of the step. One call of ``_step`` reads that number,
-trains on its batch, files the losses under it, leaves it one higher and the next rate in its place. It takes nothing from the
-host and gives nothing back, so that it is captured once and an epoch is its draws and a replay a step.
-Without a GPU, under Triton's interpreter, the same function is called instead of replayed.
+Everything that a step needs lies on the device: the data set as bytes, the epoch's draws, the learning rate of each
+step of the run, and the number of the step. One call of ``_step`` reads that number, trains on its batch, files the
+losses under it, leaves it one higher and the next rate in its place. It takes nothing from the host and gives nothing
+back, so that it is captured once and an epoch is its draws and a replay a step. Without a GPU, under Triton's
+interpreter, the same function is called instead of replayed.
 """
 
 from __future__ import annotations
@@ -248,10 +248,10 @@ class GlobalMaxPool2d(nn.Module):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pixels = x.flatten(2)
-        first = pixels.argmax(dim=2, keepdim=True)
-        chosen = torch.arange(pixels.shape[2], device=x.device) == first
-        return torch.where(chosen, pixels, 0).sum(dim=2)[..., None, None]
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [N, H W, C], as they lie in memory, and so the gradient will
+        first = pixels.argmax(dim=1, keepdim=True)
+        chosen = torch.arange(pixels.shape[1], device=x.device)[:, None] == first
+        return torch.where(chosen, pixels, 0).sum(dim=1)[..., None, None]
 
 
 class PaddedConv2d(nn.Conv2d):

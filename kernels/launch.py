@@ -132,10 +132,10 @@ def operator(
 ) -> Any:
     """Register ``cifar_fast::name`` with torch, from the two functions that say all of it.
 
-    ``outputs(*inputs)`` allocates the results, one tensor, a tuple or None; its signature is the operator's, and it stands in
-    for the operator where torch only traces. ``plan(*inputs, *results)`` gives the launches that fill them, and change
-    the inputs named in ``mutates``. The operator is opaque to torch.compile, which makes it work under Triton's
-    interpreter too, and it wants its inputs in the layout in which they were traced.
+    ``outputs(*inputs)`` allocates the results, one tensor, a tuple or None; its signature is the operator's, and it
+    stands in for the operator where torch only traces. ``plan(*inputs, *results)`` gives the launches that fill them,
+    and change the inputs named in ``mutates``. The operator is opaque to torch.compile, which makes it work under
+    Triton's interpreter too, and it wants its inputs in the layout in which they were traced.
     """
 
     def compute(*inputs: Any) -> Any:
