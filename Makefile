@@ -2,14 +2,16 @@
 # make test        set up, then run the whole test suite
 # make test-fast   the same without the tests marked slow
 # make test-long   the same with those that take minutes
+# make test-stand-in   run the tests marked gpu on a stand-in for a GPU, where $(STAND_IN) and gcc are there
 # make lint        format, lint, types
 # make docs        write docs/cli.md anew from the commands' own flags
 
 PYTHON ?= python3
 VENV ?= .venv
 IN := $(VENV)/bin/python
+STAND_IN ?= ../shared/gpu_stand_in
 
-.PHONY: demo test test-fast test-long lint docs
+.PHONY: demo test test-fast test-long test-stand-in lint docs
 
 demo: $(VENV)/installed
 	$(IN) -m cifar_fast.train --dataset synthetic --widths 16 32 32 32 64 128 128 128 --epochs 6 --batch-size 128 --output runs/demo --overwrite
@@ -22,6 +24,13 @@ test-fast: $(VENV)/installed
 
 test-long: $(VENV)/installed
 	$(IN) -m pytest -n auto -m ""
+
+# Not those about time: nothing there takes any, and there is no profiler.
+test-stand-in: $(VENV)/installed
+	@if [ ! -d $(STAND_IN) ]; then echo "skipped: $(STAND_IN) is not there"; \
+	elif ! command -v gcc > /dev/null; then echo "skipped: no gcc here"; \
+	else $(IN) $(STAND_IN)/run.py --values -m pytest -m "gpu and not slow and not long" tests \
+		--ignore tests/test_profile.py --ignore tests/test_bench_cases.py; fi
 
 lint: $(VENV)/installed
 	$(IN) -m ruff format --check

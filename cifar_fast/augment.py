@@ -7,6 +7,9 @@ square of the cutout is then set to zero, which is the mean color of normalized 
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +71,11 @@ def draw_epoch(
     The calls and their order are the reference script's, so the same seed gives the same epoch.
     """
     recipe = recipe or Recipe()
+    with _in_default(generator):
+        return _draw(n, recipe, device, generator)
+
+
+def _draw(n: int, recipe: Recipe, device: torch.device | str, generator: torch.Generator | None) -> Draws:
     crops = (recipe.crop_padding + 1) ** 2
     cutouts = (IMAGE_SIZE + 1 - recipe.cutout_size) ** 2
     where: dict[str, Any] = dict(device=device, generator=generator)
@@ -76,6 +84,30 @@ def draw_epoch(
     flip = torch.randint(0 if recipe.flip else 1, 2, (n,), **where)
     cutout = torch.randint(cutouts, (n,), **where)
     return Draws(torch.stack((permutation, crop, flip, cutout)))
+
+
+_default_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _in_default(generator: torch.Generator | None) -> Iterator[None]:
+    """Have a GPU's default generator where ``generator`` is meanwhile, and back where it was.
+
+    A GPU draws from ``generator`` itself; what stands in for one may know the default alone, and move that on.
+    """
+    if generator is None or generator.device.type != "cuda":
+        yield
+        return
+    with _default_lock:
+        default = torch.cuda.default_generators[generator.device.index]
+        before, start = default.get_state(), generator.get_offset()
+        default.set_state(generator.get_state())
+        try:
+            yield
+        finally:
+            if default.get_offset() != start:
+                generator.set_offset(default.get_offset())
+            default.set_state(before)
 
 
 def augment(

@@ -200,6 +200,15 @@ def test_a_report_that_cannot_be_written_is_said_before_the_work(npz, capsys, tm
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["fused", "compiled"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_both_are_eager_on_a_gpu(npz, dtype, backend):
+    flags = f"--dataset npz --data-dir {npz} --widths 4 8 8 8 16 32 32 32 --device cuda --batch-size 32 --steps 4"
+    assert main(f"{flags} --dtype {dtype} --backend {backend}".split()) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_fused_is_eager_on_a_gpu_at_full_width(tmp_path, dtype):
     dataset = save_npz(tmp_path / "small.npz", small_dataset(train=1024, test=6, classes=10))

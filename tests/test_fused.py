@@ -3,6 +3,8 @@ interpreter.
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from cifar_fast.fused import CHANNELS, Fused, GlobalMaxPool2d, fastest_determini
 from cifar_fast.kernels.bookkeeping import record_reference
 from tests.conftest import NARROW, small_dataset
 
+GPU_RECIPE = Recipe(epochs=2, batch_size=8, widths=(16, 16, 32, 32))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 RECIPE = Recipe(epochs=2, batch_size=4, widths=NARROW)
@@ -277,12 +280,12 @@ def test_auto_falls_back_to_the_next_backend_and_says_so_in_a_line(small, monkey
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_replay_is_the_uncaptured_step_bit_for_bit(dtype):
-    dataset = small_dataset(train=200, test=40)
-    recipe = Recipe(epochs=1, batch_size=64)
+    dataset = small_dataset(train=26, test=11)
+    recipe = Recipe(epochs=1, batch_size=8)
     replayed, _ = make(dataset, recipe, getattr(torch, dtype))
     called, _ = make(dataset, recipe, getattr(torch, dtype))
     called.step_graph = called.evaluation_graph = None
-    draws = draw_epoch(200, device=DEVICE)
+    draws = draw_epoch(26, device=DEVICE)
     with fastest_deterministic_convolutions():
         assert torch.equal(train(replayed, draws)[0], train(called, draws)[0])
     for name, tensor in replayed.state_dict().items():
@@ -292,12 +295,79 @@ def test_a_replay_is_the_uncaptured_step_bit_for_bit(dtype):
 
 @pytest.mark.gpu
 def test_an_epoch_does_not_wait_for_the_device():
-    backend, _ = make(small_dataset(train=2000, test=40), Recipe(epochs=2, batch_size=64), torch.float16)
-    draws = draw_epoch(2000, device=DEVICE)
+    backend, _ = make(small_dataset(train=100, test=11), Recipe(epochs=2, batch_size=8), torch.float16)
+    draws = draw_epoch(100, device=DEVICE)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         scores = list(backend.train_epoch(draws))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(scores) == 31
+    assert len(scores) == 12
+
+
+def asks_the_host(self):
+    self.rate.item()
+
+
+def copies_from_the_host(self):
+    self.rate.copy_(torch.ones(1))
+
+
+def raises(self):
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError("a mistake in the step")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mistake", [asks_the_host, copies_from_the_host, raises])
+def test_a_capture_that_fails_leaves_the_process_usable_and_auto_goes_on(monkeypatch, mistake):
+    step, stream = Fused._step, torch.cuda.current_stream()
+
+    def broken(self):
+        step(self)
+        mistake(self)
+
+    monkeypatch.setattr(Fused, "_step", broken)
+    lines = []
+    result = fit(GPU_RECIPE, small_dataset(train=18, test=7), device="cuda", dtype="float16", log=lines.append)
+    assert result.backend == "compiled" and len(result.rows) == GPU_RECIPE.epochs
+    (said,) = [line for line in result.auto if "cannot be set up" in line]
+    assert "previous error" not in said
+    assert mistake is not raises or "ValueError: a mistake in the step" in said
+    assert f"auto: {said}" in lines
+    assert torch.cuda.current_stream() == stream
+    assert sorted(torch.randperm(5, device="cuda").tolist()) == list(range(5))
+    monkeypatch.undo()
+    again = fit(GPU_RECIPE, small_dataset(train=18, test=7), backend="fused", device="cuda", dtype="float16", log=None)
+    assert again.backend == "fused"
+
+
+@pytest.mark.gpu
+def test_a_backend_that_is_dropped_gives_its_memory_back_without_the_collector():
+    make(small_dataset(train=10, test=6), GPU_RECIPE)  # what stays for all that follow: workspaces, compiled code
+    gc.collect()
+    gc.disable()
+    try:
+        before = torch.cuda.memory_allocated()
+        backend, _ = make(small_dataset(train=10, test=6), GPU_RECIPE)
+        assert torch.cuda.memory_allocated() > before
+        dropped = weakref.ref(backend)
+        del backend
+        assert dropped() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_backend_on_a_second_gpu_works_after_one_on_the_first(order):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU is here")
+    losses = [
+        fit(GPU_RECIPE, small_dataset(train=18, test=7), backend="fused", device=f"cuda:{i}", log=None)
+        .rows[-1]
+        .train_loss
+        for i in order
+    ]
+    assert losses[0] == losses[1]

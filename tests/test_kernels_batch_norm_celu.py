@@ -607,9 +607,11 @@ def test_every_masked_load_says_what_the_rest_is(path):
             assert "atomic" not in ast.unparse(node.func), f"{path.name}:{node.lineno}"
 
 
-RECIPE_SHAPES = list(
-    dict.fromkeys((512, block.c_out, block.size, block.size, block.pool) for block in Recipe().blocks())
-)
+RECIPE_SHAPES = [
+    pytest.param((n, *shape), marks=[pytest.mark.slow] * (n == 512), id="x".join(map(str, (n, *shape))))
+    for n in (8, 512)
+    for shape in dict.fromkeys((block.c_out, block.size, block.size, block.pool) for block in Recipe().blocks())
+]
 
 
 @pytest.mark.gpu

@@ -13,11 +13,11 @@ import cifar_fast.fused
 from cifar_fast import CNN, Recipe
 from cifar_fast.augment import draw_epoch, seeded
 from cifar_fast.backends import make_sgd
-from cifar_fast.fused import Fused
+from cifar_fast.fused import Fused, fastest_deterministic_convolutions
 from cifar_fast.kernels.launch import interpreted
 from tests.conftest import small_dataset
 
-pytestmark = pytest.mark.skipif(not interpreted(), reason="on a GPU the graph itself is replayed")
+interpreter = pytest.mark.skipif(not interpreted(), reason="on a GPU the graph itself is replayed")
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(epochs=3, batch_size=4, widths=(4, 8, 8, 16))
@@ -45,18 +45,18 @@ class Recording(TorchDispatchMode):
                     there.copy_(fresh)
 
 
-def make(dataset):
-    return Fused(RECIPE, dataset, CPU, torch.float32, torch.channels_last)
+def make(dataset, device=CPU, dtype=torch.float32):
+    return Fused(RECIPE, dataset, device, dtype, torch.channels_last)
 
 
 def runs(backend, dataset, seeds=(0, 1)):
     """Everything that runs of three epochs leave behind, an epoch at a time."""
     seen = []
     for seed in seeds:
-        weights, generator = seeded(seed, CPU)
+        weights, generator = seeded(seed, backend.device)
         backend.reset(CNN(RECIPE, dataset.num_classes, weights))
         for _ in range(RECIPE.epochs):
-            draws = draw_epoch(len(dataset.train_images), device=CPU, recipe=RECIPE, generator=generator)
+            draws = draw_epoch(len(dataset.train_images), device=backend.device, recipe=RECIPE, generator=generator)
             for loss, correct in backend.train_epoch(draws):
                 seen += [loss.clone(), correct.clone()]
             seen += [backend.evaluate().clone(), backend.rate.clone(), backend.done.clone()]
@@ -82,6 +82,7 @@ def same(ours, theirs):
     return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
+@interpreter
 @pytest.mark.slow  # the interpreter
 def test_replays_of_two_runs_are_the_calls_bit_for_bit(fused_sgd):
     dataset = small_dataset(train=10, test=7)
@@ -90,6 +91,7 @@ def test_replays_of_two_runs_are_the_calls_bit_for_bit(fused_sgd):
     assert len({loss.sum().item() for loss in called if loss.shape == (4,) and loss.is_floating_point()}) > 10
 
 
+@interpreter
 @pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("mistake", ["the rate is the host's", "a batch is taken twice"])
 def test_a_step_that_a_replay_cannot_repeat_is_told(fused_sgd, monkeypatch, mistake):
@@ -106,3 +108,13 @@ def test_a_step_that_a_replay_cannot_repeat_is_told(fused_sgd, monkeypatch, mist
     called = runs(make(dataset), dataset, seeds=(0,))
     monkeypatch.setattr(Fused, "_step", broken)
     assert not same(runs(recorded(dataset), dataset, seeds=(0,)), called)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_replays_of_the_graph_of_two_runs_are_the_calls_bit_for_bit(dtype):
+    dataset, device = small_dataset(train=10, test=7), torch.device("cuda", 0)
+    replayed, called = make(dataset, device, dtype), make(dataset, device, dtype)
+    called.step_graph = called.evaluation_graph = None
+    with fastest_deterministic_convolutions():
+        assert same(runs(replayed, dataset), runs(called, dataset))
