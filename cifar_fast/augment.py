@@ -99,7 +99,8 @@ def _in_default(generator: torch.Generator | None) -> Iterator[None]:
         yield
         return
     with _default_lock:
-        default = torch.cuda.default_generators[generator.device.index]
+        index = torch.cuda.current_device() if generator.device.index is None else generator.device.index
+        default = torch.cuda.default_generators[index]
         before, start = default.get_state(), generator.get_offset()
         default.set_state(generator.get_state())
         try:

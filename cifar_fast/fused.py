@@ -163,8 +163,8 @@ class Fused:
                         function()
                 before.wait_stream(self.stream)
                 # On the warm-up's stream, whose workspaces it shares: the default one belongs to the GPU of the
-                # process's first capture. Other threads may go on with what a capture forbids.
-                with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                # process's first capture.
+                with torch.cuda.graph(graph, stream=self.stream):
                     try:
                         function()
                     except Exception as error:

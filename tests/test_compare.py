@@ -200,9 +200,18 @@ def test_a_report_that_cannot_be_written_is_said_before_the_work(npz, capsys, tm
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["fused", "compiled"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_both_are_eager_on_a_gpu(npz, dtype, backend):
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("fused", "float16"),
+        pytest.param("fused", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("fused", "float32", marks=pytest.mark.slow),
+        pytest.param("compiled", "float16", marks=pytest.mark.slow),
+        pytest.param("compiled", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("compiled", "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_both_are_eager_on_a_gpu(npz, backend, dtype):
     flags = f"--dataset npz --data-dir {npz} --widths 4 8 8 8 16 32 32 32 --device cuda --batch-size 32 --steps 4"
     assert main(f"{flags} --dtype {dtype} --backend {backend}".split()) == 0
 

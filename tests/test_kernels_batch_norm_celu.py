@@ -614,8 +614,11 @@ RECIPE_SHAPES = [
 ]
 
 
+slow_dtypes = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float32)]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, *slow_dtypes])
 @pytest.mark.parametrize("shape", RECIPE_SHAPES)
 @pytest.mark.parametrize("training", [True, False])
 def test_parity_at_the_recipes_shapes_on_a_gpu(shape, dtype, training):

@@ -183,9 +183,18 @@ def test_a_compiler_that_is_missing_is_said(monkeypatch, small):
         train(small, backend="compiled")
 
 
+SLOW = [("fused", "bfloat16"), ("fused", "float32")]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["eager", "compiled", "fused"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param(backend, dtype, marks=[pytest.mark.slow] * (backend == "compiled" or (backend, dtype) in SLOW))
+        for backend in ("eager", "compiled", "fused")
+        for dtype in ("float16", "bfloat16", "float32")
+    ],
+)
 def test_every_backend_trains_on_a_gpu(backend, dtype):
     dataset = small_dataset(train=18, test=7)
     result = fit(Recipe(epochs=3, batch_size=8), dataset, backend=backend, device="cuda", dtype=dtype, log=None)
