@@ -29,7 +29,7 @@ test-long: $(VENV)/installed
 test-stand-in: $(VENV)/installed
 	@if [ ! -d $(STAND_IN) ]; then echo "skipped: $(STAND_IN) is not there"; \
 	elif ! command -v gcc > /dev/null; then echo "skipped: no gcc here"; \
-	else $(IN) $(STAND_IN)/run.py --values -m pytest -m "gpu and not slow and not long" tests \
+	else $(IN) $(STAND_IN)/run.py --values --devices 2 -m pytest -m "gpu and not slow and not long" tests \
 		--ignore tests/test_profile.py --ignore tests/test_bench_cases.py; fi
 
 lint: $(VENV)/installed
