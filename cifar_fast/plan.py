@@ -123,6 +123,8 @@ def fused_unavailable_reason(device: torch.device) -> str | None:
         )
     if interpreted():
         return "TRITON_INTERPRET=1 is set, and a CUDA graph cannot hold interpreted kernels"
+    if torch.version.hip:
+        return "an AMD GPU, and its kernels are made for NVIDIA's"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_GPU:
         return "a GPU of compute capability {}.{}, and its kernels need {}.{}".format(*capability, *OLDEST_GPU)

@@ -4,6 +4,7 @@ interpreter.
 
 import copy
 import gc
+import sys
 import weakref
 
 import pytest
@@ -15,6 +16,7 @@ from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
 from cifar_fast.backends import Eager
 from cifar_fast.fused import CHANNELS, Fused, GlobalMaxPool2d, fastest_deterministic_convolutions, fuse
 from cifar_fast.kernels.bookkeeping import record_reference
+from cifar_fast.plan import resolve
 from tests.conftest import NARROW, small_dataset
 
 GPU_RECIPE = Recipe(epochs=2, batch_size=4, widths=(4, 8, 8, 16))
@@ -246,6 +248,45 @@ def test_an_old_gpu_is_refused_with_the_reason(monkeypatch):
     assert fused_unavailable_reason(torch.device("cuda")) == "a GPU of compute capability 6.1, and its kernels need 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert fused_unavailable_reason(torch.device("cuda")) is None
+
+
+def on_hip(patch):
+    patch.setattr(torch.version, "hip", "6.4")
+
+
+def without_triton(patch):
+    patch.setitem(sys.modules, "cifar_fast.kernels.launch", None)
+
+
+def on_an_old_card(patch):
+    patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+
+
+@pytest.mark.parametrize(
+    ("situation", "reason"),
+    [
+        (on_hip, "an AMD GPU, and its kernels are made for NVIDIA's"),
+        (without_triton, "its kernels cannot be imported: "),
+        (on_an_old_card, "a GPU of compute capability 7.0, and its kernels need 7.5"),
+    ],
+)
+def test_what_auto_takes_on_other_machines_with_a_gpu(monkeypatch, situation, reason):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    situation(monkeypatch)
+    plan = resolve("auto")
+    assert plan.backends == ("compiled", "eager") and plan.device.type == "cuda"
+    assert f"the fused backend cannot run here ({reason}" in plan.reason and "compiled instead" in plan.reason
+    with pytest.raises(InputError, match=r"the fused backend cannot run here .*; use --backend"):
+        resolve("fused")
+
+
+def test_without_a_usable_gpu_auto_says_so(monkeypatch):
+    """As with a driver too old for this torch, which warns, or with an empty CUDA_VISIBLE_DEVICES."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan = resolve("auto")
+    assert plan.backends == ("eager",) and plan.reason.startswith("no CUDA GPU is here")
 
 
 def test_auto_falls_back_to_the_next_backend_and_says_so_in_a_line(small, monkeypatch):
