@@ -17,13 +17,13 @@ demo: $(VENV)/installed
 	$(IN) -m cifar_fast.train --dataset synthetic --widths 16 32 32 32 64 128 128 128 --epochs 6 --batch-size 128 --output runs/demo --overwrite
 
 test: $(VENV)/installed
-	$(IN) -m pytest -n auto
+	$(IN) -m pytest -n auto --dist worksteal
 
 test-fast: $(VENV)/installed
-	$(IN) -m pytest -n auto -m "not slow and not long"
+	$(IN) -m pytest -n auto --dist worksteal -m "not slow and not long"
 
 test-long: $(VENV)/installed
-	$(IN) -m pytest -n auto -m ""
+	$(IN) -m pytest -n auto --dist worksteal -m ""
 
 # Not those about time: nothing there takes any, and there is no profiler.
 test-stand-in: $(VENV)/installed

@@ -44,7 +44,10 @@ def compiler(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "target"), [("float16", "sm_75"), ("bfloat16", "sm_80"), ("float32", "sm_120")])
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    [("float16", "sm_75"), pytest.param("bfloat16", "sm_80", marks=pytest.mark.long), ("float32", "sm_120")],
+)
 def test_every_kernel_compiles_for_old_and_new_targets_without_spills_and_with_wide_accesses(dtype, target, tmp_path):
     """One target each: all seven in three types take many minutes, and `python -m benchmarks compile` does them."""
     rows = str(tmp_path / "rows.json")

@@ -196,7 +196,7 @@ def test_any_shape(shape, pool, training, dtype, seed):
 
 @pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("pool", [1, 2])
-@pytest.mark.parametrize("shape", [(3, 12, 6, 4), (2, 9, 7, 5), (1, 8, 2, 4), (4, 17, 5, 3)])
+@pytest.mark.parametrize("shape", [(2, 9, 7, 5), (1, 8, 2, 4), (2, 17, 5, 3)])
 def test_several_blocks_per_split_and_splits_per_channel(shape, pool, small_blocks):
     assert_as_good_as_eager(make(shape, torch.float32), training=True, pool=pool)
     assert_as_good_as_eager(make(shape, torch.float32, shift=1000), training=True, pool=pool)

@@ -93,7 +93,9 @@ def test_replays_of_two_runs_are_the_calls_bit_for_bit(fused_sgd):
 
 @interpreter
 @pytest.mark.slow  # the interpreter
-@pytest.mark.parametrize("mistake", ["the rate is the host's", "a batch is taken twice"])
+@pytest.mark.parametrize(
+    "mistake", ["the rate is the host's", pytest.param("a batch is taken twice", marks=pytest.mark.long)]
+)
 def test_a_step_that_a_replay_cannot_repeat_is_told(fused_sgd, monkeypatch, mistake):
     dataset, step = small_dataset(train=10, test=7), Fused._step
 
