@@ -32,6 +32,7 @@ def published(tmp_path):
     return tmp_path, sets
 
 
+@pytest.mark.slow
 def test_the_command_reports_the_published_sets(published, small, capsys):
     root, _ = published
     npz = save_npz(root / "small.npz", small)

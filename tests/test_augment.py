@@ -32,6 +32,7 @@ def pictures(n, channels=3, seed=0):
     return torch.randn(n, SIZE, SIZE, channels, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 def test_every_choice_agrees_with_the_reference_pairwise():
     """Every crop with every flip, and each with every cutout: 25 x 625 and 2 x 625 pairs, the third at random."""
     generator = torch.Generator().manual_seed(0)

@@ -69,6 +69,7 @@ def test_a_comparison_on_cifar10(cifar10, few_programs, uncompiled):
     assert cifar_fast.compare.main(f"{flags} --backend fused --against eager".split()) == 0
 
 
+@pytest.mark.slow
 def test_eager_is_in_the_scripts_layout_and_channels_last_gives_other_bits(cifar10, tmp_path):
     """If not, a test of parity cannot tell which of the two layouts it holds."""
     for memory_format in ("auto", "contiguous_format", "channels_last"):

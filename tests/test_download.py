@@ -213,6 +213,7 @@ def test_a_slow_source_is_left_for_the_next_which_goes_on_from_the_same_bytes(tm
     assert any(line.startswith(f"{slow.url}: ") and "kB/s, the next source goes on" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_where_all_are_slow_the_fastest_finishes(tmp_path, serve):
     slow, slower = serve(DATA, rate=150_000), serve(DATA, rate=50_000)
     lines = bring(tmp_path, slower.url, slow.url)
@@ -460,6 +461,7 @@ def hub(tmp_path, monkeypatch):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub_trains(hub, tmp_path):
     _, small = hub
     assert main([*TINY.split(), "--dataset", "hf:someone/images"]) == 0

@@ -99,6 +99,7 @@ def test_the_heads_pool_is_torchs_with_its_gradient(values):
     assert values == "NaN" or torch.equal(our_gradient, gradient)  # of several NaN torch takes the last
 
 
+@pytest.mark.slow  # the interpreter
 def test_set_up_leaves_no_trace(uncompiled, few_programs):
     dataset = small_dataset(train=10, test=6)
     torch.manual_seed(0)
@@ -115,6 +116,7 @@ def test_set_up_leaves_no_trace(uncompiled, few_programs):
     assert all(not momentum.any() for momentum in momenta(backend)) and backend.done.item() == 0
 
 
+@pytest.mark.slow  # the interpreter
 def test_set_up_does_run_the_step_whose_trace_is_taken_back(uncompiled, few_programs, monkeypatch):
     """Else the test before this one would pass of itself."""
     monkeypatch.setattr(Fused, "reset", lambda self, model: None)

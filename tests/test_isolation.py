@@ -167,6 +167,7 @@ def test_a_generators_epoch_is_that_of_the_same_seed():
     assert torch.equal(drawn.tensor, expected.tensor)
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_in_matplotlibs_own_style(tmp_path):
     dataset = small_dataset()
     dataset = dataclasses.replace(dataset, name="a $ and a $x^$")

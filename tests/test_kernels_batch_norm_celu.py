@@ -30,7 +30,7 @@ from cifar_fast.kernels.launch import TABLE
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 arithmetic is wrong and its rounding cuts off: to pass under it a kernel must do no
 # arithmetic in bfloat16, and stays within the unit in the last place that every comparison here allows.
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.bfloat16))]
 
 
 def truth(x, weight, bias, running_mean, running_var, *, training, momentum=0.1, eps=1e-5, alpha=0.075, pool=1):

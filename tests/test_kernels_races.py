@@ -43,6 +43,7 @@ def test_norm_does_not_depend_on_the_order_of_programs(order, pool, monkeypatch,
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("order", ORDERS)
 def test_augmentation_does_not_depend_on_the_order_of_programs(order, monkeypatch):
     images = torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8)

@@ -222,6 +222,7 @@ def test_what_the_optimiser_calls_is_the_optimisers(tmp_path):
     assert 1000 * optimiser == pytest.approx(step["dur"], rel=0.01)
 
 
+@pytest.mark.slow  # the interpreter
 def test_a_fused_profile_has_lines_for_our_kernels(tmp_path, monkeypatch, uncompiled, few_programs):
     if torch.cuda.is_available():
         pytest.skip("kernels run on the GPU here, see the test for it")
