@@ -6,7 +6,8 @@ import torch
 
 from cifar_fast import CNN, Diverged, InputError, Recipe, draw_epoch, fit
 from cifar_fast.backends import Compiled, Eager
-from cifar_fast.plan import cpu_has_bfloat16
+from cifar_fast.plan import Plan, cpu_has_bfloat16
+from cifar_fast.trainer import fit_plan
 from tests.conftest import NARROW, small_dataset
 
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
@@ -181,6 +182,36 @@ def test_a_compiler_that_is_missing_is_said(monkeypatch, small):
         InputError, match=r"the compiled backend cannot be set up here \(RuntimeError: no compiler\); see --backend"
     ):
         train(small, backend="compiled")
+
+
+@pytest.mark.parametrize("where", ["set-up", "training"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_out_of_memory_names_the_batch_size(monkeypatch, small, where, error):
+    def fail(*args, **how):
+        raise error
+
+    monkeypatch.setattr(Eager, "__init__" if where == "set-up" else "train_epoch", fail)
+    with pytest.raises(InputError, match=r"out of memory.* at --batch-size 32") as caught:
+        train(small)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_first_cause_is_told_and_the_traceback_can_be_had(monkeypatch, small, caplog):
+    """The compiler raises an error of its own that hides the reason in its second line."""
+
+    class CompilerFailed(RuntimeError):
+        inner_exception = ValueError("a type that it lacks\nand more")
+
+    def broken(*args, **how):
+        raise CompilerFailed("backend='inductor' raised:\nValueError: a type that it lacks")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    plan = Plan(("compiled", "eager"), torch.device("cpu"), torch.float32, torch.channels_last, "")
+    with caplog.at_level("INFO", "cifar_fast"):
+        result = fit_plan(RECIPE, small, plan, log=None)
+    said = "the compiled backend cannot be set up here (ValueError: a type that it lacks)"
+    assert result.auto == [f"{said}, eager instead"]
+    assert said in caplog.text and "in broken" in caplog.text
 
 
 SLOW = [("fused", "bfloat16"), ("fused", "float32")]
