@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_fast import Recipe, fit
+from cifar_fast import CNN, Recipe, fit
 from cifar_fast.augment import draw_epoch
+from cifar_fast.backends import Eager
 from cifar_fast.compare import compare
 from cifar_fast.plan import resolve
+from cifar_fast.profile import profile
 from tests.conftest import NARROW, small_dataset
 
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
@@ -102,6 +104,21 @@ def test_compare_gives_the_same_rows_and_the_callers_state_between_them(small):
             torch.rand(7)
             assert torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
     assert seen == alone
+
+
+def test_a_profile_trains_as_alone_and_gives_the_callers_state_back(small, tmp_path):
+    def weights():
+        backend = Eager(RECIPE, small, torch.device("cpu"), torch.float32, torch.contiguous_format)
+        backend.reset(CNN(RECIPE, small.num_classes, torch.Generator().manual_seed(1)))
+        draws = draw_epoch(96, device="cpu", generator=torch.Generator().manual_seed(2))
+        profile(backend, draws, tmp_path / "profile", steps=1, log=lambda line: None)
+        return {name: tensor.clone() for name, tensor in backend.state_dict().items()}
+
+    alone = weights()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        surrounded = weights()
+        assert torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+    assert all(torch.equal(surrounded[name], tensor) for name, tensor in alone.items())
 
 
 def test_the_callers_random_numbers_go_on_as_if_nothing_had_been(small):

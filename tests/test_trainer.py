@@ -35,14 +35,6 @@ def test_run_i_is_the_single_run_with_seed_s_plus_i(small):
     assert both.rows[0].train_loss != both.rows[2].train_loss
 
 
-def test_the_callers_generator_is_left_as_it_was(small):
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    train(small)
-    assert torch.equal(torch.rand(3), expected)
-
-
 def test_the_result_tells_of_rows_runs_and_data(small):
     result = train(small, runs=2)
     assert [(row.run, row.epoch) for row in result.rows] == [(0, 1), (0, 2), (1, 1), (1, 2)]
