@@ -108,7 +108,7 @@ class Dataset:
     def facts(self) -> dict[str, Any]:
         """What a summary says of the data."""
         return {
-            "name": self.name,
+            "name": str(self.name),
             "digest": self.digest,
             "train_images": len(self.train_images),
             "test_images": len(self.test_images),

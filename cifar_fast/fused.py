@@ -192,7 +192,8 @@ def leave_capture(stream: torch.cuda.Stream) -> None:
     torch.cuda.set_stream(stream)
     side = torch.cuda.Stream()
     side.wait_stream(stream)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):
+    # Where the GPU takes nothing more, the first error is the one to tell.
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):
         torch.zeros(1, device=stream.device)
     torch.cuda.set_stream(stream)
 

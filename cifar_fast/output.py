@@ -140,9 +140,7 @@ class Output:
         try:
             write()
             self.failures.pop(name, None)
-        except (
-            Exception
-        ) as error:  # a full disk is an OSError or, in torch.save, a RuntimeError; matplotlib has its own
+        except Exception as error:  # a full disk is a RuntimeError in torch.save, and matplotlib has its own
             if name not in self.failures:
                 self.failures[name] = f"{self.path / name} could not be written ({first_line(error)})"
                 self.report(self.failures[name])

@@ -5,6 +5,7 @@ import math
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,7 +239,9 @@ def test_a_new_folder_is_one_runs_own(tmp_path):
 
 
 def test_numbers_of_numpy_do_for_seed_and_runs(tmp_path, small):
-    fit(RECIPE, small, output=tmp_path / "out", seed=np.int64(3), runs=np.int32(1), **HOW)
+    named = dataclasses.replace(small, name=Path("a/name"))  # and what has a text does for a name
+    result = fit(RECIPE, named, output=tmp_path / "out", seed=np.int64(3), runs=np.int32(1), **HOW)
+    assert not result.unwritten
     assert json.loads((tmp_path / "out/summary.json").read_text())["runs"][0]["seed"] == 3
     with pytest.raises(InputError, match=r"seed and runs must be whole numbers, not 1\.0 and 1"):
         fit(RECIPE, small, seed=1.0, **HOW)
