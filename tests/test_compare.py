@@ -210,7 +210,10 @@ def test_a_report_that_cannot_be_written_is_said_before_the_work(npz, capsys, tm
     ],
 )
 def test_both_are_eager_on_a_gpu(npz, backend, dtype):
-    flags = f"--dataset npz --data-dir {npz} --widths 4 8 8 8 16 32 32 32 --device cuda --batch-size 32 --steps 4"
+    """With 16,384 windows in the last pool: of a thousand so few tie that whether a side's gradient shows one is luck,
+    and differs from machine to machine.
+    """
+    flags = f"--dataset npz --data-dir {npz} --widths 4 8 8 8 16 32 32 256 --device cuda --batch-size 64 --steps 4"
     assert main(f"{flags} --dtype {dtype} --backend {backend}".split()) == 0
 
 
