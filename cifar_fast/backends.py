@@ -11,7 +11,7 @@ import ctypes
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 
@@ -23,6 +23,9 @@ from cifar_fast.recipe import Recipe
 
 Score = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Takes images ``[B, C, S, S]`` and labels ``[B]``; gives losses ``[B]`` and whether each is right, bool ``[B]``."""
+
+
+Scoring = TypeVar("Scoring", bound=Callable[..., Any])
 
 
 class Backend(Protocol):
@@ -197,9 +200,9 @@ def make_score(model: CNN, recipe: Recipe, device: torch.device, dtype: torch.dt
     return score
 
 
-def compile_score(score: Score) -> Score:
+def compile_score(score: Scoring) -> Scoring:
     """``score`` under torch.compile, whole."""
-    return torch.compile(fresh_code(score), dynamic=False, fullgraph=True)
+    return cast(Scoring, torch.compile(fresh_code(score), dynamic=False, fullgraph=True))
 
 
 def fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -145,7 +145,13 @@ def _follow(side: Backend, leader: Backend) -> None:
     side.model.load_state_dict(leader.model.state_dict())
     for mine, its in zip(side.model.parameters(), leader.model.parameters()):
         if its in leader.optimizer.state and mine in side.optimizer.state:  # not before a first step
-            side.optimizer.state[mine]["momentum_buffer"].copy_(leader.optimizer.state[its]["momentum_buffer"])
+            own, other = (one.optimizer.state[p]["momentum_buffer"] for one, p in ((side, mine), (leader, its)))
+            _common(own, other).copy_(_common(other, own))
+
+
+def _common(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``tensor`` without the input channels that ``other`` has not: fused's first weight has more, which are zeros."""
+    return tensor[:, : other.shape[1]] if tensor.dim() > 1 else tensor
 
 
 def _tensors(side: Backend, loss: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:
@@ -176,7 +182,7 @@ def _row(
     dtype: torch.dtype,
 ) -> Row:
     """``of_sides``: by ours, theirs, eager in ours' memory format, eager in higher precision, and eager in float64."""
-    ours, theirs, eager, higher, truth = of_sides
+    ours, theirs, eager, higher, truth = (_common(one, of_sides[-1]) for one in of_sides)
 
     def relative(a: torch.Tensor, b: torch.Tensor) -> float:
         distance, size = float((a - b).norm()), float(b.norm())

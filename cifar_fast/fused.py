@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import skip_init
 
 from cifar_fast.augment import Draws
 from cifar_fast.backends import (
@@ -23,13 +23,12 @@ from cifar_fast.backends import (
     compile_score,
     evaluate_by_batches,
     make_model,
-    make_score,
     make_sgd,
     planar,
     warm_up_draws,
 )
 from cifar_fast.data import Dataset
-from cifar_fast.kernels import BatchNormCELU2d, augment, normalization_table, record
+from cifar_fast.kernels import BatchNormCELU2d, augment, cross_entropy, normalization_table, record
 from cifar_fast.model import CNN
 from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
 
@@ -75,10 +74,9 @@ class Fused:
 
         # The compiled code and the graphs hold this model's tensors; each run copies its weights into them.
         self.model = make_model(recipe, dataset, device, dtype, fuse).to(memory_format=memory_format)
-        self.score = compile_score(make_score(self.model, recipe, device, dtype))
+        self.score = compile_score(make_head(self.model, recipe, device, dtype))
         loss_dtype = torch.float16 if dtype == torch.float16 else torch.float32
         self.losses = torch.zeros(self.steps, size, dtype=loss_dtype, device=device)
-        self.ones = torch.ones(size, dtype=loss_dtype, device=device)  # the gradient of the losses' sum
         # On a CPU torch 2.11's fused SGD is wrong in half precision.
         self.optimizer = make_sgd(self.model, recipe, lr=self.rate, fused=device.type == "cuda")
         for parameter in self.model.parameters():
@@ -129,12 +127,12 @@ class Fused:
             padding=recipe.crop_padding,
             cutout_size=recipe.cutout_size,
         )
-        loss, correct = self.score(images, labels)
+        outputs, loss, correct, gradient = self.score(images, labels)
         self.model.zero_grad()
-        loss.backward(self.ones)
+        outputs.backward(gradient)
         self.optimizer.step()
         record(
-            loss.detach(),
+            loss,
             correct,
             losses=self.losses,
             answers=self.correct,
@@ -145,7 +143,11 @@ class Fused:
         )
 
     def _evaluate(self) -> None:
-        self.test_correct.copy_(evaluate_by_batches(self.model, self.score, self.data, self.test_batch))
+        def score(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            _, loss, correct, _ = self.score(images, labels)
+            return loss, correct
+
+        self.test_correct.copy_(evaluate_by_batches(self.model, score, self.data, self.test_batch))
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """Run ``function`` until nothing in it is left to compile or choose; on a GPU, give the graph of a call."""
@@ -198,6 +200,24 @@ def leave_capture(stream: torch.cuda.Stream) -> None:
     torch.cuda.set_stream(stream)
 
 
+Head = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def make_head(model: CNN, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Head:
+    """As :func:`cifar_fast.backends.make_score`, but gives the model's outputs before their scale too, and the
+    gradient of the losses' sum with respect to them.
+    """
+    autocast = dtype == torch.bfloat16
+
+    def head(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+            outputs = model.seq(images)
+        settings = dict(label_smoothing=recipe.label_smoothing, scale=recipe.output_scale)
+        return outputs, *cross_entropy(outputs, labels, **settings)
+
+    return head
+
+
 def byte_tensors(dataset: Dataset, device: torch.device, dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:
     """``dataset`` on ``device``, and the normalization table ``[3, 256]`` in ``dtype``.
 
@@ -234,11 +254,8 @@ def fuse(model: CNN) -> CNN:
     head = len(layers) - 3  # max-pool, flatten, linear
     model.seq[head] = GlobalMaxPool2d()
     first = layers[0]
-    how = dict(kernel_size=first.kernel_size, padding=first.padding, bias=False)
-    model.seq[0] = skip_init(
-        PaddedConv2d, first.in_channels, first.out_channels, **how
-    )  # fresh weights would draw random numbers
-    model.seq[0].load_state_dict(first.state_dict())
+    assert isinstance(first, nn.Conv2d)
+    model.seq[0] = PaddedConv2d(first, CHANNELS)
     return model
 
 
@@ -256,11 +273,34 @@ class GlobalMaxPool2d(nn.Module):
 
 
 class PaddedConv2d(nn.Conv2d):
-    """A convolution whose input may have channels of zeros after its ``in_channels``; the weight has none for them."""
+    """A convolution for images with channels of zeros after their own, with a weight of zeros for them.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = F.pad(self.weight, (0, 0, 0, 0, 0, x.shape[1] - self.in_channels))
-        return self._conv_forward(x, weight, self.bias)
+    They stay zeros in training: so is their gradient. The state dict is that of the convolution without them.
+    """
+
+    def __init__(self, conv: nn.Conv2d, channels: int) -> None:
+        how: dict[str, Any] = dict(kernel_size=conv.kernel_size, padding=conv.padding, bias=False, device="meta")
+        super().__init__(channels, conv.out_channels, **how)
+        self.in_channels = conv.in_channels
+        self.weight = nn.Parameter(self.pad(conv.weight.detach()))
+        self.register_state_dict_post_hook(self._cut)
+        self.register_load_state_dict_pre_hook(self._pad)
+
+    def pad(self, weight: torch.Tensor) -> torch.Tensor:
+        return F.pad(weight, (0, 0, 0, 0, 0, self.weight.shape[1] - weight.shape[1]))
+
+    @staticmethod
+    def _cut(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+        assert isinstance(module, PaddedConv2d)
+        name = f"{prefix}weight"
+        state_dict[name] = state_dict[name][:, : module.in_channels].contiguous()
+
+    @staticmethod
+    def _pad(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
+        assert isinstance(module, PaddedConv2d)
+        name = f"{prefix}weight"
+        if name in state_dict:
+            state_dict[name] = module.pad(state_dict[name])
 
 
 @contextlib.contextmanager

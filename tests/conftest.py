@@ -111,6 +111,7 @@ def launch_table(rows, channels, splits, merge_channels, block):
     tile = dict(rows=rows, channels=channels, splits=splits, num_warps=4)
     table = {f"batch_norm_celu.{name}": {"*": tile} for name in REDUCTIONS_AND_PASSES}
     table["batch_norm_celu.merge"] = {"*": dict(channels=merge_channels, num_warps=4)}
+    table["cross_entropy"] = {"*": dict(rows=rows, num_warps=4)}
     return table | {"augment": {"*": dict(block=block, num_warps=4)}}
 
 

@@ -75,8 +75,9 @@ def test_channels_of_zeros_change_the_first_convolution_by_rounding_only():
     assert (y - expected).norm() <= 1e-6 * expected.norm()
     y.square().sum().backward()
     expected.square().sum().backward()
-    assert padded.weight.grad.shape == (64, 3, 3, 3)
-    assert (padded.weight.grad - plain.seq[0].weight.grad).norm() <= 1e-5 * plain.seq[0].weight.grad.norm()
+    gradient, expected = padded.weight.grad, plain.seq[0].weight.grad
+    assert gradient.shape == (64, CHANNELS, 3, 3) and not gradient[:, 3:].any()
+    assert (gradient[:, :3] - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("values", ["random", "ties", "NaN", "infinite"])
@@ -153,6 +154,7 @@ def test_an_epoch_files_each_steps_losses_and_answers_where_eager_has_them(uncom
     ours, theirs = train(fused, draws), train(eager, draws)
     assert ours[0].shape == (2, 4)
     assert torch.allclose(ours[0], theirs[0], rtol=1e-4) and torch.equal(ours[1], theirs[1])
+    assert fused.model.seq[0].weight[:, :3].all() and not fused.model.seq[0].weight[:, 3:].any(), "zeros stay zeros"
     assert torch.equal(fused.evaluate(), eager.evaluate()) and len(fused.evaluate()) == 6
     assert fused.done.item() == 2
 
@@ -177,7 +179,11 @@ def test_the_optimizer_sees_the_schedules_rate_at_each_of_the_2328_steps(uncompi
     recipe = Recipe(batch_size=1, widths=(1,))
     backend, _ = make(small_dataset(train=97, test=2), recipe)
     weight = next(backend.model.parameters())
-    backend.score = lambda images, labels: (images.mean((1, 2, 3)) * weight.mean(), labels == 0)
+    gradient = torch.ones(1, device=DEVICE)
+    backend.score = lambda images, labels: (
+        images.mean((1, 2, 3)) * weight.mean(),
+        *(gradient, labels == 0, gradient),
+    )
     seen = []
     backend.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"].item()))
     draws = draw_epoch(97, device=DEVICE)
