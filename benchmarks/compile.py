@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from benchmarks.cases import Case, kernel_cases
 from benchmarks.rows import markdown
 from cifar_fast import Recipe
-from cifar_fast.kernels.launch import FP_FUSION, Launch
+from cifar_fast.kernels.launch import Launch
 
 TARGETS = tuple(f"sm_{n}" for n in (75, 80, 86, 89, 90, 100, 120))
 LARGE = 1 << 20  # bytes from which a tensor's accesses count
@@ -82,8 +82,7 @@ def compile_launch(case: str, launch: Launch, target: str) -> Compiled:
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": FP_FUSION}
-    made = triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=launch.options)
     pointers = [name for name in launch.kernel.arg_names if signature[name] != "constexpr"]
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     # Of what is gathered from, whole images apart, single elements are all there is to access.

@@ -25,6 +25,8 @@ writes dx. Everything is computed in float32 (float64 for float64) and stored in
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -56,6 +58,11 @@ def batch_norm_celu_reference(
     return F.celu(normalized, alpha)
 
 
+LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
+NEAR: tl.constexpr = tl.constexpr(0.01)
+UNROLL: tl.constexpr = tl.constexpr(2)
+
+
 @triton.jit
 def _tile(row_block, channel_block, rows, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Row numbers [R, 1] and channels [1, C] of a tile, and which of its elements exist.
@@ -73,36 +80,76 @@ def _tile(row_block, channel_block, rows, C: tl.constexpr, BLOCK_R: tl.constexpr
 
 
 @triton.jit
-def _load_pooled(
-    x, row, channel, exists, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr
-):
-    """The tile's pooled values, and which of each window's pixels, in rows, is the maximum."""
-    if POOL == 1:
-        value = tl.load(x + row.to(tl.int64) * C + channel, mask=exists, other=0.0).to(ACC)
-        return value, tl.zeros_like(value).to(tl.uint8)
-    else:
-        out_w: tl.constexpr = W // 2
-        out_hw: tl.constexpr = (H // 2) * out_w
-        n, pixel = row // out_hw, row % out_hw
-        corner = x + ((n * H + pixel // out_w * 2) * W + pixel % out_w * 2).to(tl.int64) * C + channel
-        value = tl.load(corner, mask=exists, other=0.0).to(ACC)
-        which = tl.zeros_like(value).to(tl.uint8)
-        for k in tl.static_range(1, 4):
-            other = tl.load(corner + ((k // 2) * W + k % 2) * C, mask=exists, other=0.0).to(ACC)
-            better = (other > value) | (other != other)  # as torch: the first maximum, but the last NaN
-            value = tl.where(better, other, value)
-            which = tl.where(better, k, which).to(tl.uint8)
-        return value, which
+def _corner(x, row, channel, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
+    """Where the windows of pooled rows have their first pixel."""
+    out_w: tl.constexpr = W // 2
+    out_hw: tl.constexpr = (H // 2) * out_w
+    n, pixel = row // out_hw, row % out_hw
+    return x + ((n * H + pixel // out_w * 2) * W + pixel % out_w * 2).to(tl.int64) * C + channel
 
 
 @triton.jit
-def _expm1(t, TERMS: tl.constexpr):
-    """exp(t) - 1 for t <= 0: by its series near 0, where the difference would lose the digits."""
-    near = tl.maximum(t, -0.3)
-    series = tl.full(t.shape, 1.0, t.dtype)
-    for i in tl.static_range(TERMS):
-        series = 1.0 + series * near * (1.0 / (TERMS + 1 - i))
-    return tl.where(t > -0.3, series * near, tl.exp(t) - 1.0)
+def _load_pooled(
+    x, row, channel, exists, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr
+):
+    """The tile's pooled values."""
+    if POOL == 1:
+        value = tl.load(x + row.to(tl.int64) * C + channel, mask=exists, other=0.0).to(ACC)
+    else:
+        corner = _corner(x, row, channel, H, W, C)
+        value = tl.load(corner, mask=exists, other=0.0).to(ACC)
+        for k in tl.static_range(1, 4):
+            other = tl.load(corner + ((k // 2) * W + k % 2) * C, mask=exists, other=0.0).to(ACC)
+            value = tl.maximum(value, other, propagate_nan=tl.PropagateNan.ALL)
+    return value
+
+
+@triton.jit
+def _load_window(x, row, channel, exists, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
+    """The tile's pooled values, and which of each window's pixels, in rows, is the maximum."""
+    corner = _corner(x, row, channel, H, W, C)
+    value = tl.load(corner, mask=exists, other=0.0).to(ACC)
+    which = tl.zeros_like(value).to(tl.int32)
+    for k in tl.static_range(1, 4):
+        other = tl.load(corner + ((k // 2) * W + k % 2) * C, mask=exists, other=0.0).to(ACC)
+        better = (other > value) | (other != other)  # as torch: the first maximum, but the last NaN
+        value = tl.where(better, other, value)
+        which = tl.where(better, k, which)
+    return value, which
+
+
+@triton.jit
+def _channel_values(pointer, channel, C: tl.constexpr, ACC: tl.constexpr):
+    """Values per channel, [1, C], as ``channel`` has them; 0 past the last."""
+    return tl.load(pointer + channel, mask=channel < C, other=0.0).to(ACC)
+
+
+@triton.jit
+def _affine(value, mean, scale, bias):
+    """z and p - mean; forward and backward take z's sign from the same operations, whatever the compiler contracts."""
+    centered = value - mean
+    return tl.fma(centered, scale, bias), centered
+
+
+@triton.jit
+def _celu(z, ALPHA: tl.constexpr, TERMS: tl.constexpr):
+    """alpha (exp(z / alpha) - 1), or z where that is positive; z where it is NaN.
+
+    Near 0 the difference would lose the digits, and a series of ``TERMS`` terms is taken. Two, below a hundredth of
+    alpha, are enough for a type of 11 bits: on both sides of it the relative error is 2e-5 at most.
+    """
+    negative = tl.minimum(z, 0.0)
+    if TERMS == 2:
+        near = tl.fma(negative * negative, 0.5 / ALPHA, z)
+        far = tl.fma(tl.exp2(negative * (LOG2_E / ALPHA)), ALPHA, -ALPHA)
+        return tl.where(z <= -NEAR * ALPHA, far, near)
+    else:
+        t = negative / ALPHA
+        near = tl.maximum(t, -0.3)
+        series = tl.full(t.shape, 1.0, t.dtype)
+        for i in tl.static_range(TERMS):
+            series = 1.0 + series * near * (1.0 / (TERMS + 1 - i))
+        return tl.where(z <= 0, ALPHA * tl.where(t > -0.3, series * near, tl.exp(t) - 1.0), z)
 
 
 @triton.jit
@@ -114,47 +161,64 @@ def statistics_kernel(
     squares,  # [num_splits, C], the sum of squared deviations from it
     firsts,  # [C], the channels' first values
     rows,  # N * (H // POOL) * (W // POOL)
+    num_splits,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
     POOL: tl.constexpr,
-    BLOCKS_PER_SPLIT: tl.constexpr,  # blocks of rows that one program reduces
+    BLOCKS_PER_SPLIT: tl.constexpr,  # blocks of rows that one program reduces: each num_splits-th
+    WHOLE: tl.constexpr,  # whether all splits have as many rows, and channels fill their blocks
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
     split = tl.program_id(0)
     first_row, first_channel, first_exists = _tile(0, tl.program_id(1), 1, C, 1, BLOCK_C)
-    first, _ = _load_pooled(x, first_row, first_channel, first_exists, H, W, C, POOL, ACC)
-    mean = tl.zeros([BLOCK_R, BLOCK_C], ACC)
+    first = _load_pooled(x, first_row, first_channel, first_exists, H, W, C, POOL, ACC)
+    # Less the first value where that costs accuracy; of the few bits of half precision none is lost without.
+    origin = tl.zeros_like(first) if x.dtype.element_ty.primitive_bitwidth == 16 else first
+    mean = tl.zeros([BLOCK_R, BLOCK_C], ACC) + (first - origin)
     square = tl.zeros([BLOCK_R, BLOCK_C], ACC)
+    lane = tl.arange(0, BLOCK_R)[:, None]
+    counts = tl.zeros([BLOCK_R, 1], ACC)
     count = tl.zeros([1, 1], ACC)
     # Each element of the tile keeps statistics of its own (Welford, 1962), so that nothing crosses threads in the loop.
-    for k in range(BLOCKS_PER_SPLIT):
-        row, channel, exists = _tile(split * BLOCKS_PER_SPLIT + k, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
-        value, which = _load_pooled(x, row, channel, exists, H, W, C, POOL, ACC)
+    for k in tl.range(BLOCKS_PER_SPLIT, loop_unroll_factor=UNROLL):
+        row, channel, exists = _tile(k * num_splits + split, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
+        if WHOLE:
+            exists = tl.full([BLOCK_R, 1], True, tl.int1)
         if POOL == 2:
+            value, which = _load_window(x, row, channel, exists, H, W, C, ACC)
             offset = row.to(tl.int64) * C + channel
             tl.store(pooled + offset, value.to(pooled.dtype.element_ty), mask=exists)
-            tl.store(argmax + offset, which, mask=exists)
-        difference = value - first - mean
+            tl.store(argmax + offset, which.to(tl.uint8), mask=exists)
+        else:
+            value = _load_pooled(x, row, channel, exists, H, W, C, POOL, ACC)
+        difference = value - origin - mean
         count += 1.0
-        step = difference / count
-        mean = tl.where(exists, mean + step, mean)
-        square = tl.where(exists, square + difference * (difference - step), square)
+        share = 1.0 / count
+        new_mean = tl.fma(difference, share, mean)
+        new_square = tl.fma(difference * difference, 1.0 - share, square)
+        mean = new_mean if WHOLE else tl.where(exists, new_mean, mean)
+        square = new_square if WHOLE else tl.where(exists, new_square, square)
+        if not WHOLE:
+            counts += (row < rows).to(ACC)
 
-    start = split * BLOCKS_PER_SPLIT * BLOCK_R
-    lane = tl.arange(0, BLOCK_R)[:, None]
-    here = tl.minimum(rows - start, BLOCKS_PER_SPLIT * BLOCK_R)
-    counts = (here - lane + BLOCK_R - 1) // BLOCK_R  # rows of each lane, without those past the end
+    if WHOLE:
+        counts = tl.full([BLOCK_R, 1], BLOCKS_PER_SPLIT, ACC)
+        here = tl.full([1], BLOCKS_PER_SPLIT * BLOCK_R, ACC)
+    else:
+        here = tl.sum(counts, axis=0)
     total = tl.sum(counts * mean, axis=0) / here
-    total += tl.sum(counts * (mean - total[None, :]), axis=0) / here  # what rounding left
-    square = tl.sum(square + counts * (mean - total[None, :]) * (mean - total[None, :]), axis=0)
+    if x.dtype.element_ty.primitive_bitwidth > 16:  # what rounding left, of which narrower types show nothing
+        total += tl.sum(counts * (mean - total[None, :]), axis=0) / here
+    deviation = mean - total[None, :]
+    square = tl.sum(tl.fma(counts * deviation, deviation, square), axis=0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     tl.store(means + split * C + channel, total, mask=channel < C)
     tl.store(squares + split * C + channel, square, mask=channel < C)
     if split == 0:
-        tl.store(firsts + channel, tl.sum(first, axis=0), mask=channel < C)
+        tl.store(firsts + channel, tl.sum(origin, axis=0), mask=channel < C)
 
 
 @triton.jit
@@ -168,7 +232,7 @@ def merge_statistics_kernel(
     num_batches_tracked,  # one more, where it is there
     rows,
     num_splits,
-    rows_per_split,
+    BLOCK_R: tl.constexpr,  # rows of a block; split s has the blocks s, s + num_splits, ...
     C: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,  # power of two >= num_splits
     BLOCK_C: tl.constexpr,
@@ -179,7 +243,9 @@ def merge_statistics_kernel(
 ):
     split, channel, exists = _tile(0, tl.program_id(0), num_splits, C, BLOCK_SPLITS, BLOCK_C)
     offset = split * C + channel
-    count = tl.where(split < num_splits, tl.minimum(rows - split * rows_per_split, rows_per_split), 0)
+    period = num_splits * BLOCK_R
+    last = tl.minimum(tl.maximum(rows % period - split * BLOCK_R, 0), BLOCK_R)  # of the rows that fill no period
+    count = tl.where(split < num_splits, rows // period * BLOCK_R + last, 0)
     part = tl.load(means + offset, mask=exists, other=0.0).to(tl.float64)
     square = tl.load(squares + offset, mask=exists, other=0.0).to(tl.float64)
     total = tl.sum(count * part, axis=0) / rows
@@ -206,18 +272,14 @@ def merge_statistics_kernel(
 
 
 @triton.jit
-def _sqrt(value):
-    """Rounded to nearest, which ``tl.sqrt`` is for float64 only."""
-    if value.dtype == tl.float64:
-        return tl.sqrt(value)
+def _inverse_deviation(var, EPS: tl.constexpr, TERMS: tl.constexpr):
+    """1 / sqrt(var + eps), within two last bits of float32 where half precision is stored, else to the last."""
+    if TERMS == 2:
+        return tl.rsqrt(var + EPS)
+    elif var.dtype == tl.float64:
+        return 1.0 / tl.sqrt(var + EPS)
     else:
-        return tl.sqrt_rn(value)
-
-
-@triton.jit
-def _channel_values(pointer, channel, C: tl.constexpr, ACC: tl.constexpr):
-    """Values per channel, [1, C], as ``channel`` has them; 0 past the last."""
-    return tl.load(pointer + channel, mask=channel < C, other=0.0).to(ACC)
+        return 1.0 / tl.sqrt_rn(var + EPS)
 
 
 @triton.jit
@@ -233,6 +295,7 @@ def apply_kernel(
     W: tl.constexpr,
     C: tl.constexpr,
     POOL: tl.constexpr,
+    BLOCKS: tl.constexpr,  # blocks of rows a program
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -240,31 +303,47 @@ def apply_kernel(
     EPS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    row, channel, exists = _tile(tl.program_id(0), tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
-    value, _ = _load_pooled(x, row, channel, exists, H, W, C, POOL, ACC)
-    invstd = _channel_values(spread, channel, C, ACC)
+    # From the end, which the pass before read last, so that a cache still has it.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    channels = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    invstd = _channel_values(spread, channels, C, ACC)
     if EPS > 0:
-        invstd = 1.0 / _sqrt(invstd + EPS)
-    normalized = (value - _channel_values(mean, channel, C, ACC)) * invstd
-    z = normalized * _channel_values(weight, channel, C, ACC) + _channel_values(bias, channel, C, ACC)
-    # Not z > 0, so that NaN takes the branch that keeps it.
-    celu = tl.where(z <= 0, ALPHA * _expm1(tl.minimum(z, 0.0) / ALPHA, TERMS), z)
-    tl.store(y + row.to(tl.int64) * C + channel, celu.to(y.dtype.element_ty), mask=exists)
+        invstd = _inverse_deviation(invstd, EPS, TERMS)
+    center = _channel_values(mean, channels, C, ACC)
+    scale, shift = _channel_values(weight, channels, C, ACC) * invstd, _channel_values(bias, channels, C, ACC)
+    for k in range(BLOCKS):
+        row, channel, exists = _tile(program * BLOCKS + k, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
+        z, centered = _affine(_load_pooled(x, row, channel, exists, H, W, C, POOL, ACC), center, scale, shift)
+        offset = row.to(tl.int64) * C + channel
+        tl.store(y + offset, _celu(z, ALPHA, TERMS).to(y.dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def _gradient_of_norm(
-    dy, x, statistics, weight, bias, row, channel, exists, ALPHA: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr
+    dy,
+    x,
+    row,
+    channel,
+    exists,
+    mean,
+    scale,
+    shift,
+    ALPHA: tl.constexpr,
+    TERMS: tl.constexpr,
+    FACTOR: tl.constexpr,  # scale and shift times it give the exponent of 2, where TERMS is 2
+    C: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """q = dy * y'(z), the normalised values, and 1 / sqrt(var + eps), for a tile."""
+    """q = dy * y'(z), and p - mean, for a tile."""
     offset = row.to(tl.int64) * C + channel
     gradient = tl.load(dy + offset, mask=exists, other=0.0).to(ACC)
     value = tl.load(x + offset, mask=exists, other=0.0).to(ACC)
-    invstd = _channel_values(statistics + 2 * C, channel, C, ACC)
-    normalized = (value - _channel_values(statistics, channel, C, ACC)) * invstd
-    z = normalized * _channel_values(weight, channel, C, ACC) + _channel_values(bias, channel, C, ACC)
-    gradient = tl.where(z <= 0, gradient * tl.exp(tl.minimum(z, 0.0) / ALPHA), gradient)
-    return gradient, normalized, invstd
+    z, centered = _affine(value, mean, scale, shift)
+    if TERMS == 2:
+        slope = tl.exp2(tl.minimum(z, 0.0) * FACTOR)
+    else:
+        slope = tl.exp(tl.minimum(z, 0.0) / ALPHA)
+    return gradient * slope, centered
 
 
 @triton.jit
@@ -274,35 +353,43 @@ def backward_sums_kernel(
     statistics,  # [3, C]: mean, var, 1 / sqrt(var + eps)
     weight,  # [C]
     bias,  # [C]
-    sums,  # [2, num_splits, C]: of q and of q x^ over each split
+    sums,  # [2, num_splits, C]: of q and of q (p - mean) over each split
     rows,
     num_splits,
     C: tl.constexpr,
-    BLOCKS_PER_SPLIT: tl.constexpr,  # blocks of rows that one program reduces
+    BLOCKS_PER_SPLIT: tl.constexpr,  # blocks of rows that one program reduces: each num_splits-th
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALPHA: tl.constexpr,
+    TERMS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     split = tl.program_id(0)
+    channels = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    mean, invstd = _channel_values(statistics, channels, C, ACC), _channel_values(statistics + 2 * C, channels, C, ACC)
+    scale, shift = _channel_values(weight, channels, C, ACC) * invstd, _channel_values(bias, channels, C, ACC)
+    if TERMS == 2:
+        scale, shift = scale * (LOG2_E / ALPHA), shift * (LOG2_E / ALPHA)
     of_q = tl.zeros([BLOCK_R, BLOCK_C], ACC)
-    of_qx = tl.zeros([BLOCK_R, BLOCK_C], ACC)
-    for k in range(BLOCKS_PER_SPLIT):
-        row, channel, exists = _tile(split * BLOCKS_PER_SPLIT + k, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
-        q, normalized, _ = _gradient_of_norm(dy, x, statistics, weight, bias, row, channel, exists, ALPHA, C, ACC)
+    of_qd = tl.zeros([BLOCK_R, BLOCK_C], ACC)
+    for k in tl.range(BLOCKS_PER_SPLIT, loop_unroll_factor=UNROLL):
+        row, channel, exists = _tile(k * num_splits + split, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
+        q, centered = _gradient_of_norm(dy, x, row, channel, exists, mean, scale, shift, ALPHA, TERMS, 1.0, C, ACC)
         of_q += q  # 0 where no element exists, as dy is loaded
-        of_qx += q * normalized
+        of_qd = tl.fma(q, centered, of_qd)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tl.store(sums + split * C + channel, tl.sum(of_q.to(tl.float64), axis=0), mask=channel < C)
-    tl.store(sums + (num_splits + split) * C + channel, tl.sum(of_qx.to(tl.float64), axis=0), mask=channel < C)
+    tl.store(sums + split * C + channel, tl.sum(of_q, axis=0), mask=channel < C)
+    tl.store(sums + (num_splits + split) * C + channel, tl.sum(of_qd, axis=0), mask=channel < C)
 
 
 @triton.jit
 def merge_sums_kernel(
     sums,  # [2, num_splits, C]
-    totals,  # [2, C]: the sums of q and of q x^
+    statistics,  # [3, C]: mean, var, 1 / sqrt(var + eps)
+    totals,  # [2, C]: sum q / m, sum q x^ / m / sqrt(var + eps)
     dweight,  # [C]
     dbias,  # [C]
+    rows,  # m
     num_splits,
     C: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,  # power of two >= num_splits
@@ -310,10 +397,12 @@ def merge_sums_kernel(
 ):
     split, channel, exists = _tile(0, tl.program_id(0), num_splits, C, BLOCK_SPLITS, BLOCK_C)
     of_q = tl.sum(tl.load(sums + split * C + channel, mask=exists, other=0.0).to(tl.float64), axis=0)
-    of_qx = tl.sum(tl.load(sums + (num_splits + split) * C + channel, mask=exists, other=0.0).to(tl.float64), axis=0)
+    of_qd = tl.sum(tl.load(sums + (num_splits + split) * C + channel, mask=exists, other=0.0).to(tl.float64), axis=0)
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tl.store(totals + column, of_q, mask=column < C)
-    tl.store(totals + C + column, of_qx, mask=column < C)
+    invstd = tl.load(statistics + 2 * C + column, mask=column < C, other=0.0).to(tl.float64)
+    of_qx = of_qd * invstd
+    tl.store(totals + column, of_q / rows, mask=column < C)
+    tl.store(totals + C + column, of_qx * invstd / rows, mask=column < C)
     acc = totals.dtype.element_ty  # on the way to a narrow type, as float64 to bfloat16 is not to be relied on
     tl.store(dbias + column, of_q.to(acc).to(dbias.dtype.element_ty), mask=column < C)
     tl.store(dweight + column, of_qx.to(acc).to(dweight.dtype.element_ty), mask=column < C)
@@ -329,44 +418,52 @@ def backward_apply_kernel(
     bias,  # [C]
     totals,  # [2, C]
     dx,  # [N, H, W, C]
-    rows,
-    windows,  # as rows, but counting those that an odd height or width cuts short
+    windows,  # N times those of an image, with those that an odd height or width cuts short
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
     POOL: tl.constexpr,
     TRAINING: tl.constexpr,
+    BLOCKS: tl.constexpr,  # blocks of windows a program
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALPHA: tl.constexpr,
+    TERMS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    window, channel, exists = _tile(tl.program_id(0), tl.program_id(1), windows, C, BLOCK_R, BLOCK_C)
-    row = window
-    whole = exists
-    if POOL == 2:
-        all_w: tl.constexpr = (W + 1) // 2
-        all_hw: tl.constexpr = (H + 1) // 2 * all_w
-        n, top, left = window // all_hw, window % all_hw // all_w, window % all_w
-        if H % 2 + W % 2 > 0:
-            whole = exists & (top < H // 2) & (left < W // 2)
-            row = (n * (H // 2) + top) * (W // 2) + left
-    q, normalized, invstd = _gradient_of_norm(dy, x, statistics, weight, bias, row, channel, whole, ALPHA, C, ACC)
-    if TRAINING:
-        of_q, of_qx = _channel_values(totals, channel, C, ACC), _channel_values(totals + C, channel, C, ACC)
-        q -= (of_q + normalized * of_qx) / rows
-    gradient = (q * (_channel_values(weight, channel, C, ACC) * invstd)).to(dx.dtype.element_ty)
-    if POOL == 1:
-        tl.store(dx + row.to(tl.int64) * C + channel, gradient, mask=exists)
-    else:
-        which = tl.load(argmax + row.to(tl.int64) * C + channel, mask=whole, other=4)
-        corner = dx + ((n * H + top * 2) * W + left * 2).to(tl.int64) * C + channel
-        for k in tl.static_range(4):
-            inside = exists
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # from the end, as apply_kernel
+    channels = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    mean, invstd = _channel_values(statistics, channels, C, ACC), _channel_values(statistics + 2 * C, channels, C, ACC)
+    scale, shift = _channel_values(weight, channels, C, ACC) * invstd, _channel_values(bias, channels, C, ACC)
+    for k in range(BLOCKS):
+        window, channel, exists = _tile(program * BLOCKS + k, tl.program_id(1), windows, C, BLOCK_R, BLOCK_C)
+        row = window
+        whole = exists
+        if POOL == 2:
+            all_w: tl.constexpr = (W + 1) // 2
+            all_hw: tl.constexpr = (H + 1) // 2 * all_w
+            n, top, left = window // all_hw, window % all_hw // all_w, window % all_w
             if H % 2 + W % 2 > 0:
-                inside = exists & (top * 2 + k // 2 < H) & (left * 2 + k % 2 < W)
-            value = tl.where(which == k, gradient, 0.0).to(dx.dtype.element_ty)
-            tl.store(corner + ((k // 2) * W + k % 2) * C, value, mask=inside)
+                whole = exists & (top < H // 2) & (left < W // 2)
+                row = (n * (H // 2) + top) * (W // 2) + left
+        q, centered = _gradient_of_norm(
+            dy, x, row, channel, whole, mean, scale, shift, ALPHA, TERMS, LOG2_E / ALPHA, C, ACC
+        )
+        if TRAINING:  # loaded here, since registers for them would leave fewer warps on a multiprocessor
+            level, slope = _channel_values(totals, channels, C, ACC), _channel_values(totals + C, channels, C, ACC)
+            q = tl.fma(centered, -slope, q - level)
+        gradient = q * scale
+        if POOL == 1:
+            tl.store(dx + row.to(tl.int64) * C + channel, gradient.to(dx.dtype.element_ty), mask=exists)
+        else:
+            which = tl.load(argmax + row.to(tl.int64) * C + channel, mask=whole, other=4).to(tl.int32)
+            corner = dx + ((n * H + top * 2) * W + left * 2).to(tl.int64) * C + channel
+            for pixel in tl.static_range(4):
+                inside = exists
+                if H % 2 + W % 2 > 0:
+                    inside = exists & (top * 2 + pixel // 2 < H) & (left * 2 + pixel % 2 < W)
+                value = tl.where(which == pixel, gradient, 0.0).to(dx.dtype.element_ty)
+                tl.store(corner + ((pixel // 2) * W + pixel % 2) * C, value, mask=inside)
 
 
 class _Shape:
@@ -376,13 +473,23 @@ class _Shape:
         n, self.channels, height, width = x.shape
         self.rows = n * (height // pool) * (width // pool)
         self.windows = n * -(-height // pool) * -(-width // pool)
-        self.double = x.dtype == torch.float64
+        self.double, self.half = x.dtype == torch.float64, x.element_size() == 2
         self.acc = tl.float64 if self.double else tl.float32
+        self.terms = 13 if self.double else 2 if self.half else 7
         self.power = triton.next_power_of_2(self.channels)
         self.size = {"H": height, "W": width, "C": self.channels, "POOL": pool}
 
     def table(self, kernel: str) -> dict[str, int]:
         return parameters(f"batch_norm_celu.{kernel}", self.power)
+
+    def pooling(self, kernel: str) -> str:
+        """The entry's name, which is another where the kernel goes over windows."""
+        return kernel if self.size["POOL"] == 1 else f"pool_{kernel}"
+
+    def limits(self, kernel: str) -> dict[str, int | None]:
+        """Warps, and registers, which the table bounds for types of two bytes."""
+        entry = self.table(kernel)
+        return {"num_warps": entry["num_warps"], "max_registers": entry.get("max_registers") if self.half else None}
 
     def tile(self, kernel: str) -> dict[str, int]:
         entry = self.table(kernel)
@@ -398,8 +505,18 @@ class _Shape:
         block = self.table("merge")["channels"]
         return {"C": self.channels, "BLOCK_SPLITS": triton.next_power_of_2(num_splits), "BLOCK_C": block}
 
+    def whole(self, splits: int, blocks: int, tile: dict[str, int]) -> bool:
+        """Whether the tiles of a reduction cover rows and channels without a rest."""
+        return self.rows == splits * blocks * tile["BLOCK_R"] and self.channels % tile["BLOCK_C"] == 0
+
     def grid(self, first: int, tile: dict[str, int]) -> tuple[int, int]:
         return first, triton.cdiv(self.channels, tile["BLOCK_C"])
+
+    def passes(self, kernel: str, rows: int) -> tuple[tuple[int, int], dict[str, int]]:
+        """Grid and constants of a pass over ``rows`` rows."""
+        tile, blocks = self.tile(kernel), self.table(kernel)["blocks"]
+        blocks = min(blocks, triton.cdiv(rows, tile["BLOCK_R"]))
+        return self.grid(triton.cdiv(rows, tile["BLOCK_R"] * blocks), tile), tile | {"BLOCKS": blocks}
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -413,19 +530,17 @@ def _plan_apply(x, y, mean, spread, weight, bias, alpha: float, pool: int, eps: 
     ``spread`` is 1 / sqrt(var + eps), or var where ``eps`` is given.
     """
     shape = _Shape(x, pool)
-    kernel = "apply" if pool == 1 else "pool_apply"
-    tile = shape.tile(kernel)
+    kernel = shape.pooling("apply")
+    grid, tile = shape.passes(kernel, shape.rows)
     return [
         Launch(
             apply_kernel,
-            grid=shape.grid(triton.cdiv(shape.rows, tile["BLOCK_R"]), tile),
+            grid=grid,
             reads=dict(x=x, mean=mean, spread=spread, weight=weight, bias=bias),
             writes=dict(y=y),
             scalars=dict(rows=shape.rows),
-            constants=shape.size
-            | tile
-            | {"ALPHA": alpha, "TERMS": 13 if shape.double else 7, "EPS": eps, "ACC": shape.acc},
-            num_warps=shape.table(kernel)["num_warps"],
+            constants=shape.size | tile | {"ALPHA": alpha, "TERMS": shape.terms, "EPS": eps, "ACC": shape.acc},
+            **shape.limits(kernel),
         )
     ]
 
@@ -456,8 +571,9 @@ def plan_statistics(
     if not training and pool == 1:
         return []
     shape = _Shape(x, pool)
-    num_splits, blocks = shape.cut("statistics")
-    tile, merge = shape.tile("statistics"), shape.table("merge")
+    kernel = shape.pooling("statistics")
+    num_splits, blocks = shape.cut(kernel)
+    tile, merge = shape.tile(kernel), shape.table("merge")
     partial = torch.empty(2 * num_splits + 1, shape.channels, dtype=statistics.dtype, device=x.device)
     means, squares, firsts = partial[:num_splits], partial[num_splits:-1], partial[-1]
     partials = dict(means=means, squares=squares, firsts=firsts)
@@ -469,18 +585,20 @@ def plan_statistics(
             grid=shape.grid(num_splits, tile),
             reads=dict(x=x),
             writes=kept | partials,
-            scalars=dict(rows=shape.rows),
-            constants=shape.size | tile | {"BLOCKS_PER_SPLIT": blocks, "ACC": shape.acc},
-            num_warps=shape.table("statistics")["num_warps"],
+            scalars=dict(rows=shape.rows, num_splits=num_splits),
+            constants=shape.size
+            | tile
+            | {"BLOCKS_PER_SPLIT": blocks, "WHOLE": shape.whole(num_splits, blocks, tile), "ACC": shape.acc},
+            **shape.limits(kernel),
         ),
         Launch(
             merge_statistics_kernel,
             grid=(triton.cdiv(shape.channels, merge["channels"]),),
             reads=partials | running,
             writes=dict(statistics=statistics) | running,
-            scalars=dict(rows=shape.rows, num_splits=num_splits, rows_per_split=blocks * tile["BLOCK_R"]),
+            scalars=dict(rows=shape.rows, num_splits=num_splits),
             constants=shape.merging(num_splits)
-            | {"EPS": eps, "MOMENTUM": momentum}
+            | {"BLOCK_R": tile["BLOCK_R"], "EPS": eps, "MOMENTUM": momentum}
             | {"TRACKED": running_mean is not None, "COUNTED": num_batches_tracked is not None},
             num_warps=merge["num_warps"],
         ),
@@ -563,7 +681,9 @@ def plan_backward(
     dy = dy.contiguous(memory_format=torch.channels_last)  # it may arrive as NCHW, or expanded
     shape = _Shape(dx, pool)
     num_splits, blocks = shape.cut("backward_sums")
-    tile, merge, last = shape.tile("backward_sums"), shape.table("merge"), shape.tile("backward_apply")
+    tile, merge = shape.tile("backward_sums"), shape.table("merge")
+    last = shape.pooling("backward_apply")
+    grid, last_tile = shape.passes(last, shape.windows)
     sums = statistics.new_empty(2, num_splits, shape.channels)
     totals = statistics.new_empty(2, shape.channels)
     reads = dict(dy=dy, x=pooled, statistics=statistics, weight=weight, bias=bias)
@@ -575,27 +695,32 @@ def plan_backward(
             reads=reads,
             writes=dict(sums=sums),
             scalars=dict(rows=shape.rows, num_splits=num_splits),
-            constants={"C": shape.channels, "BLOCKS_PER_SPLIT": blocks, "ALPHA": alpha, "ACC": shape.acc} | tile,
-            num_warps=shape.table("backward_sums")["num_warps"],
+            constants={"C": shape.channels, "BLOCKS_PER_SPLIT": blocks, "ALPHA": alpha}
+            | {"TERMS": shape.terms, "ACC": shape.acc}
+            | tile,
+            **shape.limits("backward_sums"),
             touched=touched,
         ),
         Launch(
             merge_sums_kernel,
             grid=(triton.cdiv(shape.channels, merge["channels"]),),
-            reads=dict(sums=sums),
+            reads=dict(sums=sums, statistics=statistics),
             writes=dict(totals=totals, dweight=dweight, dbias=dbias),
-            scalars=dict(num_splits=num_splits),
+            scalars=dict(rows=shape.rows, num_splits=num_splits),
             constants=shape.merging(num_splits),
             num_warps=merge["num_warps"],
+            touched=dict(statistics=shape.channels),
         ),
         Launch(
             backward_apply_kernel,
-            grid=shape.grid(triton.cdiv(shape.windows, last["BLOCK_R"]), last),
+            grid=grid,
             reads=reads | dict(argmax=argmax if pool == 2 else None, totals=totals if training else None),
             writes=dict(dx=dx),
-            scalars=dict(rows=shape.rows, windows=shape.windows),
-            constants=shape.size | last | {"TRAINING": training, "ALPHA": alpha, "ACC": shape.acc},
-            num_warps=shape.table("backward_apply")["num_warps"],
+            scalars=dict(windows=shape.windows),
+            constants=shape.size
+            | last_tile
+            | {"TRAINING": training, "ALPHA": alpha, "TERMS": shape.terms, "ACC": shape.acc},
+            **shape.limits(last),
             touched=touched,
         ),
     ]

@@ -38,7 +38,7 @@ class Launch:
 
     ``reads`` and ``writes`` are its tensor arguments by name, None where the kernel does without one at this setting;
     ``scalars`` its numbers, ``constants`` what is compiled in. ``touched`` gives the elements of a tensor that are
-    accessed, where those are not all.
+    accessed, where those are not all; ``max_registers``, of a thread, the limit for the assembler.
     """
 
     kernel: Any
@@ -48,12 +48,18 @@ class Launch:
     scalars: dict[str, int | float]
     constants: dict[str, Any]
     num_warps: int = 4
+    max_registers: int | None = None
     touched: dict[str, int] = field(default_factory=dict)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What the kernel is called with, besides its constants."""
         return self.reads | self.writes | self.scalars
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's."""
+        return {"num_warps": self.num_warps, "maxnreg": self.max_registers, "enable_fp_fusion": FP_FUSION}
 
     @property
     def bytes_read(self) -> int:
@@ -82,9 +88,7 @@ def run(
         )
     with torch.cuda.device(device) if device.type == "cuda" else _interpreting:
         for launch in launches:
-            compiled = launch.kernel[launch.grid](
-                **launch.arguments, **launch.constants, num_warps=launch.num_warps, enable_fp_fusion=FP_FUSION
-            )
+            compiled = launch.kernel[launch.grid](**launch.arguments, **launch.constants, **launch.options)
             if on_compiled:
                 on_compiled(launch, compiled)
 

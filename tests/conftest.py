@@ -103,13 +103,15 @@ def cifar100(tmp_path, monkeypatch):
     return published("cifar100", small_dataset(200, 100, 100), tmp_path / "cifar100", monkeypatch)
 
 
-REDUCTIONS_AND_PASSES = ("statistics", "backward_sums", "apply", "pool_apply", "backward_apply")
+REDUCTIONS = ("statistics", "pool_statistics", "backward_sums")
+PASSES = ("apply", "pool_apply", "backward_apply", "pool_backward_apply")
 
 
 def launch_table(rows, channels, splits, merge_channels, block):
     """A launch table with one entry for each kernel."""
-    tile = dict(rows=rows, channels=channels, splits=splits, num_warps=4)
-    table = {f"batch_norm_celu.{name}": {"*": tile} for name in REDUCTIONS_AND_PASSES}
+    tile = dict(rows=rows, channels=channels, num_warps=4)
+    table = {f"batch_norm_celu.{name}": {"*": tile | {"splits": splits}} for name in REDUCTIONS}
+    table |= {f"batch_norm_celu.{name}": {"*": tile | {"blocks": 2}} for name in PASSES}
     table["batch_norm_celu.merge"] = {"*": dict(channels=merge_channels, num_warps=4)}
     table["cross_entropy"] = {"*": dict(rows=rows, num_warps=4)}
     return table | {"augment": {"*": dict(block=block, num_warps=4)}}
