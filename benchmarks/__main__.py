@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | report | tune | compile | floors``: what is measured or computed."""
+"""``python -m benchmarks run | report | tune | compile | floors | launches``: what is measured, computed or counted."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from benchmarks.compile import TARGETS, compile_all
 from benchmarks.compile import table as compile_table
 from benchmarks.floors import copy_rates, floor_rows, passes, product_rates
 from benchmarks.floors import table as floor_table
+from benchmarks.launches import listing, logged, profiled
 from benchmarks.parts import PARTS, Bench
 from benchmarks.report import RESULTS, pivot, write_report
 from benchmarks.run import run
@@ -76,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     floors.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     floors.add_argument("--bandwidth", type=rate, metavar="X", help="bytes/s of a copy, reads and writes both counted")
     floors.add_argument("--flops", type=rate, metavar="Y", help="FLOP/s of a matrix product in the dtype")
+
+    launches = commands.add_parser("launches", help="list the launches of a captured step and of an evaluation")
+    what = "of a training by the fused backend on a stand-in for a GPU (default: profile this GPU)"
+    launches.add_argument("log", nargs="?", type=Path, metavar="LOG", help=what)
     for one in commands.choices.values():
         one.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
@@ -83,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(args: argparse.Namespace) -> int:
     measured = {"run": _run, "report": _report, "tune": _tune}
-    computed = {"compile": _compile, "floors": _floors}
+    computed = {"compile": _compile, "floors": _floors, "launches": _launches}
     return (measured | computed)[args.command](args)
 
 
@@ -148,6 +153,11 @@ def _floors(args: argparse.Namespace) -> int:
     print(f"{bandwidth / 1e9:,.1f} GB/s, {flops / 1e9:,.1f} GFLOP/s, {short_name(dtype)}, batch {recipe.batch_size}:")
     print("floors, which are computed; nothing of the recipe is timed\n")
     print(floor_table(some, bandwidth, flops), pivot(floor_rows(some, steps, bandwidth, flops)), sep="\n\n")
+    return 0
+
+
+def _launches(args: argparse.Namespace) -> int:
+    print(listing(logged(args.log) if args.log else profiled()))
     return 0
 
 
