@@ -1,20 +1,36 @@
-"""``python -m benchmarks run | report | tune | compile | floors``: what is measured, and what is computed beside it."""
+"""``python -m benchmarks run | report | tune | compile | floors | launches``: what is measured, computed or counted."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
 import math
 import statistics
 import sys
 import time
 from pathlib import Path
 
+import torch
+import triton
+
+from benchmarks.cases import IMAGES
+from benchmarks.compile import TARGETS, compile_all
+from benchmarks.compile import table as compile_table
+from benchmarks.floors import copy_rates, floor_rows, passes, product_rates
+from benchmarks.floors import table as floor_table
+from benchmarks.launches import listing, logged, profiled
+from benchmarks.parts import PARTS, Bench
+from benchmarks.report import RESULTS, pivot, write_report
+from benchmarks.run import run
+from benchmarks.tune import tune
 from cifar_fast import InputError, Recipe, load_dataset
-from cifar_fast.files import atomic_write, writing
+from cifar_fast.backends import keep_freed_memory
+from cifar_fast.files import writing
 from cifar_fast.flags import Parser, add_data_flags, run_command
+from cifar_fast.kernels.launch import interpreted
 from cifar_fast.names import DTYPES
+from cifar_fast.plan import resolve, short_name
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,13 +41,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def rate(text: str) -> float:
     """A flag's bytes/s or FLOP/s."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(dataset=None)  # cifar10 where it is said where that is, else synthetic
     run.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
     run.add_argument("--minutes", type=rate, default=9, metavar="M", help="begin no part after so many (default: 9)")
-    run.add_argument("--only", nargs="+", metavar="PART", help="only these parts, after ceilings and parity")
+    run.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"only these, of {', '.join(PARTS)}")
     run.add_argument("--reference-script", type=Path, metavar="PATH", help="the reference's script, to time as it is")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     for flag, nargs in (("--batch-size", None), ("--widths", "+")):
@@ -57,32 +70,30 @@ def _parser() -> argparse.ArgumentParser:
 
     compile_ = commands.add_parser("compile", help="compile every kernel for GPUs that need not be here")
     compile_.add_argument("--dtype", default="float16", choices=DTYPES)
-    compile_.add_argument("--targets", nargs="+", metavar="TARGET", help="such as sm_90 (default: all)")
-    compile_.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    compile_.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, help="(default: all)")
 
     floors = commands.add_parser("floors", help="what a step computes and moves, and the time that takes at the least")
     floors.add_argument("--device", default="auto", help="where ceilings that are not given are measured")
     floors.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     floors.add_argument("--bandwidth", type=rate, metavar="X", help="bytes/s of a copy, reads and writes both counted")
     floors.add_argument("--flops", type=rate, metavar="Y", help="FLOP/s of a matrix product in the dtype")
+
+    launches = commands.add_parser("launches", help="list the launches of a captured step and of an evaluation")
+    what = "of a training by the fused backend on a stand-in for a GPU (default: profile this GPU)"
+    launches.add_argument("log", nargs="?", type=Path, metavar="LOG", help=what)
     for one in commands.choices.values():
         one.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 
 
 def _command(args: argparse.Namespace) -> int:
-    return {"run": _run, "report": _report, "tune": _tune, "compile": _compile, "floors": _floors}[args.command](args)
+    measured = {"run": _run, "report": _report, "tune": _tune}
+    computed = {"compile": _compile, "floors": _floors, "launches": _launches}
+    return (measured | computed)[args.command](args)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from benchmarks.parts import PARTS, Bench
-    from benchmarks.run import run
-    from cifar_fast.backends import keep_freed_memory
-    from cifar_fast.plan import resolve, short_name
-
     begun = time.perf_counter()
-    if unknown := set(args.only or ()) - set(PARTS):
-        raise InputError(f"--only: there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if args.reference_script and not args.reference_script.is_file():
         raise InputError(f"--reference-script {args.reference_script}: no such file")
     plan = resolve("auto", args.device)
@@ -102,8 +113,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from benchmarks.report import RESULTS, write_report
-
     for file in sorted(RESULTS.glob("*/results.json")):
         write_report(file.parent)
         print(f"written to {file.parent}")
@@ -111,63 +120,44 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _compiling() -> None:
-    from cifar_fast.kernels.launch import interpreted
-
     if interpreted():
         raise InputError("TRITON_INTERPRET is set, under which nothing is compiled; unset it")
 
 
 def _tune(args: argparse.Namespace) -> int:
-    import torch
-
     if not torch.cuda.is_available():
         raise InputError("tuning needs a CUDA GPU")
     _compiling()
-    from benchmarks.tune import tune
-
-    torch.manual_seed(0)
     tune(getattr(torch, args.dtype), args.write)
     return 0
 
 
 def _compile(args: argparse.Namespace) -> int:
-    import torch
-    import triton
-
     _compiling()
-    from benchmarks.compile import TARGETS, compile_all, table
-
-    if unknown := set(args.targets or ()) - set(TARGETS):
-        raise InputError(f"--targets: no {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
-    rows = compile_all(Recipe(), getattr(torch, args.dtype), args.targets or list(TARGETS))
-    print(f"triton {triton.__version__}, {args.dtype}, batch {Recipe().batch_size}\n\n{table(rows)}\n")
+    rows = compile_all(Recipe(), getattr(torch, args.dtype), args.targets)
+    print(f"triton {triton.__version__}, {args.dtype}, batch {Recipe().batch_size}\n\n{compile_table(rows)}\n")
     wrong = [problem for row in rows for problem in row.problems()]
     print("\n".join(wrong) or "no spills, and 128 bits wherever a large tensor is read or written")
-    if args.json:
-        with writing(f"--json {args.json}", "choose another file"), atomic_write(args.json) as draft:
-            draft.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
     return 1 if wrong else 0
 
 
 def _floors(args: argparse.Namespace) -> int:
-    import torch
-
-    from benchmarks.cases import IMAGES
-    from benchmarks.floors import copy_rates, floor_rows, product_rates, table
-    from benchmarks.report import pivot
-    from cifar_fast.plan import resolve, short_name
-
     dtype = getattr(torch, "float16" if args.dtype == "auto" else args.dtype)
     if not (args.bandwidth and args.flops):
         plan = resolve("auto", args.device, args.dtype)
         dtype = plan.dtype
     bandwidth = args.bandwidth or statistics.median(copy_rates(plan.device))
     flops = args.flops or statistics.median(product_rates(plan.device, dtype))
-    recipe, classes = Recipe(), 10
+    recipe = Recipe()
+    some, steps = passes(recipe, 10, dtype), recipe.epochs * (IMAGES // recipe.batch_size)
     print(f"{bandwidth / 1e9:,.1f} GB/s, {flops / 1e9:,.1f} GFLOP/s, {short_name(dtype)}, batch {recipe.batch_size}:")
     print("floors, which are computed; nothing of the recipe is timed\n")
-    print(table(recipe, classes, dtype, bandwidth, flops))
-    print("\n" + pivot(floor_rows(recipe, IMAGES, classes, dtype, bandwidth, flops)))
+    print(floor_table(some, bandwidth, flops), pivot(floor_rows(some, steps, bandwidth, flops)), sep="\n\n")
+    return 0
+
+
+def _launches(args: argparse.Namespace) -> int:
+    print(listing(logged(args.log) if args.log else profiled()))
     return 0
 
 

@@ -7,14 +7,15 @@ argument it came from.
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 import triton
@@ -28,14 +29,7 @@ from cifar_fast.kernels.launch import Launch
 
 TARGETS = tuple(f"sm_{n}" for n in (75, 80, 86, 89, 90, 100, 120))
 LARGE = 1 << 20  # bytes from which a tensor's accesses count
-TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.uint8: "u8",
-    torch.int64: "i64",
-}
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int64: "i64"}
 
 
 @dataclass(frozen=True)
@@ -132,25 +126,26 @@ def access_widths(ptx: str, arguments: list[str], large: set[str]) -> tuple[dict
     return widths["ld"], widths["st"]
 
 
-def _compile(work: tuple[Case, str]) -> list[Compiled]:
-    case, target = work
-    return [compile_launch(f"{case.name}, {case.direction}", launch, target) for launch in case.launches()]
+def compile_case(case: Case, target: str) -> list[Compiled]:
+    """Every launch of ``case``."""
+    return [compile_launch(case.name, launch, target) for launch in case.launches()]
 
 
-def compile_all(recipe: Recipe, dtype: torch.dtype, targets: list[str]) -> list[Compiled]:
+def compile_all(recipe: Recipe, dtype: torch.dtype, targets: Sequence[str]) -> list[Compiled]:
     """Every distinct launch of ``recipe`` on every target, with all cores."""
-    work = [(case, target) for target in targets for case in kernel_cases(recipe, dtype) if case.direction != "both"]
+    work = itertools.product(kernel_cases(recipe, dtype), targets)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        return [compiled for several in pool.map(_compile, work) for compiled in several]
+        return list(itertools.chain(*pool.map(compile_case, *zip(*work))))
 
 
 def table(rows: list[Compiled]) -> str:
     """A line per launch and target; MB are 10^6 bytes, widths in bits."""
     header = ("case", "kernel", "target", "registers", "spills", "shared", "MB read", "MB written", "loads; stores")
-    lines: list[tuple[Any, ...]] = []
+    lines = []
     for row in rows:
         widths = "; ".join(", ".join(f"{name} {bits}" for name, bits in side.items()) for side in row.widths)
-        size = f"{row.read / 1e6:.3f}", f"{row.written / 1e6:.3f}"
-        facts = str(row.registers), str(row.spills), str(row.shared)
-        lines.append((row.case, row.kernel, row.target, *facts, *size, widths))
+        counts = map(str, (row.registers, row.spills, row.shared))
+        lines.append(
+            (row.case, row.kernel, row.target, *counts, f"{row.read / 1e6:.3f}", f"{row.written / 1e6:.3f}", widths)
+        )
     return markdown(header, lines)

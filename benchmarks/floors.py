@@ -14,20 +14,12 @@ none, is not counted. With F FLOP and M bytes, at f FLOP/s (matrix rate) and b b
 and a step has three: arithmetic alone, sum F / f; each pass overlapping its own memory, the sum of the passes' floors;
 and nothing overlapping, sum F / f + sum M / b. They are computed: of the recipe nothing is timed.
 
-M counts each tensor that a pass reads or writes once, in the passes that our kernels make. With X the values that enter
-a convolution, Y those that leave it, and P those that the pool leaves (Y, where there is none):
-
-    convolution    forward reads X, writes Y; data gradient reads dY, writes dX; weight gradient reads dY and X; the
-                   first two also read the weights, the third writes their gradient
-    norm + CELU    forward: statistics read Y, and with a pool write P and its argmax (a byte per value); apply reads
-                   P, writes as many; backward: sums read dP and P; apply reads both, with a pool the argmax too, and
-                   writes dY
-    head           its pool reads Y and writes P and the argmax, backward the reverse; its linear layer as a convolution
-    augmentation   reads an image's bytes, its four draws and its label (int64); writes its channels and the label
-    optimizer      reads weights, gradients and momentum, writes weights and momentum
-
-Weights have the activations' dtype, but float32 with bfloat16, as the trainer has them. Left out: values per channel,
-under a thousandth of a step at the reference; the reductions' partial results; the loss; an epoch's draws; launches;
+M counts each tensor that a pass reads or writes once, in the passes that our kernels make. A convolution's or linear
+layer's three passes take one of input, weights and output from the other two; norm and augmentation move what the
+docstrings in kernels/ list; the head's pool reads its input and writes its output and a byte per value of argmax,
+backward the reverse; the optimizer reads weights, gradients and momentum, and writes weights and momentum. Weights have
+the activations' dtype, but float32 with bfloat16, as the trainer has them. Left out: values per channel, under a
+thousandth of a step at the reference; the reductions' partial results; the loss; an epoch's draws; launches;
 evaluation. What a cache keeps from one pass to the next saves its trip.
 """
 
@@ -55,28 +47,9 @@ class Pass:
 
     layer: str
     name: str
-    multiply_adds: int
+    flop: int
     bytes: int
     parameters: int = 0
-
-    @property
-    def flop(self) -> int:
-        return 2 * self.multiply_adds
-
-
-@dataclass(frozen=True)
-class Floors:
-    """Seconds of some passes: all FLOP at the matrix rate, all bytes at the copy bandwidth, the longer of both per
-    pass.
-    """
-
-    arithmetic: float
-    memory: float
-    overlapped: float
-
-    @property
-    def no_overlap(self) -> float:
-        return self.arithmetic + self.memory
 
 
 def passes(recipe: Recipe, classes: int, dtype: torch.dtype) -> list[Pass]:
@@ -85,12 +58,12 @@ def passes(recipe: Recipe, classes: int, dtype: torch.dtype) -> list[Pass]:
     weight_element = 4 if dtype == torch.bfloat16 else element
     found: list[Pass] = []
 
-    def add_product(layer: str, x: int, y: int, weights: int, multiply_adds: int, first: bool = False) -> None:
+    def add_product(layer: str, x: int, y: int, weights: int, flop: int, first: bool = False) -> None:
         """A convolution or linear layer: each of its passes moves as many values."""
         size = (x + y) * element + weights * weight_element
-        found.append(Pass(layer, "forward", multiply_adds, size, weights))
+        found.append(Pass(layer, "forward", flop, size, weights))
         gradients = ("weight gradient",) if first else ("data gradient", "weight gradient")
-        found.extend(Pass(layer, name, multiply_adds, size) for name in gradients)
+        found.extend(Pass(layer, name, flop, size) for name in gradients)
 
     image = IMAGE_CHANNELS * IMAGE_SIZE**2
     found.append(Pass("augmentation", "gather", 0, batch * (image * (1 + element) + 6 * 8)))
@@ -99,7 +72,7 @@ def passes(recipe: Recipe, classes: int, dtype: torch.dtype) -> list[Pass]:
         p, argmax = y // block.pool**2, y // 4 if block.pool == 2 else 0
         name = f"conv{block.index} {block.c_in}->{block.c_out} {block.size}x{block.size}"
         weights = 9 * block.c_in * block.c_out
-        add_product(name, x, y, weights, 9 * block.c_in * y, first=block.index == 1)
+        add_product(name, x, y, weights, 18 * block.c_in * y, first=block.index == 1)
         kept = p * element + argmax if block.pool == 2 else 0
         norm = f"norm{block.index} {block.name}"
         found.append(Pass(norm, "forward", 0, (y + 2 * p) * element + kept, 2 * block.c_out))
@@ -110,23 +83,17 @@ def passes(recipe: Recipe, classes: int, dtype: torch.dtype) -> list[Pass]:
     if size > 1:
         moved = (pooled * size**2 + pooled) * element + pooled  # the argmax
         found += [Pass(f"head pool {channels}x{size}x{size}", name, 0, moved) for name in ("forward", "backward")]
-    add_product(f"head linear {channels}->{classes}", pooled, batch * classes, channels * classes, pooled * classes)
+    add_product(f"head linear {channels}->{classes}", pooled, batch * classes, channels * classes, 2 * pooled * classes)
     update = 5 * sum(one.parameters for one in found) * weight_element
     return [*found, Pass("optimizer", "update", 0, update)]
 
 
-def steps(recipe: Recipe, images: int) -> int:
-    """Training steps of a run; the images of an epoch that fill no batch are dropped."""
-    if images < recipe.batch_size:
-        raise InputError(f"{images} images are fewer than one batch of {recipe.batch_size}")
-    return recipe.epochs * (images // recipe.batch_size)
-
-
-def floors(some: Sequence[Pass], bandwidth: float, flops: float, repeats: int = 1) -> Floors:
-    """The floors of some passes, all done ``repeats`` times, at bytes/s and FLOP/s."""
+def floors(some: Sequence[Pass], bandwidth: float, flops: float) -> dict[str, float]:
+    """The least seconds of some passes at bytes/s and FLOP/s, by what may overlap."""
     times = [(one.flop / flops, one.bytes / bandwidth) for one in some]
     arithmetic, memory = (math.fsum(column) for column in zip(*times))
-    return Floors(arithmetic * repeats, memory * repeats, math.fsum(map(max, times)) * repeats)
+    overlapped = math.fsum(map(max, times))
+    return dict(arithmetic=arithmetic, memory=memory, overlapped=overlapped, no_overlap=arithmetic + memory)
 
 
 def copy_rates(device: torch.device) -> list[float]:
@@ -160,29 +127,25 @@ def _timed(call: object, device: torch.device) -> list[float]:
     return [wall(lambda i=i: call(i), device) for i in range(warm_up + runs)][warm_up:]
 
 
-def floor_rows(
-    recipe: Recipe, images: int, classes: int, dtype: torch.dtype, bandwidth: float, flops: float
-) -> list[Row]:
-    """The floors of a step and of a run as rows, with what a step computes and moves."""
-    some, run = passes(recipe, classes, dtype), steps(recipe, images)
-    step, whole = floors(some, bandwidth, flops), floors(some, bandwidth, flops, run)
+def floor_rows(some: Sequence[Pass], steps: int, bandwidth: float, flops: float) -> list[Row]:
+    """What a step of ``some`` passes computes and moves, and the floors of it and of a run of ``steps``."""
     rows = [
         Row("floors", "step", "computed", "arithmetic", "GFLOP", [sum(one.flop for one in some) / 1e9]),
         Row("floors", "step", "computed", "memory", "GB", [sum(one.bytes for one in some) / 1e9]),
     ]
-    for name in ("arithmetic", "memory", "overlapped", "no_overlap"):
-        rows.append(Row("floors", "step", "computed", f"{name} floor", "ms", [getattr(step, name) * 1e3]))
-        rows.append(Row("floors", f"run of {run} steps", "computed", f"{name} floor", "s", [getattr(whole, name)]))
+    for name, seconds in floors(some, bandwidth, flops).items():
+        rows.append(Row("floors", "step", "computed", f"{name} floor", "ms", [seconds * 1e3]))
+        rows.append(Row("floors", f"run of {steps} steps", "computed", f"{name} floor", "s", [seconds * steps]))
     return rows
 
 
-def table(recipe: Recipe, classes: int, dtype: torch.dtype, bandwidth: float, flops: float) -> str:
+def table(some: Sequence[Pass], bandwidth: float, flops: float) -> str:
     """Each pass of a step: parameters, GFLOP, MB (10^6 bytes), FLOP/byte, its floor and what bounds it."""
     lines = []
-    for one in passes(recipe, classes, dtype):
+    for one in some:
         floor = floors([one], bandwidth, flops)
-        bound = "arithmetic" if floor.arithmetic > floor.memory else "memory"
+        bound = "arithmetic" if floor["arithmetic"] > floor["memory"] else "memory"
         figures = f"{one.flop / 1e9:.3f}", f"{one.bytes / 1e6:.3f}", f"{one.flop / one.bytes:.1f}"
         parameters = f"{one.parameters:,}" if one.parameters else "-"
-        lines.append((one.layer, one.name, parameters, *figures, f"{floor.overlapped * 1e6:.2f}", bound))
+        lines.append((one.layer, one.name, parameters, *figures, f"{floor['overlapped'] * 1e6:.2f}", bound))
     return markdown(("layer", "pass", "parameters", "GFLOP", "MB", "FLOP/byte", "floor us", "bound by"), lines)

@@ -9,6 +9,7 @@ import re
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,30 +17,18 @@ from pathlib import Path
 import torch
 
 from benchmarks import reference
-from benchmarks.cases import (
-    IMPLEMENTATIONS,
-    Case,
-    Wrong,
-    check,
-    check_replay,
-    convolution_cases,
-    input_sets,
-    kernel_cases,
-    moved,
-)
-from benchmarks.floors import copy_rates, floor_rows, passes, product_rates
+from benchmarks.cases import IMPLEMENTATIONS, Case, Wrong, check, check_replay, input_sets, kernel_cases, moved
+from benchmarks.floors import Pass, copy_rates, floor_rows, floors, passes, product_rates
 from benchmarks.rows import Row
-from benchmarks.timing import LAUNCHES, capture, child, cold_times, count_launches, interleave, replay_times, wall
+from benchmarks.timing import capture, child, device_work, interleave, replay_times, wall
 from cifar_fast import CNN, Dataset, Recipe, draw_epoch, load_dataset
 from cifar_fast.augment import augment, seeded
-from cifar_fast.backends import Backend, Eager, device_guard, keep_freed_memory
+from cifar_fast.backends import Backend, Eager, keep_freed_memory
 from cifar_fast.plan import Plan, fused_unavailable_reason, resolve, set_up
 from cifar_fast.profile import profile
 from cifar_fast.progress import silent
 from cifar_fast.trainer import synchronized_clock, train
 
-BATCH_SIZES = {"cuda": (64, 128, 256, 512, 1024, 2048), "cpu": (64, 512)}
-WIDTH_FACTORS = (0.25, 0.5)
 Rows = Iterator[Row]
 
 
@@ -67,12 +56,14 @@ class Bench:
     def n(self) -> int:
         return len(self.dataset.train_images)
 
-    def left(self) -> float:
-        """Seconds until the run should end."""
-        return self.deadline - time.perf_counter()
+    @property
+    def passes(self) -> list[Pass]:
+        """Those of a training step."""
+        return passes(self.recipe, self.dataset.num_classes, self.plan.dtype)
 
-    def late(self) -> bool:
-        return self.left() < 0
+    def late(self, seconds: float = 0) -> bool:
+        """Whether the run should end before so many seconds are over."""
+        return self.deadline - time.perf_counter() < seconds
 
     @functools.cached_property
     def backends(self) -> dict[str, Backend]:
@@ -104,12 +95,11 @@ class Bench:
 
 def ceilings(bench: Bench) -> Rows:
     """The device's copy bandwidth and matrix rate, and the floors of a step and a run that follow from them."""
-    device, dtype = bench.plan.device, bench.plan.dtype
-    copies, products = copy_rates(device), product_rates(device, dtype)
+    copies, products = copy_rates(bench.plan.device), product_rates(bench.plan.device, bench.plan.dtype)
     yield Row("ceilings", "copy", "device", "bandwidth", "GB/s", [rate / 1e9 for rate in copies])
     yield Row("ceilings", "matrix product", "device", "rate", "GFLOP/s", [rate / 1e9 for rate in products])
-    rates = statistics.median(copies), statistics.median(products)
-    yield from floor_rows(bench.recipe, bench.n, bench.dataset.num_classes, dtype, *rates)
+    steps = bench.recipe.epochs * bench.dataset.steps_per_epoch(bench.recipe.batch_size)
+    yield from floor_rows(bench.passes, steps, statistics.median(copies), statistics.median(products))
 
 
 def parity(bench: Bench) -> Rows:
@@ -200,10 +190,7 @@ def cpu_calls(recipe: Recipe, dataset: Dataset, side: str) -> tuple[Callable[[],
 
 
 def check_backend(backend: Eager, dataset: Dataset) -> None:
-    """Raise Wrong unless ``backend``, on a CPU, makes the reference's batches bit for bit, and gets its first losses.
-
-    Losses in float32 and in the script's memory format have the reference's bits, others are held to LOSS_TOLERANCES.
-    """
+    """Raise Wrong unless ``backend`` makes the reference's batches on a CPU bit for bit, and gets its first losses."""
     recipe, size = backend.recipe, backend.recipe.batch_size
     n = min(len(dataset.train_images), max(2000, size))
     images, _ = reference.normalized(dataset.train_images, dataset.test_images, backend.dtype)
@@ -219,15 +206,13 @@ def check_backend(backend: Eager, dataset: Dataset) -> None:
     torch.manual_seed(0)
     backend.reset(CNN(recipe, dataset.num_classes))
     losses, _ = next(backend.train_epoch(draws.slice(0, size)))
-    exact = backend.dtype == torch.float32 and backend.memory_format == torch.contiguous_format
     error = ((losses - expected).norm() / expected.norm()).item()
-    if not (torch.equal(losses, expected) if exact else error <= LOSS_TOLERANCES[backend.dtype]):
+    if not error <= LOSS_TOLERANCES[backend.dtype]:
         raise Wrong(f"the first losses are off the reference's by {error:.1e}")
 
 
 def _reference_training(recipe: Recipe, dataset: Dataset) -> reference.Training:
-    shape = dict(widths=recipe.widths, classes=dataset.num_classes)
-    size = recipe.batch_size
+    size, shape = recipe.batch_size, dict(widths=recipe.widths, classes=dataset.num_classes)
     return reference.Training(seed=0, epochs=recipe.epochs, batch_size=size, dtype=torch.float32, **shape)
 
 
@@ -246,25 +231,20 @@ def kernels(bench: Bench) -> Rows:
     if not bench.cuda:
         raise Skip("the kernels need a CUDA GPU")
     measured = {(row.case, row.side) for row in bench.done if row.part == "kernels" and row.values}
-    stop = bench.left() / 2  # the parts after this one are worth as much; the rest comes when the run goes on
     for implementation in IMPLEMENTATIONS:
         for case in kernel_cases(bench.recipe, bench.plan.dtype):
-            if (case_name(case), implementation) not in measured:
-                if bench.left() < stop:
+            if (case.name, implementation) not in measured:
+                if bench.late():  # the rest comes when the run goes on
                     return
                 yield from measure_kernel(case, implementation)
-
-
-def case_name(case: Case) -> str:
-    return f"{case.name}, {case.direction}"
 
 
 def measure_kernel(case: Case, implementation: str) -> list[Row]:
     """Check ``implementation`` of ``case``, then time it on the current GPU; a wrong result is one row that says so.
 
     In a loop: many calls in one CUDA graph, over input sets in turn that touch twice the L2 cache together; outputs
-    take turns too, are poisoned and checked after one more replay. Cold: a call after a buffer larger than the cache
-    was written. Rates count the ideal bytes, so that they compare implementations; ``moved`` what our kernels move.
+    take turns too, are poisoned and checked after one more replay. The rate counts what our kernels move, for every
+    implementation, so that rates compare.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -273,7 +253,7 @@ def measure_kernel(case: Case, implementation: str) -> list[Row]:
     stream.wait_stream(torch.cuda.current_stream())
 
     def row(metric: str, unit: str, values: list[float]) -> Row:
-        return Row("kernels", case_name(case), implementation, metric, unit, values)
+        return Row("kernels", case.name, implementation, metric, unit, values)
 
     try:
         with torch.cuda.stream(stream):
@@ -282,40 +262,33 @@ def measure_kernel(case: Case, implementation: str) -> list[Row]:
             check(case, calls[0](), expected)
             for call in calls:
                 call()
-            graph, outputs, count = capture(calls, LAUNCHES, stream)
+            graph, outputs, count = capture(calls, stream)
             times = [seconds / count for seconds in replay_times(graph)]
             check_replay(case, graph.replay, outputs[0], expected)
-            cold = cold_times(calls[0], cache, stream)
-            launches = count_launches(calls[0])  # last, so that no profiler was there when a time was taken
+            launches = len(device_work(calls[0]))  # last, so that no profiler was there when a time was taken
     except Wrong as error:
         return [row(f"wrong: {error}", "", [])]
     finally:
         torch.cuda.current_stream().wait_stream(stream)
+    size = moved(case.launches())
     rows = [
         row("in a loop", "us", [seconds * 1e6 for seconds in times]),
-        row("cold", "us", [seconds * 1e6 for seconds in cold]),
-        row("ideal bytes", "GB/s", [case.ideal_bytes / seconds / 1e9 for seconds in times]),
+        row("our bytes", "GB/s", [size / seconds / 1e9 for seconds in times]),
     ]
-    if implementation == "fused":
-        size = moved(case.launches())
-        rows.append(row("moved bytes", "GB/s", [size / seconds / 1e9 for seconds in times]))
-    return rows + ([row("launches", "", [launches])] if launches else [])
+    return rows + ([row("launches", "", [launches])] if launches else [])  # none: the profiler sees nothing here
 
 
 def steps(bench: Bench) -> Rows:
     """A training step of each backend, in turn, auto's choice twice; its share of the floors; where its time goes."""
     sides = bench.backends | {f"{bench.preferred} again": bench.backends[bench.preferred]}
     times = time_steps(bench, sides, rounds=10 if bench.cuda else 3)
-    some = passes(bench.recipe, bench.dataset.num_classes, bench.plan.dtype)
-    flop, size = sum(one.flop for one in some), sum(one.bytes for one in some)
-    arithmetic, memory = flop / bench.rate("matrix product"), size / bench.rate("copy")
+    flop = sum(one.flop for one in bench.passes)
+    least = floors(bench.passes, bench.rate("copy"), bench.rate("matrix product"))
     for name, values in times.items():
         yield Row("steps", "step", name, "time", "ms/step", [seconds * 1e3 for seconds in values])
         yield Row("steps", "step", name, "rate", "TFLOP/s", [flop / seconds / 1e12 for seconds in values])
-        yield Row("steps", "step", name, "arithmetic floor", "%", [100 * arithmetic / statistics.median(values)])
-        yield Row(
-            "steps", "step", name, "no-overlap floor", "%", [100 * (arithmetic + memory) / statistics.median(values)]
-        )
+        for floor in ("arithmetic", "no_overlap"):
+            yield Row("steps", "step", name, f"{floor} floor", "%", [100 * least[floor] / statistics.median(values)])
     for name, backend in bench.backends.items():
         with tempfile.TemporaryDirectory() as folder:
             draws = draw_epoch(bench.n, device=bench.plan.device, recipe=bench.recipe)
@@ -347,8 +320,7 @@ def trainings(bench: Bench) -> Rows:
         raise Skip("a whole training takes an hour and more without a GPU")
     if not bench.real:
         raise Skip("give --dataset and --data-dir: accuracies are of real images")
-    seconds: dict[str, list[float]] = {}
-    accuracies: dict[str, list[float]] = {}
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
     for backend in bench.backends.values():  # an epoch that does not count: all is compiled in it that will be
         list(backend.train_epoch(draw_epoch(bench.n, device=bench.plan.device, recipe=bench.recipe)))
     with tempfile.TemporaryDirectory() as folder:
@@ -357,26 +329,18 @@ def trainings(bench: Bench) -> Rows:
         for turn in range(10):
             start = time.perf_counter()
             for name, backend in bench.backends.items():
-                last = _training(bench, backend, seed=turn)
-                seconds.setdefault(name, []).append(last["train_seconds"])
-                accuracies.setdefault(name, []).append(last["test_accuracy"])
+                weights, draws = seeded(turn, bench.plan.device)
+                backend.reset(CNN(bench.recipe, bench.dataset.num_classes, weights))
+                *_, last = train(backend, bench.n, draws, turn, synchronized_clock(bench.plan.device))
+                found[name].append(vars(last))
             if bench.reference_script and turn < 3:
-                last = _script_training(bench, npz, Path(folder, "metrics.jsonl"), seed=turn)
-                seconds.setdefault("reference script", []).append(last["train_seconds"])
-                accuracies.setdefault("reference script", []).append(last["test_accuracy"])
-            if bench.left() < time.perf_counter() - start:
+                found["reference script"].append(_script_training(bench, npz, Path(folder, "metrics"), seed=turn))
+            if bench.late(time.perf_counter() - start):
                 break
-    for name in seconds:
-        yield Row("trainings", f"{bench.recipe.epochs} epochs", name, "time", "s", seconds[name])
-        yield Row("trainings", f"{bench.recipe.epochs} epochs", name, "test accuracy", "%", accuracies[name])
-
-
-def _training(bench: Bench, backend: Backend, seed: int) -> dict[str, float]:
-    """The last row of a training by ``backend``."""
-    weights, draws = seeded(seed, bench.plan.device)
-    backend.reset(CNN(backend.recipe, bench.dataset.num_classes, weights))
-    *_, last = train(backend, bench.n, draws, seed, synchronized_clock(bench.plan.device))
-    return vars(last)
+    for name, rows in found.items():
+        case = f"{bench.recipe.epochs} epochs"
+        yield Row("trainings", case, name, "time", "s", [row["train_seconds"] for row in rows])
+        yield Row("trainings", case, name, "test accuracy", "%", [row["test_accuracy"] for row in rows])
 
 
 def _script_training(bench: Bench, npz: Path, metrics: Path, seed: int) -> dict[str, float]:
@@ -386,40 +350,11 @@ def _script_training(bench: Bench, npz: Path, metrics: Path, seed: int) -> dict[
     return json.loads(metrics.read_text().splitlines()[-1])
 
 
-def convolutions(bench: Bench) -> Rows:
-    """Each convolution alone, in the memory format and dtype of ``auto``; its first with 3, 4 and 8 input channels."""
-    from cifar_fast.fused import fastest_deterministic_convolutions  # which needs Triton
-
-    device, repeats = bench.plan.device, 20 if bench.cuda else 1
-    with fastest_deterministic_convolutions(), device_guard(device):
-        for case in convolution_cases(bench.recipe, bench.plan.dtype):
-            call = case.call(device, torch.channels_last)
-            times = [wall(call, device, repeats) for _ in range(9 if bench.cuda else 5)][2:]
-            yield Row("convolutions", case.name, case.direction, "time", "ms", [seconds * 1e3 for seconds in times])
-            rates = [case.flop / seconds / 1e12 for seconds in times]
-            yield Row("convolutions", case.name, case.direction, "rate", "TFLOP/s", rates)
-
-
-def memory(bench: Bench) -> Rows:
-    """The most memory that torch took on the device for an epoch and an evaluation, set-up included."""
-    if not bench.cuda:
-        raise Skip("torch counts memory on GPUs only")
-    for name in bench.backends:
-        code = (
-            "import torch; from cifar_fast import Recipe, fit, load_dataset; "
-            f"fit(Recipe(epochs=1), load_dataset('synthetic'), backend='{name}', device='cuda', "
-            "dtype='float16', log=None); "
-            "print(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())"
-        )
-        allocated, reserved = map(int, child(["-c", code]).split()[-2:])
-        yield Row("memory", "an epoch, synthetic", name, "allocated", "GB", [allocated / 1e9])
-        yield Row("memory", "an epoch, synthetic", name, "reserved", "GB", [reserved / 1e9])
-
-
 def sweeps(bench: Bench) -> Rows:
     """A step of auto's choice at other batch sizes and widths."""
-    recipes = {f"batch size {size}": dict(batch_size=size) for size in BATCH_SIZES[bench.plan.device.type]}
-    for factor in WIDTH_FACTORS:
+    sizes = (64, 128, 256, 512, 1024, 2048) if bench.cuda else (64, 512)
+    recipes = {f"batch size {size}": dict(batch_size=size) for size in sizes}
+    for factor in (0.25, 0.5):
         recipes[f"widths x {factor:g}"] = dict(widths=tuple(int(width * factor) for width in bench.recipe.widths))
     name = bench.preferred
     for case, changes in recipes.items():
@@ -432,13 +367,5 @@ def sweeps(bench: Bench) -> Rows:
 
 
 PARTS: dict[str, Callable[[Bench], Rows]] = {
-    "ceilings": ceilings,
-    "parity": parity,
-    "cpu": cpu,
-    "kernels": kernels,
-    "steps": steps,
-    "trainings": trainings,
-    "convolutions": convolutions,
-    "memory": memory,
-    "sweeps": sweeps,
+    part.__name__: part for part in (ceilings, parity, cpu, steps, trainings, sweeps, kernels)
 }

@@ -7,6 +7,7 @@ network is spelled out layer by layer, and the schedule is worked out from its d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+Pair = tuple[torch.Tensor, torch.Tensor]
 SIDE, PAD, HOLE = 32, 4, 8
 WIDTHS = (64, 128, 128, 128, 256, 512, 512, 512)
 
 
-def normalized(
-    train: np.ndarray, test: np.ndarray, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def normalized(train: np.ndarray, test: np.ndarray, dtype: torch.dtype, device: str = "cpu") -> Pair:
     """uint8 ``[N, 32, 32, 3]`` to ``[N, 3, 32, 32]``, with the mean and deviation per channel of the training images.
 
     torchvision's CIFAR-10, which the script trains on, is a transposed view of ``[N, 3, 32, 32]``, and torch.tensor
@@ -35,7 +35,7 @@ def normalized(
     return scaled[0].to(dtype).permute(0, 3, 1, 2), scaled[1].to(dtype).permute(0, 3, 1, 2)
 
 
-def augmented_epoch(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def augmented_epoch(images: torch.Tensor, labels: torch.Tensor) -> Pair:
     """A shuffled, augmented copy of the whole set; draws from the default generator of its device."""
     order = torch.randperm(len(images), device=images.device)
     images, labels = images[order], labels[order]
@@ -69,12 +69,8 @@ class Network(nn.Module):
         super().__init__()
         a, b, c, d, e, f, g, h = widths
 
-        def conv(into: int, out: int) -> nn.Module:
-            return nn.Conv2d(into, out, 3, padding=1, bias=False)
-
-        def celu() -> nn.Module:
-            return nn.CELU(0.075)
-
+        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+        celu = functools.partial(nn.CELU, 0.075)
         half = nn.MaxPool2d
         self.seq = nn.Sequential(
             *(conv(3, a), nn.BatchNorm2d(a), celu()),
@@ -88,11 +84,10 @@ class Network(nn.Module):
             *(half(4), nn.Flatten(), nn.Linear(h, classes, bias=False)),
         )
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> Pair:
         logits = self.seq(images) / 8
-        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.2), (
-            logits.argmax(1) == labels
-        ) * 100
+        loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.2)
+        return loss, (logits.argmax(1) == labels) * 100
 
 
 class Training:
@@ -108,9 +103,7 @@ class Training:
             self.network.parameters(), lr=0, momentum=0.9, weight_decay=5e-4 * batch_size, nesterov=True
         )
 
-    def step(
-        self, images: torch.Tensor, labels: torch.Tensor, steps_per_epoch: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, images: torch.Tensor, labels: torch.Tensor, steps_per_epoch: int) -> Pair:
         self.done += 1
         self.network.train()
         knots, rates = [0, self.epochs / 5, self.epochs], [0.1 / self.batch_size, 0.6 / self.batch_size, 0]
@@ -121,7 +114,7 @@ class Training:
         self.sgd.step()
         return loss.detach(), correct
 
-    def batches(self, images: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, images: torch.Tensor, labels: torch.Tensor) -> Iterator[Pair]:
         """An augmented epoch's batches, without the images left over."""
         images, labels = augmented_epoch(images, labels)
         for i in range(len(images) // self.batch_size):

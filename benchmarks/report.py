@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import Row, markdown, ratio
+from benchmarks.rows import Row, markdown, ratio, rows_of
 from cifar_fast.files import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +44,7 @@ def report(results: dict[str, Any]) -> str:
     ]
     if note := settings.get("note"):
         blocks.append(note)
-    rows = [Row(**row) for part in results["parts"].values() for row in part.get("rows", [])]
+    rows = rows_of(results)
     for name in dict.fromkeys(row.part for row in rows):
         blocks += [f"## {name.capitalize()}", pivot([row for row in rows if row.part == name])]
     missing = [
@@ -60,9 +60,7 @@ def write_report(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     with atomic_write(folder / "results.md") as draft:
         draft.write_text(report(results) + "\n")
-    rows = [Row(**row) for part in results["parts"].values() for row in part.get("rows", [])]
-    lines = [row for row in rows if row.part == "profile" and row.metric == "time"]
-    if lines:
+    if lines := [row for row in rows_of(results) if row.part == "profile" and row.metric == "time"]:
         with atomic_write(folder / "steps.png") as draft:
             draw_steps(lines, draft)
 

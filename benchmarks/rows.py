@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Row:
         if len(self.values) == 1:
             return show(self.values[0])
         return f"{show(self.median)} ({show(min(self.values))} to {show(max(self.values))})"
+
+
+def rows_of(results: dict[str, Any]) -> list[Row]:
+    """All rows of a results.json."""
+    return [Row(**row) for part in results["parts"].values() for row in part.get("rows", [])]
 
 
 def show(value: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.parts import PARTS, Bench, Skip
 from benchmarks.report import write_report
-from benchmarks.rows import Row
+from benchmarks.rows import rows_of
 from cifar_fast import InputError
 from cifar_fast.backends import device_guard
 from cifar_fast.environment import environment
@@ -59,15 +59,9 @@ def run(output: Path, bench: Bench, settings: dict[str, Any], only: list[str]) -
     return 1 if wrong or any("failed" in part for part in results["parts"].values()) else 0
 
 
-def rows_of(results: dict[str, Any]) -> list[Row]:
-    """All rows of a results.json."""
-    return [Row(**row) for part in results["parts"].values() for row in part.get("rows", [])]
-
-
 def start(file: Path, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """The results so far of this machine and these settings; :class:`InputError` for another's."""
-    fresh = {"schema": SCHEMA, "environment": facts, "settings": settings, "parts": {}}
-    fresh = json.loads(json.dumps(fresh))  # tuples are lists there
+    fresh = json.loads(json.dumps(dict(schema=SCHEMA, environment=facts, settings=settings, parts={})))  # no tuples
     if not file.exists():
         return fresh
     try:

@@ -1,4 +1,4 @@
-"""The stopwatch: wall clock, CUDA graphs over rotating inputs, cold runs, and sides in turn."""
+"""The stopwatch: wall clock, CUDA graphs over rotating inputs, and sides in turn."""
 
 from __future__ import annotations
 
@@ -38,27 +38,24 @@ def interleave(
     return values
 
 
-def wall(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Seconds of one of ``repeats`` calls in a row, the device's work included."""
+def wall(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of ``call``, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    for _ in range(repeats):
-        call()
+    call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / repeats
+    return time.perf_counter() - start
 
 
-def capture(
-    calls: Sequence[Callable[[], Any]], least: float, stream: torch.cuda.Stream | None = None
-) -> tuple[torch.cuda.CUDAGraph, list[Any], int]:
-    """A CUDA graph in which ``calls``, each of which has run before, take turns until there are ``least``.
+def capture(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, list, int]:
+    """A CUDA graph in which ``calls``, each of which has run before, take turns until there are ``LAUNCHES``.
 
     What a call gives is kept until its next turn, so that outputs rotate through memory as inputs do. Gives the graph,
     what each call gave in the last turn, and how many calls the graph holds.
     """
-    count = len(calls) * math.ceil(least / len(calls))
+    count = len(calls) * math.ceil(LAUNCHES / len(calls))
     outputs: list[Any] = [None] * len(calls)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -68,12 +65,11 @@ def capture(
     return graph, outputs, count
 
 
-def replay_times(graph: torch.cuda.CUDAGraph, before: Callable[[int], object] = lambda i: None) -> list[float]:
-    """Seconds of each of several replays, after some that do not count; ``before`` each its number is called."""
+def replay_times(graph: torch.cuda.CUDAGraph) -> list[float]:
+    """Seconds of each of several replays, after some that do not count."""
     events = []
-    for i in range(WARM_UP + REPLAYS):
+    for _ in range(WARM_UP + REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before(i)
         start.record()
         graph.replay()
         end.record()
@@ -82,23 +78,15 @@ def replay_times(graph: torch.cuda.CUDAGraph, before: Callable[[int], object] = 
     return [start.elapsed_time(end) / 1e3 for start, end in events[WARM_UP:]]
 
 
-def cold_times(call: Callable[[], object], cache: int, stream: torch.cuda.Stream) -> list[float]:
-    """Seconds of single runs of ``call``, each after a buffer of four times the L2 ``cache`` was written."""
-    graph, _, _ = capture([call], 1, stream)
-    buffer = torch.empty(max(4 * cache, 2**28) // 4, dtype=torch.int32, device=stream.device)
-    return replay_times(graph, before=buffer.fill_)  # which takes longer than to enqueue what follows
-
-
-def count_launches(call: Callable[[], object]) -> int | None:
-    """Kernels, copies and fills that ``call`` puts on the GPU; None where the profiler sees nothing of it."""
+def device_work(call: Callable[[], object]) -> list[str]:
+    """Names of the kernels, copies and fills that ``call`` puts on the GPU, in order; none where no profiler sees."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize()
     # An annotation spans the kernels that ran in it, which are there themselves.
-    return (
-        sum(event.device_type == DeviceType.CUDA and not event.is_user_annotation for event in trace.events()) or None
-    )
+    found = [event for event in trace.events() if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    return [event.name for event in sorted(found, key=lambda event: event.time_range.start)]
 
 
 def child(arguments: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.cases import kernel_cases
-from benchmarks.tune import DIRECTIONS, candidates, cases_of, choose, layout
+from benchmarks.tune import candidates, cases_of, choose, layout
 from cifar_fast import Recipe
 from cifar_fast.kernels.launch import TABLE, table
 
@@ -48,19 +48,21 @@ def compiler(*arguments):
     ("dtype", "target"),
     [("float16", "sm_75"), pytest.param("bfloat16", "sm_80", marks=pytest.mark.long), ("float32", "sm_120")],
 )
-def test_every_kernel_compiles_for_old_and_new_targets_without_spills_and_with_wide_accesses(dtype, target, tmp_path):
+def test_every_kernel_compiles_for_old_and_new_targets_without_spills_and_with_wide_accesses(dtype, target):
     """One target each: all seven in three types take many minutes, and `python -m benchmarks compile` does them."""
-    rows = str(tmp_path / "rows.json")
-    done = compiler("-m", "benchmarks", "compile", "--dtype", dtype, "--targets", target, "--json", rows)
+    done = compiler("-m", "benchmarks", "compile", "--dtype", dtype, "--targets", target)
     assert done.returncode == 0, done.stderr or done.stdout[-1000:]
     assert done.stdout.splitlines()[-1] == "no spills, and 128 bits wherever a large tensor is read or written"
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line[:1] == "|"
+    ]
+    rows = [dict(zip(lines[0], line)) for line in lines[2:]]
     assert {row["kernel"] for row in rows} == {
         *("augment_kernel", "statistics_kernel", "merge_statistics_kernel", "apply_kernel"),
         *("backward_sums_kernel", "merge_sums_kernel", "backward_apply_kernel"),
     }
     assert {row["target"] for row in rows} == {target}
-    assert all(row["registers"] > 0 and row["read"] > 0 and row["written"] > 0 for row in rows)
+    assert all(float(row[name]) > 0 for row in rows for name in ("registers", "MB written"))
 
 
 @pytest.mark.slow  # a compiler
@@ -103,6 +105,5 @@ def test_the_fastest_entry_is_chosen_where_its_gain_is_no_noise(twice, others, b
 def test_every_entry_of_the_table_is_taken_by_a_case():
     cases = kernel_cases(Recipe(), torch.float16)
     for key, entries in table().items():
-        assert key in DIRECTIONS
         taken = [cases_of(key, shape_class, cases, table()) for shape_class in entries]
         assert all(taken) and len({id(case) for some in taken for case in some}) == sum(map(len, taken))

@@ -9,8 +9,8 @@ import benchmarks.run
 from benchmarks.__main__ import main
 from benchmarks.parts import Bench, Skip, Wrong, time_steps
 from benchmarks.report import RESULTS, pivot, report, write_report
-from benchmarks.rows import Row, ratio
-from benchmarks.run import rows_of, run
+from benchmarks.rows import Row, ratio, rows_of
+from benchmarks.run import run
 from benchmarks.timing import interleave
 from cifar_fast import InputError, Recipe
 from cifar_fast.plan import resolve
