@@ -153,8 +153,9 @@ def _floors(args: argparse.Namespace) -> int:
     import torch
 
     from benchmarks.cases import IMAGES
-    from benchmarks.floors import copy_rates, floor_rows, product_rates, table
+    from benchmarks.floors import floor_rows, table
     from benchmarks.report import pivot
+    from cifar_fast.floors import copy_rates, product_rates
     from cifar_fast.plan import resolve, short_name
 
     dtype = getattr(torch, "float16" if args.dtype == "auto" else args.dtype)

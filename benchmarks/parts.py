@@ -27,12 +27,13 @@ from benchmarks.cases import (
     kernel_cases,
     moved,
 )
-from benchmarks.floors import copy_rates, floor_rows, passes, product_rates
+from benchmarks.floors import floor_rows
 from benchmarks.rows import Row
 from benchmarks.timing import LAUNCHES, capture, child, cold_times, count_launches, interleave, replay_times, wall
 from cifar_fast import CNN, Dataset, Recipe, draw_epoch, load_dataset
 from cifar_fast.augment import augment, seeded
 from cifar_fast.backends import Backend, Eager, device_guard, keep_freed_memory
+from cifar_fast.floors import copy_rates, passes, product_rates
 from cifar_fast.plan import Plan, fused_unavailable_reason, resolve, set_up
 from cifar_fast.profile import profile
 from cifar_fast.progress import silent
