@@ -121,9 +121,9 @@ def floors(some: Sequence[Pass], bandwidth: float, flops: float, repeats: int = 
     return Floors(arithmetic * repeats, memory * repeats, math.fsum(map(max, times)) * repeats)
 
 
-def copy_rates(device: torch.device, size: int | None = None, runs: tuple[int, int] | None = None) -> list[float]:
-    """Bytes/s of copies of ``size`` bytes, read and written ones counted."""
-    size = size or COPY_BYTES[device.type]
+def copy_rates(device: torch.device, runs: tuple[int, int] | None = None) -> list[float]:
+    """Bytes/s of copies, read and written ones counted."""
+    size = COPY_BYTES[device.type]
     source = torch.empty(size // 8, dtype=torch.int64, device=device).random_()
     # In turn, so that no copy finds in a cache what the last one left there.
     pairs = [(source, source.clone()), (source.clone(), source.clone())]
@@ -131,7 +131,7 @@ def copy_rates(device: torch.device, size: int | None = None, runs: tuple[int, i
 
 
 def product_rates(
-    device: torch.device, dtype: torch.dtype, size: int | None = None, runs: tuple[int, int] | None = None
+    device: torch.device, dtype: torch.dtype, runs: tuple[int, int] | None = None, size: int | None = None
 ) -> list[float]:
     """FLOP/s of a product of square matrices of random numbers, ``size`` a side; in float32 on a GPU with TF32, which
     convolutions use too.

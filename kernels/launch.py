@@ -82,11 +82,22 @@ def run(
         )
     with torch.cuda.device(device) if device.type == "cuda" else _interpreting:
         for launch in launches:
-            compiled = launch.kernel[launch.grid](
-                **launch.arguments, **launch.constants, num_warps=launch.num_warps, enable_fp_fusion=FP_FUSION
-            )
+            compiled = launch.kernel[launch.grid](**_given(launch))
             if on_compiled:
                 on_compiled(launch, compiled)
+
+
+def compile_only(launches: Iterable[Launch], device: torch.device) -> None:
+    """Compile ``launches``, of tensors without memory too, for the GPU ``device``; to run them later takes no compiler
+    then.
+    """
+    with torch.cuda.device(device):
+        for launch in launches:
+            launch.kernel.warmup(grid=launch.grid, **_given(launch))
+
+
+def _given(launch: Launch) -> dict[str, Any]:
+    return launch.arguments | launch.constants | dict(num_warps=launch.num_warps, enable_fp_fusion=FP_FUSION)
 
 
 _interpreting = threading.RLock()
