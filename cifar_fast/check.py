@@ -128,7 +128,7 @@ class Check:
                 self.add("time", lambda: compare_times(backend, dataset.num_classes, times))
                 first = dataclasses.replace(plan, backends=(backend.name,))
                 self.add("against eager", lambda: against_eager(first, self.reference, recipe, dataset))
-                self.add("auto takes", lambda: "; ".join([f"{first}: {plan.reason}", *self.failures]))
+            self.add("auto takes", self.taken)
 
     def set_up(self, dataset: Dataset) -> str:
         """Make the backend that ``auto`` takes here."""
@@ -140,6 +140,13 @@ class Check:
         if self.failures:
             raise Wrong("; ".join(self.failures))
         return f"the {self.backend.name} backend, in {clock() - start:.0f} s"
+
+    def taken(self) -> str:
+        """What ``auto`` takes here, and why."""
+        if not self.backend:
+            raise Wrong(f"nothing: of {', '.join(self.plan.backends)} none can be set up here")
+        plan = dataclasses.replace(self.plan, backends=(self.backend.name,))
+        return "; ".join([f"{plan}: {self.plan.reason}", *self.failures])
 
     def write(self, path: Path) -> None:
         """The lines as JSON."""
@@ -156,6 +163,7 @@ class Check:
 
 
 def not_here(reason: str) -> str:
+    """Raise :class:`NotNeeded`: what a line is about is not here."""
     raise NotNeeded(f"{reason}; auto does without")
 
 
@@ -163,6 +171,7 @@ def not_here(reason: str) -> str:
 
 
 def describe_device(device: torch.device) -> str:
+    """Its name, and what there is of it."""
     name = environment(device)["device_name"]
     if device.type == "cpu":
         return f"{name}, {torch.get_num_threads()} threads"
@@ -174,14 +183,16 @@ def describe_driver() -> str:
     """Of which CUDA it is; why there is none, in torch's words."""
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # the second from a torch without CUDA
+        driver = ctypes.CDLL("libcuda.so.1")
+    except (RuntimeError, AssertionError, OSError) as error:  # a torch without CUDA asserts, an AMD GPU has no library
         raise NotNeeded(f"{first_line(error).split('. ')[0]}; auto does without") from None
     version = ctypes.c_int()
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    driver.cuDriverGetVersion(ctypes.byref(version))
     return f"for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def describe_versions(device: torch.device) -> str:
+    """Of what the figures depend on."""
     facts = environment(device)
     names = {"torch": "torch", "triton": "Triton", "cuda": "CUDA", "cudnn": "cuDNN", "python": "Python"}
     return ", ".join(f"{shown} {facts[name]}" for name, shown in names.items() if facts[name])
@@ -347,6 +358,8 @@ def repeat(backend: Backend, dataset: Dataset, times: list[float]) -> str:
 
 def compare_times(backend: Backend, classes: int, times: list[float]) -> str:
     """The time of a step beside its floor, by rates that are measured in passing."""
+    if not times:
+        raise Wrong("no step was run to its end")
     device, dtype, size = backend.device, backend.dtype, 512
     bandwidth = max(copy_rates(device, RUNS))  # the fastest: a floor is the least that it can take
     rate = max(product_rates(device, dtype, RUNS, size))
@@ -356,8 +369,8 @@ def compare_times(backend: Backend, classes: int, times: list[float]) -> str:
     floor = floors(passes(backend.recipe, classes, dtype), bandwidth, rate).overlapped
     step = statistics.median(times)
     return (
-        f"{step * 1e3:.3g} ms a step of {backend.recipe.batch_size} images; floor {floor * 1e3:.3g} ms, "
-        f"at {bandwidth / 1e9:,.0f} GB/s and {rate / 1e12:,.3g} TFLOP/s"
+        f"{step * 1e3:,.2f} ms a step of {backend.recipe.batch_size} images; floor {floor * 1e3:,.2f} ms, "
+        f"at {bandwidth / 1e9:,.0f} GB/s and {rate / 1e12:,.2f} TFLOP/s"
     )
 
 

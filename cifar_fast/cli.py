@@ -266,6 +266,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.device == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+    from cifar_fast.backends import keep_freed_memory
     from cifar_fast.check import BATCH_SIZE, SMALLEST, Check
     from cifar_fast.plan import resolve
     from cifar_fast.trainer import check
@@ -275,6 +276,8 @@ def _check(args: argparse.Namespace) -> int:
     size = BATCH_SIZE[plan.device.type] if args.batch_size is None else args.batch_size
     if size < SMALLEST:
         raise InputError(f"--batch-size must be at least {SMALLEST} for a check, not {size}")
+    if plan.device.type == "cpu":
+        keep_freed_memory()
     found = Check(plan, reference, Recipe(batch_size=size), say)
     found.run()
     if args.json:

@@ -176,6 +176,16 @@ def test_a_backend_that_cannot_be_set_up_is_a_no_and_the_next_one_is_checked(nar
     assert [line for line in said if line in map(str, found.lines)] == list(map(str, found.lines))
 
 
+def test_where_nothing_can_be_set_up_the_last_line_says_so(tmp_path, narrow, monkeypatch):
+    def broken(self, *what):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Eager, "__init__", broken)
+    code, lines = check(tmp_path)
+    assert code == 1 and lines["set-up"]["text"] == "RuntimeError: no memory"
+    assert list(lines)[-1] == "auto takes" and "none can be set up here" in lines["auto takes"]["text"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -197,6 +207,7 @@ def test_bad_input_is_one_line_and_exit_code_2_before_the_work(capsys, flags, wo
 def test_on_a_gpu_every_line_is_a_yes_and_auto_takes_fused(tmp_path, monkeypatch):
     """As wide in the last pool as the comparison's own test, and for its reason."""
     with_widths(monkeypatch, 4, 8, 8, 8, 16, 32, 32, 256)
+    monkeypatch.setitem(COPY_BYTES, "cuda", 2**20)
     code, lines = check(tmp_path, "")
     assert code == 0 and not noes(lines) and set(KERNELS) < set(lines)
     assert lines["auto takes"]["text"].startswith("fused, channels_last, float16: a GPU is here")
