@@ -370,7 +370,7 @@ def compare_times(backend: Backend, classes: int, times: list[float]) -> str:
     step = statistics.median(times)
     return (
         f"{step * 1e3:,.2f} ms a step of {backend.recipe.batch_size} images; floor {floor * 1e3:,.2f} ms, "
-        f"at {bandwidth / 1e9:,.0f} GB/s and {rate / 1e12:,.2f} TFLOP/s"
+        f"at {bandwidth / 1e9:,.0f} GB/s and {rate / 1e9:,.0f} GFLOP/s"
     )
 
 
