@@ -17,7 +17,7 @@ import triton
 from benchmarks.cases import IMAGES
 from benchmarks.compile import TARGETS, compile_all
 from benchmarks.compile import table as compile_table
-from benchmarks.floors import copy_rates, floor_rows, passes, product_rates
+from benchmarks.floors import floor_rows
 from benchmarks.floors import table as floor_table
 from benchmarks.launches import listing, logged, profiled
 from benchmarks.parts import PARTS, Bench
@@ -28,6 +28,7 @@ from cifar_fast import InputError, Recipe, load_dataset
 from cifar_fast.backends import keep_freed_memory
 from cifar_fast.files import writing
 from cifar_fast.flags import Parser, add_data_flags, run_command
+from cifar_fast.floors import copy_rates, passes, product_rates
 from cifar_fast.kernels.launch import interpreted
 from cifar_fast.names import DTYPES
 from cifar_fast.plan import resolve, short_name

@@ -18,12 +18,13 @@ import torch
 
 from benchmarks import reference
 from benchmarks.cases import IMPLEMENTATIONS, Case, Wrong, check, check_replay, input_sets, kernel_cases, moved
-from benchmarks.floors import Pass, copy_rates, floor_rows, floors, passes, product_rates
+from benchmarks.floors import floor_rows
 from benchmarks.rows import Row
 from benchmarks.timing import capture, child, device_work, interleave, replay_times, wall
 from cifar_fast import CNN, Dataset, Recipe, draw_epoch, load_dataset
 from cifar_fast.augment import augment, seeded
 from cifar_fast.backends import Backend, Eager, keep_freed_memory
+from cifar_fast.floors import Pass, copy_rates, floors, passes, product_rates
 from cifar_fast.plan import Plan, fused_unavailable_reason, resolve, set_up
 from cifar_fast.profile import profile
 from cifar_fast.progress import silent

@@ -1,5 +1,5 @@
-"""The commands: ``cifar-fast train | compare | profile``. Torch, which takes seconds, is imported when one begins its
-work.
+"""The commands: ``cifar-fast train | compare | profile | check``. Torch, which takes seconds, is imported when one
+begins its work.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from cifar_fast import __version__
 from cifar_fast.data import load_dataset
 from cifar_fast.errors import InputError
 from cifar_fast.files import check_writable
-from cifar_fast.flags import Parser, add_run_flags, name_and_path, recipe_of, run_command, say
+from cifar_fast.flags import Parser, add_device_flags, add_run_flags, name_and_path, recipe_of, run_command, say
+from cifar_fast.recipe import Recipe
 
 USAGE = """usage: cifar-fast COMMAND [flags]
 
   train     train the recipe, and write down what came of it
   compare   run two backends in lockstep, and tell how far apart each layer is
   profile   train a few steps, and tell where their time goes
+  check     tell whether all that training needs works on this machine
 
 cifar-fast COMMAND --help lists the flags; --version tells the version."""
 
@@ -200,10 +202,7 @@ def _compare(args: argparse.Namespace) -> int:
         raise InputError(f"--seed must lie between 0 and 2^63, not {args.seed}")
     if not args.tolerance > 0:
         raise InputError(f"--tolerance must be above 0, not {args.tolerance:g}")
-    if args.json:
-        if not args.json.parent.is_dir() or args.json.is_dir():
-            raise InputError(f"--json {args.json}: must name a file in a folder that is there")
-        check_writable(args.json.parent, f"--json {args.json}", "choose another file")
+    check_json(args.json)
 
     import torch
 
@@ -229,7 +228,69 @@ def _compare(args: argparse.Namespace) -> int:
     return 0 if comparison.within else 1
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "compare": compare, "profile": profile}
+def check_json(path: Path | None) -> None:
+    """Raise :class:`InputError` where ``--json`` names a file that cannot be written."""
+    if path:
+        if not path.parent.is_dir() or path.is_dir():
+            raise InputError(f"--json {path}: must name a file in a folder that is there")
+        check_writable(path.parent, f"--json {path}", "choose another file")
+
+
+# -- check
+
+
+def check(argv: list[str] | None = None) -> int:
+    """``cifar-fast check``; gives 0, 1 where something that ``auto`` needs does not work, 2 for bad input."""
+    return run_command(lambda: _check(check_parser().parse_args(argv)), argv)
+
+
+def check_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="cifar-fast check",
+        description="Tell whether all that training needs works on this machine: in two minutes, a line each.",
+        allow_abbrev=False,
+    )
+    add_device_flags(parser)
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="images per step (default: 64 on a GPU, 8 on a CPU)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the lines there")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> int:
+    check_json(args.json)
+
+    import torch
+
+    if args.device == "cpu" or not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+    from cifar_fast.backends import keep_freed_memory
+    from cifar_fast.check import BATCH_SIZE, SMALLEST, Check
+    from cifar_fast.plan import resolve
+    from cifar_fast.trainer import check
+
+    plan, reference = (resolve(backend, args.device, args.dtype) for backend in ("auto", "eager"))
+    check(plan, seed=0, runs=1)
+    size = BATCH_SIZE[plan.device.type] if args.batch_size is None else args.batch_size
+    if size < SMALLEST:
+        raise InputError(f"--batch-size must be at least {SMALLEST} for a check, not {size}")
+    if plan.device.type == "cpu":
+        keep_freed_memory()
+    found = Check(plan, reference, Recipe(batch_size=size), say)
+    found.run()
+    if args.json:
+        found.write(args.json)
+    return 0 if found.fine else 1
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "compare": compare,
+    "profile": profile,
+    "check": check,
+}
 
 
 if __name__ == "__main__":

@@ -103,13 +103,6 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="eager: the reference; compiled: torch.compile; fused: our kernels in one CUDA graph; auto: the "
         "fastest here",
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="float16 and float32 hold everything, bfloat16 keeps float32 weights (autocast)",
-    )
     group.add_argument(
         "--memory-format",
         choices=("auto", *MEMORY_FORMATS),
@@ -120,8 +113,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed", type=int, default=0, help="of the weights, the order and the augmentation (default: 0)"
     )
-
-    group.add_argument("--traceback", action="store_true", help="show where an error came from")
+    add_device_flags(group)
 
     group = parser.add_argument_group("the recipe")
     group.add_argument(
@@ -149,6 +141,18 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
             metavar="N" if isinstance(default, int) or (several and isinstance(default[0], int)) else "X",
             help=f"{field.metadata['help']} (default: {shown})",
         )
+
+
+def add_device_flags(group: Any) -> None:
+    """The flags of how it runs that every command has, to a parser or a group of one."""
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="float16 and float32 hold everything, bfloat16 keeps float32 weights (autocast)",
+    )
+    group.add_argument("--traceback", action="store_true", help="show where an error came from")
 
 
 def name_and_path(text: str) -> tuple[str, str]:

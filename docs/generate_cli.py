@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cifar_fast.cli import compare_parser, profile_parser, train_parser
+from cifar_fast.cli import check_parser, compare_parser, profile_parser, train_parser
 
 PAGE = Path(__file__).with_name("cli.md")
 
@@ -18,14 +18,15 @@ HEAD = """<!-- Written by docs/generate_cli.py out of the commands' own flags: e
 | `cifar-fast train` | trains the recipe, and writes its results down | `python -m cifar_fast.train` |
 | `cifar-fast compare` | tells how far apart two backends are, layer by layer | `python -m cifar_fast.compare` |
 | `cifar-fast profile` | trains a few steps, and tells where their time goes | `cifar-fast train --profile DIR` |
+| `cifar-fast check` | tells whether all that training needs works on this machine | |
 
 `cifar-fast --version` prints the version, `cifar-fast COMMAND --help` the flags below.
 
-Exit codes: 0; 1 where a comparison is past its tolerance or a training diverges; 2 for input that cannot work, with one
-line on the standard error stream that says what is wrong and what to do; 130 after Ctrl-C. `--traceback` shows where an
-error came from.
+Exit codes: 0; 1 where a comparison is past its tolerance, a training diverges, or something that `auto` needs does not
+pass its check; 2 for input that cannot work, with one line on the standard error stream that says what is wrong and
+what to do; 130 after Ctrl-C. `--traceback` shows where an error came from.
 
-## Flags of all three
+## Flags of `train`, `compare` and `profile`
 """
 
 TAIL = """
@@ -36,6 +37,7 @@ TAIL = """
     cifar-fast train --print-recipe > recipe.json                 # a file for --recipe
     cifar-fast train --backend eager --device cpu --dtype float32 # the reference's numbers, bit for bit
     cifar-fast compare --backend compiled --steps 8               # how far torch.compile is from eager here
+    cifar-fast check --json check.json                            # does everything work on this machine?
     cifar-fast profile --dataset synthetic --output runs/profile  # a trace and a table of a few steps
 """
 
@@ -57,6 +59,7 @@ def page() -> str:
                 parts.append(f"The default of `{name}` for {flag.split()[0]} is `{default}`.\n")
     for name, found in flags.items():
         parts.append(table(f"## Flags of `{name}` alone", [row for row in found if row[1] not in names]))
+    parts.append(table("## Flags of `check`", rows(check_parser())))
     return "\n".join(parts) + TAIL
 
 

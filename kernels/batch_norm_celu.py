@@ -179,7 +179,6 @@ def statistics_kernel(
     origin = tl.zeros_like(first) if x.dtype.element_ty.primitive_bitwidth == 16 else first
     mean = tl.zeros([BLOCK_R, BLOCK_C], ACC) + (first - origin)
     square = tl.zeros([BLOCK_R, BLOCK_C], ACC)
-    lane = tl.arange(0, BLOCK_R)[:, None]
     counts = tl.zeros([BLOCK_R, 1], ACC)
     count = tl.zeros([1, 1], ACC)
     # Each element of the tile keeps statistics of its own (Welford, 1962), so that nothing crosses threads in the loop.
@@ -313,7 +312,7 @@ def apply_kernel(
     scale, shift = _channel_values(weight, channels, C, ACC) * invstd, _channel_values(bias, channels, C, ACC)
     for k in range(BLOCKS):
         row, channel, exists = _tile(program * BLOCKS + k, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
-        z, centered = _affine(_load_pooled(x, row, channel, exists, H, W, C, POOL, ACC), center, scale, shift)
+        z, _centered = _affine(_load_pooled(x, row, channel, exists, H, W, C, POOL, ACC), center, scale, shift)
         offset = row.to(tl.int64) * C + channel
         tl.store(y + offset, _celu(z, ALPHA, TERMS).to(y.dtype.element_ty), mask=exists)
 
@@ -473,9 +472,8 @@ class _Shape:
         n, self.channels, height, width = x.shape
         self.rows = n * (height // pool) * (width // pool)
         self.windows = n * -(-height // pool) * -(-width // pool)
-        self.double, self.half = x.dtype == torch.float64, x.element_size() == 2
-        self.acc = tl.float64 if self.double else tl.float32
-        self.terms = 13 if self.double else 2 if self.half else 7
+        self.acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+        self.terms = {8: 13, 4: 7, 2: 2}[x.element_size()]
         self.power = triton.next_power_of_2(self.channels)
         self.size = {"H": height, "W": width, "C": self.channels, "POOL": pool}
 
@@ -485,11 +483,6 @@ class _Shape:
     def pooling(self, kernel: str) -> str:
         """The entry's name, which is another where the kernel goes over windows."""
         return kernel if self.size["POOL"] == 1 else f"pool_{kernel}"
-
-    def limits(self, kernel: str) -> dict[str, int | None]:
-        """Warps, and registers, which the table bounds for types of two bytes."""
-        entry = self.table(kernel)
-        return {"num_warps": entry["num_warps"], "max_registers": entry.get("max_registers") if self.half else None}
 
     def tile(self, kernel: str) -> dict[str, int]:
         entry = self.table(kernel)
@@ -540,7 +533,7 @@ def _plan_apply(x, y, mean, spread, weight, bias, alpha: float, pool: int, eps: 
             writes=dict(y=y),
             scalars=dict(rows=shape.rows),
             constants=shape.size | tile | {"ALPHA": alpha, "TERMS": shape.terms, "EPS": eps, "ACC": shape.acc},
-            **shape.limits(kernel),
+            num_warps=shape.table(kernel)["num_warps"],
         )
     ]
 
@@ -589,7 +582,7 @@ def plan_statistics(
             constants=shape.size
             | tile
             | {"BLOCKS_PER_SPLIT": blocks, "WHOLE": shape.whole(num_splits, blocks, tile), "ACC": shape.acc},
-            **shape.limits(kernel),
+            num_warps=shape.table(kernel)["num_warps"],
         ),
         Launch(
             merge_statistics_kernel,
@@ -698,7 +691,7 @@ def plan_backward(
             constants={"C": shape.channels, "BLOCKS_PER_SPLIT": blocks, "ALPHA": alpha}
             | {"TERMS": shape.terms, "ACC": shape.acc}
             | tile,
-            **shape.limits("backward_sums"),
+            num_warps=shape.table("backward_sums")["num_warps"],
             touched=touched,
         ),
         Launch(
@@ -720,7 +713,7 @@ def plan_backward(
             constants=shape.size
             | last_tile
             | {"TRAINING": training, "ALPHA": alpha, "TERMS": shape.terms, "ACC": shape.acc},
-            **shape.limits(last),
+            num_warps=shape.table(last)["num_warps"],
             touched=touched,
         ),
     ]

@@ -38,7 +38,7 @@ class Launch:
 
     ``reads`` and ``writes`` are its tensor arguments by name, None where the kernel does without one at this setting;
     ``scalars`` its numbers, ``constants`` what is compiled in. ``touched`` gives the elements of a tensor that are
-    accessed, where those are not all; ``max_registers``, of a thread, the limit for the assembler.
+    accessed, where those are not all.
     """
 
     kernel: Any
@@ -48,7 +48,6 @@ class Launch:
     scalars: dict[str, int | float]
     constants: dict[str, Any]
     num_warps: int = 4
-    max_registers: int | None = None
     touched: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -59,7 +58,7 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """The compiler's."""
-        return {"num_warps": self.num_warps, "maxnreg": self.max_registers, "enable_fp_fusion": FP_FUSION}
+        return {"num_warps": self.num_warps, "enable_fp_fusion": FP_FUSION}
 
     @property
     def bytes_read(self) -> int:
@@ -88,9 +87,22 @@ def run(
         )
     with torch.cuda.device(device) if device.type == "cuda" else _interpreting:
         for launch in launches:
-            compiled = launch.kernel[launch.grid](**launch.arguments, **launch.constants, **launch.options)
+            compiled = launch.kernel[launch.grid](**_given(launch))
             if on_compiled:
                 on_compiled(launch, compiled)
+
+
+def compile_only(launches: Iterable[Launch], device: torch.device) -> None:
+    """Compile ``launches``, of tensors without memory too, for the GPU ``device``; to run them later takes no compiler
+    then.
+    """
+    with torch.cuda.device(device):
+        for launch in launches:
+            launch.kernel.warmup(grid=launch.grid, **_given(launch))
+
+
+def _given(launch: Launch) -> dict[str, Any]:
+    return launch.arguments | launch.constants | launch.options
 
 
 _interpreting = threading.RLock()

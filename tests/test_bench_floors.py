@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.__main__ import main
-from benchmarks.floors import Pass, floors, passes
 from cifar_fast import CNN, Recipe
+from cifar_fast.floors import Pass, floors, passes
 from cifar_fast.kernels.batch_norm_celu import example_launches
 
 RECIPE = Recipe()
