@@ -1,4 +1,7 @@
-"""``python -m benchmarks run | report | tune | compile | floors``: what is measured, and what is computed beside it."""
+"""What is measured, and what is computed beside it:
+
+python -m benchmarks run | report | tune | compile | instructions | floors
+"""
 
 from __future__ import annotations
 
@@ -60,6 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--targets", nargs="+", metavar="TARGET", help="such as sm_90 (default: all)")
     compile_.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
 
+    instructions = commands.add_parser("instructions", help="count what each kernel issues, in its compiled code")
+    instructions.add_argument("--dtype", default="float16", choices=DTYPES)
+    instructions.add_argument("--arch", default="sm_90", help="compile for it (default: sm_90)")
+    instructions.add_argument("--batch-size", type=int, default=Recipe().batch_size, metavar="N", help="default: 512")
+    instructions.add_argument("--card", default="H200", metavar="NAME", help="whose figures follow (default: H200)")
+    for flag, default, what in (
+        ("--multiprocessors", 132, "of it"),
+        ("--clock", 1.755e9, "Hz"),
+        ("--bandwidth", 4.3e12, "bytes/s, reads and writes both counted"),
+    ):
+        instructions.add_argument(flag, type=rate, default=default, metavar="X", help=f"{what} (default: {default:g})")
+    instructions.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+
     floors = commands.add_parser("floors", help="what a step computes and moves, and the time that takes at the least")
     floors.add_argument("--device", default="auto", help="where ceilings that are not given are measured")
     floors.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
@@ -71,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(args: argparse.Namespace) -> int:
-    return {"run": _run, "report": _report, "tune": _tune, "compile": _compile, "floors": _floors}[args.command](args)
+    commands = dict(run=_run, report=_report, tune=_tune, compile=_compile, instructions=_instructions, floors=_floors)
+    return commands[args.command](args)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -143,10 +160,33 @@ def _compile(args: argparse.Namespace) -> int:
     print(f"triton {triton.__version__}, {args.dtype}, batch {Recipe().batch_size}\n\n{table(rows)}\n")
     wrong = [problem for row in rows for problem in row.problems()]
     print("\n".join(wrong) or "no spills, and 128 bits wherever a large tensor is read or written")
-    if args.json:
-        with writing(f"--json {args.json}", "choose another file"), atomic_write(args.json) as draft:
-            draft.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    _write_json(args.json, [dataclasses.asdict(row) for row in rows])
     return 1 if wrong else 0
+
+
+def _instructions(args: argparse.Namespace) -> int:
+    import torch
+    import triton
+
+    _compiling()
+    from benchmarks.compile import TARGETS
+    from benchmarks.instructions import Card, count_all, record, table
+
+    if args.arch not in TARGETS:
+        raise InputError(f"--arch: no {args.arch}; there are {', '.join(TARGETS)}")
+    card = Card(args.card, int(args.multiprocessors), args.clock, args.bandwidth)
+    rows = count_all(Recipe(batch_size=args.batch_size), getattr(torch, args.dtype), args.arch)
+    print("predicted: counted in compiled code, no GPU ran")
+    print(f"triton {triton.__version__}, {args.arch}, {args.dtype}, batch {args.batch_size}; {card}")
+    print(f"thread instructions per element, by class; us of one launch\n\n{table(rows, card)}")
+    _write_json(args.json, [record(row, card) for row in rows])
+    return 0
+
+
+def _write_json(file: Path | None, figures: list[dict[str, object]]) -> None:
+    if file:
+        with writing(f"--json {file}", "choose another file"), atomic_write(file) as draft:
+            draft.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _floors(args: argparse.Namespace) -> int:

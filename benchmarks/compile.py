@@ -61,8 +61,8 @@ class Compiled:
         return [f"{self.case}, {self.kernel}, {self.target}: {problem}" for problem in found]
 
 
-def compile_launch(case: str, launch: Launch, target: str) -> Compiled:
-    """Compile ``launch`` for ``target``, such as "sm_90", as Triton's own launcher would specialize it."""
+def compiled_kernel(launch: Launch, target: str) -> Any:
+    """``launch`` compiled for ``target``, such as "sm_90", as Triton's own launcher would specialize it."""
     signature, constants, attributes = {}, dict(launch.constants), {}
     arguments = launch.arguments
     for i, name in enumerate(launch.kernel.arg_names):
@@ -83,9 +83,14 @@ def compile_launch(case: str, launch: Launch, target: str) -> Compiled:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "enable_fp_fusion": FP_FUSION}
-    made = triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
-    pointers = [name for name in launch.kernel.arg_names if signature[name] != "constexpr"]
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    return triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options)
+
+
+def compile_launch(case: str, launch: Launch, target: str) -> Compiled:
+    """What becomes of ``launch`` on ``target``."""
+    made = compiled_kernel(launch, target)
+    pointers = [name for name in launch.kernel.arg_names if made.src.signature[name] != "constexpr"]
+    tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)}
     # Of what is gathered from, whole images apart, single elements are all there is to access.
     large = {name for name, value in tensors.items() if value.nbytes >= LARGE and name not in launch.touched}
     registers, spills = resources(made.asm["cubin"])
