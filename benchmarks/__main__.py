@@ -67,13 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     instructions.add_argument("--dtype", default="float16", choices=DTYPES)
     instructions.add_argument("--arch", default="sm_90", help="compile for it (default: sm_90)")
     instructions.add_argument("--batch-size", type=int, default=Recipe().batch_size, metavar="N", help="default: 512")
-    instructions.add_argument("--card", default="H200", metavar="NAME", help="whose figures follow (default: H200)")
-    for flag, default, what in (
-        ("--multiprocessors", 132, "of it"),
-        ("--clock", 1.755e9, "Hz"),
-        ("--bandwidth", 4.3e12, "bytes/s, reads and writes both counted"),
-    ):
-        instructions.add_argument(flag, type=rate, default=default, metavar="X", help=f"{what} (default: {default:g})")
+    instructions.add_argument(
+        "--card", dest="name", metavar="NAME", help="whose figures follow (default: H200, and its figures)"
+    )
+    instructions.add_argument("--multiprocessors", type=int, metavar="N")
+    instructions.add_argument("--clock", type=rate, metavar="X", help="Hz")
+    instructions.add_argument("--bandwidth", type=rate, metavar="X", help="bytes/s, reads and writes both counted")
     instructions.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
 
     floors = commands.add_parser("floors", help="what a step computes and moves, and the time that takes at the least")
@@ -170,11 +169,12 @@ def _instructions(args: argparse.Namespace) -> int:
 
     _compiling()
     from benchmarks.compile import TARGETS
-    from benchmarks.instructions import Card, count_all, record, table
+    from benchmarks.instructions import H200, count_all, record, table
 
     if args.arch not in TARGETS:
         raise InputError(f"--arch: no {args.arch}; there are {', '.join(TARGETS)}")
-    card = Card(args.card, int(args.multiprocessors), args.clock, args.bandwidth)
+    given = {name: getattr(args, name) for name in ("name", "multiprocessors", "clock", "bandwidth")}
+    card = dataclasses.replace(H200, **{name: value for name, value in given.items() if value})
     rows = count_all(Recipe(batch_size=args.batch_size), getattr(torch, args.dtype), args.arch)
     print("predicted: counted in compiled code, no GPU ran")
     print(f"triton {triton.__version__}, {args.arch}, {args.dtype}, batch {args.batch_size}; {card}")

@@ -58,6 +58,8 @@ CLASSES = {  # the first whose pattern the opcode begins with
 }
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+((?:@!?\w+\s+)?)([A-Z]\w*\S*)\s*(.*?)\s*;", re.ASCII)
 
+ENDS = re.compile(r"BRA|BRX|CALL|EXIT|RET")  # of a block
+
 
 @dataclass(frozen=True)
 class Card:
@@ -75,6 +77,9 @@ class Card:
     def issue(self, instructions: float) -> float:
         """Seconds in which so many warp instructions are issued at the least."""
         return instructions / (self.multiprocessors * 4 * self.clock)
+
+
+H200 = Card("H200", multiprocessors=132, clock=1.755e9, bandwidth=4.3e12)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def disassemble(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def issued(listing: str, moved: float) -> Counter[str]:
+def issued(listing: str, moved: float) -> dict[str, int]:
     """Instructions that a thread issues, by class, where it loads and stores ``moved`` bytes of global memory."""
     code, labels = _parse(listing)
     reached = _reached(code, labels)
@@ -141,7 +146,7 @@ def issued(listing: str, moved: float) -> Counter[str]:
     found = dict.fromkeys(CLASSES, 0)
     for i, repeats in times.items():
         found[classify(code[i][1])] += repeats
-    return Counter(found)
+    return found
 
 
 def _parse(listing: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
@@ -157,14 +162,16 @@ def _parse(listing: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
 
 
 def _target(instruction: str, labels: dict[str, int]) -> int | None:
-    """Where a branch leads; not that of a warp that has diverged, whose threads take turns there."""
-    found = re.match(r"BRA(?!\.DIV)\b.*`\(([.$\w]+)\)", instruction)
+    """Where a jump leads: a branch, or a call of a label without a name, by which ptxas leaves a loop. Not that of a
+    warp that has diverged, whose threads take turns there.
+    """
+    found = re.match(r"(?:BRA(?!\.DIV)|CALL)\b.*`\((\.L\w+)\)", instruction)
     return labels[found[1]] if found else None
 
 
 def _reached(code: list[tuple[str, str]], labels: dict[str, int]) -> list[int]:
     """The instructions to which a path leads from the first, around the blocks that call a subroutine."""
-    leaders = {*labels.values(), *(i + 1 for i, (_, one) in enumerate(code) if re.match("BRA|EXIT|RET|BRX", one))}
+    leaders = {*labels.values(), *(i + 1 for i, (_, one) in enumerate(code) if ENDS.match(one))}
     starts = sorted({0, *(i for i in leaders if i < len(code))})
     ends = dict(zip(starts, [*starts[1:], len(code)]))
     reached: set[int] = set()
@@ -172,14 +179,14 @@ def _reached(code: list[tuple[str, str]], labels: dict[str, int]) -> list[int]:
     while waiting:
         start = waiting.pop()
         block = range(start, ends.get(start, start))
-        if start in reached or any(code[i][1].startswith("CALL") for i in block):
+        predicate, last = code[block[-1]] if block else ("", "")
+        target = _target(last, labels)
+        if start in reached or not block or (last.startswith("CALL") and target is None and not predicate):
             continue
         reached.update(block)
-        predicate, last = code[block[-1]]
-        if (target := _target(last, labels)) is not None:
+        if target is not None:
             waiting.append(target)
-        conditional = predicate or re.match(r"BRA\S* !?U?P", last)
-        if conditional or not re.match("BRA|EXIT|RET|BRX", last):
+        if predicate or re.match(r"BRA\S* !?U?P", last) or not ENDS.match(last):
             waiting.append(block[-1] + 1)
     if not any(code[i][1].startswith("EXIT") for i in reached):
         raise ValueError("no path leads to the end of the kernel without a call of a subroutine")
@@ -194,17 +201,28 @@ def _width(instruction: str) -> int:
     return int(found[1]) // 8 if found else 4
 
 
+def count_compiled(made: Any, programs: int, **facts: Any) -> Counted:
+    """Count what Triton ``made``, launched in ``programs``; ``facts`` are the first fields of the result."""
+    cubin, warps = made.asm["cubin"], made.metadata.num_warps
+    instructions = issued(disassemble(cubin), facts["bytes"] / (programs * warps * WARP))
+    registers, spills = resources(cubin)
+    code = dict(instructions=instructions, registers=registers, spills=spills, shared=made.metadata.shared)
+    return Counted(**facts, programs=programs, warps=warps, **code)
+
+
 def count_launch(part: str, case: str, count: int, launch: Launch, arch: str) -> Counted:
     """Compile ``launch`` for ``arch``, such as "sm_90", and count."""
-    made = compiled_kernel(launch, arch)
-    programs, warps = prod(launch.grid), launch.num_warps
-    size = launch.bytes_read + launch.bytes_written
     tensors = {name: one for name, one in launch.arguments.items() if isinstance(one, torch.Tensor)}
-    elements = max(launch.touched.get(name, one.numel()) for name, one in tensors.items())
-    instructions = issued(disassemble(made.asm["cubin"]), size / (programs * warps * WARP))
-    facts = *resources(made.asm["cubin"]), made.metadata.shared
-    name = launch.kernel.__name__.removesuffix("_kernel")
-    return Counted(part, case, name, count, elements, size, programs, warps, dict(instructions), *facts)
+    return count_compiled(
+        compiled_kernel(launch, arch),
+        prod(launch.grid),
+        part=part,
+        case=case,
+        kernel=launch.kernel.__name__.removesuffix("_kernel"),
+        count=count,
+        elements=max(launch.touched.get(name, one.numel()) for name, one in tensors.items()),
+        bytes=launch.bytes_read + launch.bytes_written,
+    )
 
 
 def recipe_launches(recipe: Recipe, dtype: torch.dtype) -> list[tuple[str, str, int, Launch]]:

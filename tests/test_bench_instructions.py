@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import main
+from benchmarks.inductor import uses
 from benchmarks.instructions import CLASSES, Card, Counted, classify, issued, record, table
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +122,19 @@ def test_a_loop_that_moves_nothing_counts_once():
     assert issued(waits, moved=1e6) == of(memory=1, control=2)
 
 
+def test_a_call_of_a_label_without_a_name_is_a_jump():
+    jumps = """
+k:
+ /*0000*/  @!P2 CALL.REL.NOINC `(.L_x_1) ;
+ /*0010*/  FADD R1, R2, R3 ;
+ /*0020*/  CALL.REL.NOINC `(.L_x_1) ;
+ /*0030*/  DADD R2, R4, R6 ;
+.L_x_1:
+ /*0040*/  EXIT ;
+"""
+    assert issued(jumps, moved=0) == of(fp32=1, control=3)
+
+
 def test_a_kernel_that_cannot_end_without_a_call_is_refused():
     calls = " /*0000*/  CALL.REL.NOINC `(f) ;\n /*0010*/  EXIT ;\nf:\n /*0020*/  RET.REL.NODEC R2 `(k) ;\n"
     with pytest.raises(ValueError, match="call"):
@@ -160,6 +175,13 @@ def row(**changes):
     return Counted(**given | changes)
 
 
+def test_flags_that_name_no_target_or_card_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.__main__._compiling", lambda: None)
+    assert main(["instructions", "--arch", "sm_1"]) == 2
+    assert "no sm_1; there are sm_75" in capsys.readouterr().err
+    assert main(["instructions", "--clock", "0"]) == 2
+
+
 def test_times_and_sums_of_a_part():
     card = Card("a card", multiprocessors=2, clock=1e9, bandwidth=1e9)
     figures = record(row(), card)
@@ -184,6 +206,16 @@ def test_times_and_sums_of_a_part():
 )
 def test_warps_that_fit_as_nvidias_occupancy_calculator_has_them(registers, warps, shared, resident):
     assert row(registers=registers, warps=warps, shared=shared).resident == resident / 64
+
+
+def test_what_inductors_kernels_do_with_a_tensor():
+    source = "tl.load(in_ptr1 + x0)\ntl.load(in_ptr10 + x0)\ntl.store(in_ptr10 + x0, y)\ntl.atomic_add(out + x0, y)"
+    assert [uses(source, name) for name in ("in_ptr1", "in_ptr10", "out", "in_ptr0")] == [
+        {"load"},
+        {"load", "store"},
+        {"atomic_add"},
+        set(),
+    ]
 
 
 @pytest.mark.slow  # a compiler
