@@ -1,10 +1,14 @@
-"""``python -m benchmarks run | report | tune | compile | floors | launches``: what is measured, computed or counted."""
+"""What is measured, and what is computed and counted beside it:
+
+python -m benchmarks run | report | tune | compile | instructions | floors | launches
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import json
 import math
 import statistics
 import sys
@@ -19,6 +23,8 @@ from benchmarks.compile import TARGETS, compile_all
 from benchmarks.compile import table as compile_table
 from benchmarks.floors import floor_rows
 from benchmarks.floors import table as floor_table
+from benchmarks.instructions import H200, count_all, record
+from benchmarks.instructions import table as instructions_table
 from benchmarks.launches import listing, logged, profiled
 from benchmarks.parts import PARTS, Bench
 from benchmarks.report import RESULTS, pivot, write_report
@@ -26,7 +32,7 @@ from benchmarks.run import run
 from benchmarks.tune import tune
 from cifar_fast import InputError, Recipe, load_dataset
 from cifar_fast.backends import keep_freed_memory
-from cifar_fast.files import writing
+from cifar_fast.files import atomic_write, writing
 from cifar_fast.flags import Parser, add_data_flags, run_command
 from cifar_fast.floors import copy_rates, passes, product_rates
 from cifar_fast.kernels.launch import interpreted
@@ -73,6 +79,18 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--dtype", default="float16", choices=DTYPES)
     compile_.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, help="(default: all)")
 
+    instructions = commands.add_parser("instructions", help="count what each kernel issues, in its compiled code")
+    instructions.add_argument("--dtype", default="float16", choices=DTYPES)
+    instructions.add_argument("--arch", default="sm_90", choices=TARGETS, help="compile for it (default: sm_90)")
+    instructions.add_argument("--batch-size", type=int, default=Recipe().batch_size, metavar="N", help="default: 512")
+    instructions.add_argument(
+        "--card", dest="name", metavar="NAME", help="whose figures follow (default: H200, and its figures)"
+    )
+    instructions.add_argument("--multiprocessors", type=int, metavar="N")
+    instructions.add_argument("--clock", type=rate, metavar="X", help="Hz")
+    instructions.add_argument("--bandwidth", type=rate, metavar="X", help="bytes/s, reads and writes both counted")
+    instructions.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+
     floors = commands.add_parser("floors", help="what a step computes and moves, and the time that takes at the least")
     floors.add_argument("--device", default="auto", help="where ceilings that are not given are measured")
     floors.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
@@ -89,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(args: argparse.Namespace) -> int:
     measured = {"run": _run, "report": _report, "tune": _tune}
-    computed = {"compile": _compile, "floors": _floors, "launches": _launches}
+    computed = {"compile": _compile, "instructions": _instructions, "floors": _floors, "launches": _launches}
     return (measured | computed)[args.command](args)
 
 
@@ -140,6 +158,20 @@ def _compile(args: argparse.Namespace) -> int:
     wrong = [problem for row in rows for problem in row.problems()]
     print("\n".join(wrong) or "no spills, and 128 bits wherever a large tensor is read or written")
     return 1 if wrong else 0
+
+
+def _instructions(args: argparse.Namespace) -> int:
+    _compiling()
+    given = {name: getattr(args, name) for name in ("name", "multiprocessors", "clock", "bandwidth")}
+    card = dataclasses.replace(H200, **{name: value for name, value in given.items() if value})
+    rows = count_all(Recipe(batch_size=args.batch_size), getattr(torch, args.dtype), args.arch)
+    print("predicted: counted in compiled code, no GPU ran")
+    print(f"triton {triton.__version__}, {args.arch}, {args.dtype}, batch {args.batch_size}; {card}")
+    print(f"thread instructions per element, by class; us of one launch\n\n{instructions_table(rows, card)}")
+    if args.json:
+        with writing(f"--json {args.json}", "choose another file"), atomic_write(args.json) as draft:
+            draft.write_text(json.dumps([record(row, card) for row in rows], indent=1) + "\n")
+    return 0
 
 
 def _floors(args: argparse.Namespace) -> int:

@@ -21,6 +21,8 @@ from cifar_fast.kernels.augment import augment, augment_reference
 from cifar_fast.kernels.augment import example_launches as augment_launches
 from cifar_fast.kernels.batch_norm_celu import batch_norm_celu, batch_norm_celu_reference
 from cifar_fast.kernels.batch_norm_celu import example_launches as norm_launches
+from cifar_fast.kernels.bookkeeping import example_launches as record_launches
+from cifar_fast.kernels.cross_entropy import example_launches as cross_entropy_launches
 from cifar_fast.kernels.launch import Launch
 from cifar_fast.recipe import IMAGE_SIZE, Block
 
@@ -178,6 +180,22 @@ class Norm:
             return dict(zip(("dx", "dweight", "dbias"), gradients))
 
         return backward
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a step launches after the network: too small to be timed, but compiled and counted."""
+
+    recipe: Recipe
+    dtype: torch.dtype
+    classes: int = 10
+    name = "loss and bookkeeping"
+
+    def launches(self) -> list[Launch]:
+        size, loss = self.recipe.batch_size, torch.float16 if self.dtype == torch.float16 else torch.float32
+        settings = dict(label_smoothing=self.recipe.label_smoothing, scale=self.recipe.output_scale)
+        first = cross_entropy_launches(size, self.classes, dtype=self.dtype, **settings)
+        return first + record_launches(size, dtype=loss)
 
 
 Case = Augmentation | Norm

@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.cases import Case, kernel_cases
+from benchmarks.cases import Case, Head, kernel_cases
 from benchmarks.rows import markdown
 from cifar_fast import Recipe
 from cifar_fast.kernels.launch import Launch
@@ -55,8 +56,8 @@ class Compiled:
         return [f"{self.case}, {self.kernel}, {self.target}: {problem}" for problem in found]
 
 
-def compile_launch(case: str, launch: Launch, target: str) -> Compiled:
-    """Compile ``launch`` for ``target``, such as "sm_90", as Triton's own launcher would specialize it."""
+def compiled_kernel(launch: Launch, target: str) -> Any:
+    """``launch`` compiled for ``target``, such as "sm_90", as Triton's own launcher would specialize it."""
     signature, constants, attributes = {}, dict(launch.constants), {}
     arguments = launch.arguments
     for i, name in enumerate(launch.kernel.arg_names):
@@ -76,9 +77,14 @@ def compile_launch(case: str, launch: Launch, target: str) -> Compiled:
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=launch.options)
-    pointers = [name for name in launch.kernel.arg_names if signature[name] != "constexpr"]
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    return triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=launch.options)
+
+
+def compile_launch(case: str, launch: Launch, target: str) -> Compiled:
+    """What becomes of ``launch`` on ``target``."""
+    made = compiled_kernel(launch, target)
+    pointers = [name for name in launch.kernel.arg_names if made.src.signature[name] != "constexpr"]
+    tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)}
     # Of what is gathered from, whole images apart, single elements are all there is to access.
     large = {name for name, value in tensors.items() if value.nbytes >= LARGE and name not in launch.touched}
     registers, spills = resources(made.asm["cubin"])
@@ -126,14 +132,14 @@ def access_widths(ptx: str, arguments: list[str], large: set[str]) -> tuple[dict
     return widths["ld"], widths["st"]
 
 
-def compile_case(case: Case, target: str) -> list[Compiled]:
+def compile_case(case: Case | Head, target: str) -> list[Compiled]:
     """Every launch of ``case``."""
     return [compile_launch(case.name, launch, target) for launch in case.launches()]
 
 
 def compile_all(recipe: Recipe, dtype: torch.dtype, targets: Sequence[str]) -> list[Compiled]:
     """Every distinct launch of ``recipe`` on every target, with all cores."""
-    work = itertools.product(kernel_cases(recipe, dtype), targets)
+    work = itertools.product([*kernel_cases(recipe, dtype), Head(recipe, dtype)], targets)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return list(itertools.chain(*pool.map(compile_case, *zip(*work))))
 

@@ -37,6 +37,8 @@ def candidates(key: str, current: Entry) -> list[Entry]:
         grid = [dict(rows=rows, channels=channels) for rows, channels in TILES]
         if "splits" in current:
             grid = [tile | dict(splits=int(current["splits"] * by)) for tile in grid for by in (0.5, 1, 2)]
+        if "blocks" in current:
+            grid = [tile | dict(blocks=blocks) for tile in grid for blocks in (1, 2, 4, 8, 16)]
         grid = [tile | dict(num_warps=warps) for tile in grid for warps in (4, 8)]
     return [entry for entry in grid if entry != current]
 

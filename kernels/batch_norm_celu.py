@@ -376,6 +376,8 @@ def backward_sums_kernel(
         q, centered = _gradient_of_norm(dy, x, row, channel, exists, mean, scale, shift, ALPHA, TERMS, 1.0, C, ACC)
         of_q += q  # 0 where no element exists, as dy is loaded
         of_qd = tl.fma(q, centered, of_qd)
+    if TERMS != 2:
+        of_q, of_qd = of_q.to(tl.float64), of_qd.to(tl.float64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     tl.store(sums + split * C + channel, tl.sum(of_q, axis=0), mask=channel < C)
     tl.store(sums + (num_splits + split) * C + channel, tl.sum(of_qd, axis=0), mask=channel < C)

@@ -113,7 +113,6 @@ def launch_table(rows, channels, splits, merge_channels, block):
     table = {f"batch_norm_celu.{name}": {"*": tile | {"splits": splits}} for name in REDUCTIONS}
     table |= {f"batch_norm_celu.{name}": {"*": tile | {"blocks": 2}} for name in PASSES}
     table["batch_norm_celu.merge"] = {"*": dict(channels=merge_channels, num_warps=4)}
-    table["cross_entropy"] = {"*": dict(rows=rows, num_warps=4)}
     return table | {"augment": {"*": dict(block=block, num_warps=4)}}
 
 
