@@ -105,6 +105,7 @@ def test_drawing_leaves_matplotlibs_state_alone():
 import sys, matplotlib
 from tests.test_results import HOW, RECIPE, fit
 from tests.conftest import small_dataset
+matplotlib.rcParams["lines.linewidth"] = 7
 before = list(dict.items(matplotlib.rcParams))  # as it is: reading the backend would settle it
 result = fit(RECIPE, small_dataset(), **HOW)
 result.figure(), result._repr_html_()
