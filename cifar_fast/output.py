@@ -7,16 +7,13 @@ import dataclasses
 import itertools
 import json
 import os
-import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
+from cifar_fast.curves import draw_curves
 from cifar_fast.errors import InputError, first_line
 from cifar_fast.files import atomic_write, check_writable, locked, writing
 from cifar_fast.progress import Log, silent
@@ -151,74 +148,3 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-_drawing = threading.Lock()
-"""matplotlib's parameters are the process's."""
-
-
-def draw_curves(result: Result, path: Path) -> None:
-    """Loss and accuracies over epochs, the learning rate under them, a line for each run; as a PNG.
-
-    In matplotlib's own style, whatever the caller's, whose parameters stay as they are.
-    """
-    matplotlib = _matplotlib()
-    with _drawing, matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        _draw(result, path)
-
-
-def _matplotlib() -> Any:
-    """The module, which refuses to be imported where ``$MPLBACKEND`` names what is not here, as a notebook's may."""
-    try:
-        import matplotlib
-    except ValueError:
-        before = os.environ.pop("MPLBACKEND")
-        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-            del sys.modules[name]  # what the import that failed has left
-        try:
-            import matplotlib
-        finally:
-            os.environ["MPLBACKEND"] = before
-    return matplotlib
-
-
-def _draw(result: Result, path: Path) -> None:
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    figure = Figure(figsize=(8, 9), layout="constrained")
-    loss, accuracy, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1])
-    alpha = max(0.15, len(result.runs) ** -0.5)
-    for run in result.runs:
-        rows = [row for row in result.rows if row.run == run.run]
-        epochs = [row.epoch for row in rows]
-        first = run is result.runs[0]
-        for axes, name, label, color in (
-            (loss, "train_loss", "training loss", "C0"),
-            (accuracy, "train_accuracy", "training accuracy, augmented images", "C0"),
-            (accuracy, "test_accuracy", "test accuracy", "C1"),
-        ):
-            axes.plot(
-                epochs,
-                [getattr(row, name) for row in rows],
-                ".-",
-                color=color,
-                alpha=alpha,
-                label=label if first else None,
-            )
-    recipe = result.recipe
-    times = np.array(recipe.lr_knots) * recipe.epochs / recipe.lr_knots[-1]
-    rate.plot(times, recipe.lr_values, color="C2")
-    for axes, label in ((loss, "loss"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-    loss.legend()
-    accuracy.legend(loc="lower right")
-    rate.set_xlabel("epoch")
-    runs = f"{len(result.runs)} runs" if len(result.runs) > 1 else "1 run"
-    title = figure.suptitle(
-        f"{result.dataset['name']}, {result.backend} backend, {result.dtype}, "
-        f"{result.environment['device_name']}, {runs}"
-    )
-    title.set_parse_math(False)  # a name may have dollar signs
-    figure.savefig(path, dpi=120, format="png")

@@ -1,10 +1,17 @@
-"""What a person sees of long work: a bar on a terminal, plain lines everywhere."""
+"""What a person sees of long work: a bar on a terminal and in a notebook, plain lines everywhere."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 
-from tqdm import tqdm
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # in a notebook: that tqdm guesses, and that ipywidgets is missing
+    from tqdm.autonotebook import tqdm
+
+NOTEBOOK = "ipykernel.zmqshell" in sys.modules
+"""Whether output goes to a notebook, as tqdm asks it; its bar is a widget where ipywidgets is installed."""
 
 Log = Callable[[str], None]
 """Takes one line of text for a person; ``print`` is one."""
@@ -34,9 +41,11 @@ def encodable(log: Log | None) -> Log:
 
 
 def progress_bar(total: int | None, what: str, unit: str, log: Log) -> tqdm:
-    """A bar on standard error where that is a terminal, nothing elsewhere; it vanishes when done. Bytes, "B", show as
-    MB/s.
+    """A bar in a notebook, and on standard error where that is a terminal, nothing elsewhere; it vanishes when done.
+    Bytes, "B", show as MB/s.
     """
-    hidden = True if log is silent else None  # None: tqdm asks whether it writes to a terminal
+    hidden = True if log is silent else False if NOTEBOOK else None  # None: tqdm asks whether it writes to a terminal
+    file = sys.stdout if NOTEBOOK else sys.stderr  # a notebook shows standard error as an error
     scale = unit == "B"
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=scale, disable=hidden, leave=False, dynamic_ncols=True)
+    how = dict(disable=hidden, file=file, leave=False, dynamic_ncols=True)
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=scale, **how)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import html
+import io
 import statistics
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from cifar_fast.curves import curves_figure, draw_curves
 from cifar_fast.recipe import Recipe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that :func:`cifar_fast.fit` did.
+    """Everything that :func:`cifar_fast.fit` did. A notebook shows it as a table of its runs with the curves.
 
     ``auto``: why what was left to us was chosen so, and what failed before it. ``environment``: as
     :func:`cifar_fast.environment.environment` gives it. ``dataset``: as :meth:`cifar_fast.Dataset.facts`.
@@ -73,8 +80,40 @@ class Result:
     runs: list[Run]
     mean: list[float]
     std: list[float]
-    state_dict: dict[str, torch.Tensor] = field(repr=False)
+    state_dict: dict[str, torch.Tensor]
     unwritten: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<Result: {self.title()}, test accuracy {self.summary()['test_accuracy_mean']:.2f} %>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a row for each run as it ended, and the curves."""
+        sets = ("training", "test", *map(html.escape, self.runs[0].also_test))
+        head = ["run", "seed", "epochs", "loss", *(f"{name} accuracy" for name in sets), "training time"]
+        lines = [f"<tr><th>{'</th><th>'.join(head)}</th></tr>"]
+        for run in self.runs:
+            last = [row for row in self.rows if row.run == run.run][-1]
+            accuracies = (last.train_accuracy, run.test_accuracy, *run.also_test.values())
+            percent = (f"{accuracy:.2f} %" for accuracy in accuracies)
+            cells = [run.run, run.seed, last.epoch, f"{last.train_loss:.3f}", *percent, f"{run.train_seconds:.2f} s"]
+            lines.append(f"<tr><td>{'</td><td>'.join(map(str, cells))}</td></tr>")
+        png = io.BytesIO()
+        draw_curves(self, png)
+        return (
+            f"<table>{''.join(lines)}</table><p>{html.escape(self.closing_line())}</p>"
+            f'<img alt="curves" width="640" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+        )
+
+    def figure(self) -> Figure:
+        """The curves of ``curves.png`` as a matplotlib figure: ``result.figure().savefig("curves.pdf")``."""
+        return curves_figure(self)
+
+    def title(self) -> str:
+        """What was trained, and where, in a line."""
+        runs = f"{len(self.runs)} runs" if len(self.runs) > 1 else "1 run"
+        return (
+            f"{self.dataset['name']}, {self.backend} backend, {self.dtype}, {self.environment['device_name']}, {runs}"
+        )
 
     def checkpoint(self) -> dict[str, Any]:
         """What ``model.pt`` holds: the weights, and all that is needed to use them."""

@@ -1,10 +1,14 @@
 import contextlib
 import dataclasses
+import html
+import io
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
+from base64 import b64decode
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +68,58 @@ def test_the_files_of_a_training(tmp_path, small):
     assert saved["mean"] == pytest.approx(pixels.mean((0, 1, 2)))
     assert saved["std"] == pytest.approx(pixels.std((0, 1, 2), ddof=1))
     assert saved["format"] == 1
+
+
+def test_a_notebook_shows_a_row_for_each_run_and_the_curves(tmp_path, small):
+    np.savez(tmp_path / "test.npz", images=small.test_images, labels=small.test_labels)
+    also_test = {"<shifted>": tmp_path / "test.npz"}
+    result = fit(RECIPE, small, runs=2, seed=7, also_test=also_test, output=tmp_path / "out", **HOW)
+    page = result._repr_html_()  # IPython's protocol
+    header, *rows = re.findall(r"<tr>(.*?)</tr>", page)
+    assert "<th>&lt;shifted&gt; accuracy</th>" in header  # a name is text, not HTML
+    for row, run, last in zip(rows, result.runs, result.rows[1::2], strict=True):
+        assert f"<td>{run.seed}</td><td>2</td><td>{last.train_loss:.3f}</td>" in row
+        assert f"<td>{last.train_accuracy:.2f} %</td><td>{run.test_accuracy:.2f} %</td>" in row
+    assert html.escape(result.closing_line()) in page
+    (png,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert b64decode(png) == (tmp_path / "out/curves.png").read_bytes()
+
+
+def test_a_results_figure_has_the_curves_and_can_be_saved(small):
+    result = fit(RECIPE, small, runs=2, **HOW)
+    figure = result.figure()
+    loss, accuracy, rate = figure.axes
+    for axes, columns in ((loss, ["train_loss"]), (accuracy, ["train_accuracy", "test_accuracy"])):
+        drawn = [list(line.get_ydata()) for line in axes.lines]
+        assert drawn == [
+            [getattr(row, column) for row in result.rows if row.run == run] for run in (0, 1) for column in columns
+        ]
+    assert list(rate.lines[0].get_ydata()) == list(RECIPE.lr_values)
+    figure.savefig(svg := io.StringIO(), format="svg")
+    assert "<svg" in svg.getvalue()
+
+
+@pytest.mark.slow  # a process of its own
+def test_drawing_leaves_matplotlibs_state_alone():
+    code = """
+import sys, matplotlib
+from tests.test_results import HOW, RECIPE, fit
+from tests.conftest import small_dataset
+matplotlib.rcParams["lines.linewidth"] = 7
+before = list(dict.items(matplotlib.rcParams))  # as it is: reading the backend would settle it
+result = fit(RECIPE, small_dataset(), **HOW)
+result.figure(), result._repr_html_()
+print(list(dict.items(matplotlib.rcParams)) == before, "matplotlib.pyplot" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True False\n", done.stderr
+
+
+def test_a_result_prints_in_one_short_line(small):
+    result = fit(RECIPE, small, runs=2, **HOW)
+    mean = statistics.mean(run.test_accuracy for run in result.runs)
+    where = result.environment["device_name"]
+    assert repr(result) == f"<Result: npz, eager backend, float32, {where}, 2 runs, test accuracy {mean:.2f} %>"
 
 
 def test_one_run_has_no_deviation_and_no_interval(small):
