@@ -57,6 +57,14 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--runs", type=int, default=1, help="train that often; run i has the seed of the first, plus i (default: 1)"
     )
+    for name, what in (("init", "initial weights"), ("order", "order"), ("augment", "augmentation")):
+        parser.add_argument(
+            f"--{name}-seed",
+            type=int,
+            metavar="SEED",
+            help=f"of the {what} alone, and the same in all runs; weights, order and augmentation then have a stream "
+            "each, of --seed where none is given (default: one stream of --seed for all three, as the reference)",
+        )
     group = parser.add_argument_group("what is written")
     group.add_argument(
         "--output",
@@ -89,6 +97,7 @@ def _train(args: argparse.Namespace) -> int:
         args.output = args.profile
         return _profile(args)
 
+    from cifar_fast.augment import Seeds
     from cifar_fast.backends import keep_freed_memory
     from cifar_fast.output import Output
     from cifar_fast.plan import resolve
@@ -96,7 +105,7 @@ def _train(args: argparse.Namespace) -> int:
 
     # Whatever can be refused is refused before the data, which may take long to come.
     plan = resolve(args.backend, args.device, args.dtype, args.memory_format)
-    check(plan, seed=args.seed, runs=args.runs)
+    seeds, _ = check(plan, Seeds(args.seed, args.init_seed, args.order_seed, args.augment_seed), args.runs)
     also_test = dict(args.also_test)
     if len(also_test) < len(args.also_test):
         raise InputError("--also-test: two test sets have one name; give each its own")
@@ -104,7 +113,7 @@ def _train(args: argparse.Namespace) -> int:
     if plan.device.type == "cpu":
         keep_freed_memory()
     dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
-    how: dict[str, Any] = dict(seed=args.seed, runs=args.runs, output=output, also_test=also_test, log=say)
+    how: dict[str, Any] = dict(seeds=seeds, runs=args.runs, output=output, also_test=also_test, log=say)
     result = fit_plan(recipe, dataset, plan, **how)
     say(f"written to {output.path}")
     for line in result.unwritten:
@@ -137,7 +146,7 @@ def profile_parser() -> argparse.ArgumentParser:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    from cifar_fast.augment import draw_epoch, seeded
+    from cifar_fast.augment import Seeds, draw_epoch
     from cifar_fast.backends import device_guard, keep_freed_memory
     from cifar_fast.isolation import isolated
     from cifar_fast.model import CNN
@@ -147,13 +156,13 @@ def _profile(args: argparse.Namespace) -> int:
 
     recipe = recipe_of(args)
     plan = resolve(args.backend, args.device, args.dtype, args.memory_format)
-    check(plan, seed=args.seed, runs=1)
+    seeds, _ = check(plan, Seeds(args.seed))
     check_writable(Path(args.output).expanduser(), f"--output {args.output}")
     if plan.device.type == "cpu":
         keep_freed_memory()
     dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
     dataset.steps_per_epoch(recipe.batch_size)
-    weights, generator = seeded(args.seed, plan.device)
+    weights, _, generator = seeds.generators(plan.device)
     with device_guard(plan.device), isolated(plan.device):
         backend, _ = set_up(plan, recipe, dataset, say)
         backend.reset(CNN(recipe, dataset.num_classes, weights))

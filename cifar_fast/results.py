@@ -34,12 +34,15 @@ class EpochRow:
 
 @dataclass(frozen=True)
 class Run:
-    """One training from scratch: its last test accuracy in %, that on other test sets by their names, and where its
-    seconds went.
+    """One training from scratch: its seeds as :meth:`cifar_fast.augment.Seeds.of_run` gives them, its last test
+    accuracy in %, that on other test sets by their names, and where its seconds went.
     """
 
     run: int
     seed: int
+    init_seed: int | None
+    order_seed: int | None
+    augment_seed: int | None
     test_accuracy: float
     train_seconds: float
     setup_seconds: float

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cifar_fast.also_test import accuracy, read_test_sets
-from cifar_fast.augment import draw_epoch, seeded
+from cifar_fast.augment import Seeds, draw_epoch
 from cifar_fast.backends import Backend, channel_statistics, device_guard
 from cifar_fast.data import Dataset
 from cifar_fast.environment import environment
@@ -34,6 +36,9 @@ def fit(
     dtype: str = "auto",
     memory_format: str = "auto",
     seed: int = 0,
+    init_seed: int | None = None,
+    order_seed: int | None = None,
+    augment_seed: int | None = None,
     runs: int = 1,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -55,6 +60,8 @@ def fit(
         dtype: auto, float16, bfloat16, float32.
         memory_format: contiguous_format (NCHW, the reference script's), channels_last; auto is the first for
             eager by name, the second for all others.
+        init_seed, order_seed, augment_seed: of the initial weights, the order and the augmentation alone, the same in
+            each run; see :class:`cifar_fast.augment.Seeds`.
         output: folder for metrics.jsonl, summary.json, curves.png and model.pt; None writes nothing.
         overwrite: replace the results that ``output`` holds already.
         also_test: names and paths of other test sets, see :func:`cifar_fast.also_test.read_test_sets`; their
@@ -71,8 +78,9 @@ def fit(
     """
     plan = resolve(backend, device, dtype, memory_format)
     folder = Output(output, overwrite) if output is not None else None
+    seeds = Seeds(seed, init_seed, order_seed, augment_seed)
     return fit_plan(
-        recipe, dataset, plan, seed=seed, runs=runs, output=folder, also_test=also_test, threads=threads, log=log
+        recipe, dataset, plan, seeds=seeds, runs=runs, output=folder, also_test=also_test, threads=threads, log=log
     )
 
 
@@ -81,7 +89,7 @@ def fit_plan(
     dataset: Dataset,
     plan: Plan,
     *,
-    seed: int = 0,
+    seeds: Seeds = Seeds(),  # noqa: B008  (frozen)
     runs: int = 1,
     output: Output | None = None,
     also_test: Mapping[str, str | Path] | None = None,
@@ -90,7 +98,7 @@ def fit_plan(
 ) -> Result:
     """As :func:`fit`, with device, dtype and backend settled by :func:`cifar_fast.plan.resolve`."""
     log = encodable(log)
-    seed, runs = check(plan, seed=seed, runs=runs, threads=threads)
+    seeds, runs = check(plan, seeds, runs, threads)
     dataset.steps_per_epoch(recipe.batch_size)
     test_sets = read_test_sets(also_test or {}, dataset.num_classes)
     rows: list[EpochRow] = []
@@ -112,12 +120,13 @@ def fit_plan(
         normalization = channel_statistics(torch.from_numpy(dataset.train_images).to(plan.device))
         for run in range(runs):
             if runs > 1:
-                log(f"run {run + 1} of {runs}, seed {seed + run}")
-            weights, draws = seeded(seed + run, plan.device)
+                log(f"run {run + 1} of {runs}, seed {seeds.seed + run}")
+            own = seeds.of_run(run)
+            weights, order, augmentation = own.generators(plan.device)
             backend.reset(CNN(recipe, dataset.num_classes, weights))
             setup_seconds = clock() - start
             with naming_the_batch_size(recipe):
-                for row in train(backend, len(dataset.train_images), draws, run, clock, log):
+                for row in train(backend, len(dataset.train_images), augmentation, run, clock, log, order=order):
                     rows.append(row)
                     if output:
                         output.add(row)
@@ -128,7 +137,8 @@ def fit_plan(
                 log(f"also tested on {test.name}, {len(test.images)} images: {also[test.name]:.2f} %")
             last = rows[-1]
             seconds = last.train_seconds, setup_seconds, last.evaluation_seconds
-            done.append(Run(run, seed + run, last.test_accuracy, *seconds, also))
+            apart = own.init_seed, own.order_seed, own.augment_seed
+            done.append(Run(run, own.seed, *apart, last.test_accuracy, *seconds, also))
             start = clock()
 
         mean, std = (statistic.tolist() for statistic in normalization)
@@ -163,34 +173,45 @@ def naming_the_batch_size(recipe: Recipe) -> Iterator[None]:
         raise InputError(f"out of memory in training at --batch-size {recipe.batch_size}; try a smaller one") from error
 
 
-def check(plan: Plan, *, seed: int, runs: int, threads: int | None = None) -> tuple[int, int]:
-    """``seed`` and ``runs`` as Python's integers; :class:`InputError` for what is wrong with a training whatever the
+def check(plan: Plan, seeds: Seeds, runs: int = 1, threads: int | None = None) -> tuple[Seeds, int]:
+    """``seeds`` and ``runs`` as Python's integers; :class:`InputError` for what is wrong with a training whatever the
     data.
     """
+    given = dataclasses.asdict(seeds)
     try:
-        seed, runs = operator.index(seed), operator.index(runs)
+        whole: Any = {name: None if seed is None else operator.index(seed) for name, seed in given.items()}
+        seeds, runs = Seeds(**whole), operator.index(runs)
     except TypeError:
-        raise InputError(f"seed and runs must be whole numbers, not {seed!r} and {runs!r}") from None
+        shown = ", ".join(repr(value) for value in given.values() if value is not None)
+        raise InputError(f"seed and runs must be whole numbers, not {shown} and {runs!r}") from None
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, not {threads}")
     if runs < 1:
         raise InputError(f"runs must be at least 1, not {runs}")
-    if not 0 <= seed < 2**63 - runs:
-        raise InputError(f"seed must lie between 0 and 2^63, not {seed}")
+    for name, seed in dataclasses.asdict(seeds).items():
+        if seed is not None and not 0 <= seed < 2**63 - runs:
+            raise InputError(f"{name} must lie between 0 and 2^63, not {seed}")
     if plan.dtype == torch.float16 and plan.device.type == "cpu":
         raise InputError(
             "--dtype float16 needs a GPU (on a CPU torch has no fast float16 convolutions); use bfloat16 or float32"
         )
-    return seed, runs
+    return seeds, runs
 
 
 def train(
-    backend: Backend, n: int, draws: torch.Generator, run: int, clock: Callable[[], float], log: Log = silent
+    backend: Backend,
+    n: int,
+    draws: torch.Generator,
+    run: int,
+    clock: Callable[[], float],
+    log: Log = silent,
+    *,
+    order: torch.Generator | None = None,
 ) -> Iterator[EpochRow]:
     """Train all epochs of a run on the ``n`` training images of ``backend``, which was reset; gives a row as each ends.
 
-    ``draws`` is the generator of the epochs' draws; ``clock`` gives seconds, read when the device is done, see
-    :func:`synchronized_clock`.
+    ``draws`` is the generator of the epochs' draws, ``order`` that of their permutations where it is another; ``clock``
+    gives seconds, read when the device is done, see :func:`synchronized_clock`.
     """
     recipe, on_cpu = backend.recipe, backend.device.type == "cpu"
     steps = n // recipe.batch_size
@@ -199,7 +220,8 @@ def train(
         with progress_bar(steps, f"epoch {epoch + 1}/{recipe.epochs}", "step", log) as bar:
             start = clock()
             scores = []
-            for scored in backend.train_epoch(draw_epoch(n, device=backend.device, recipe=recipe, generator=draws)):
+            drawn = draw_epoch(n, device=backend.device, recipe=recipe, generator=draws, order=order)
+            for scored in backend.train_epoch(drawn):
                 scores.append(scored)
                 bar.update()
                 if on_cpu:  # elsewhere reading a loss would make the device wait
