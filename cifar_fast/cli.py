@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from cifar_fast import __version__
 from cifar_fast.data import load_dataset
 from cifar_fast.errors import InputError
 from cifar_fast.files import check_writable
-from cifar_fast.flags import Parser, add_run_flags, name_and_path, recipe_of, run_command, say
+from cifar_fast.flags import Parser, add_run_flags, interruptible, name_and_path, recipe_of, run_command, say
 
 USAGE = """usage: cifar-fast COMMAND [flags]
 
@@ -47,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(argv: list[str] | None = None) -> int:
     """``cifar-fast train``, and ``python -m cifar_fast.train``."""
-    what = "interrupted; the epochs that ended are in the output folder's metrics.jsonl"
-    return run_command(lambda: _train(train_parser().parse_args(argv)), argv, what)
+    return run_command(lambda: _train(argv), argv, "interrupted before there was anything to go on from")
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -73,6 +73,19 @@ def train_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--overwrite", action="store_true", help="replace the results that the output folder holds")
     group.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="in the place of --output: go on with the training in that folder where it stopped, with the flags "
+        "that it was given; --runs may grow",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="epochs from a checkpoint to the next; each run leaves one at its end, with 0 that one alone (default: 1)",
+    )
+    group.add_argument(
         "--profile", metavar="DIR", help="do not train: the profile command, which writes to that folder"
     )
     group.add_argument("--print-recipe", action="store_true", help="print the recipe as JSON and stop")
@@ -88,7 +101,18 @@ def train_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train(argv: list[str] | None) -> int:
+    parser = train_parser()
+    args = parser.parse_args(argv)
+    output: Any = None
+    if args.resume:
+        from cifar_fast.output import Output
+
+        if args.output or args.overwrite:
+            raise InputError("--resume stands in the place of --output, without --overwrite; give one of them")
+        output = Output(args.resume, resume=True)
+        parser.set_defaults(**output.checkpoint.flags(args))
+        args = parser.parse_args(argv)
     recipe = recipe_of(args)
     if args.print_recipe:
         say(recipe.to_json())
@@ -101,20 +125,32 @@ def _train(args: argparse.Namespace) -> int:
     from cifar_fast.backends import keep_freed_memory
     from cifar_fast.output import Output
     from cifar_fast.plan import resolve
-    from cifar_fast.trainer import check, fit_plan
+    from cifar_fast.trainer import check, fit_plan, nothing_to_do
 
     # Whatever can be refused is refused before the data, which may take long to come.
-    plan = resolve(args.backend, args.device, args.dtype, args.memory_format)
-    seeds, _ = check(plan, Seeds(args.seed, args.init_seed, args.order_seed, args.augment_seed), args.runs)
+    plan = (output.checkpoint.plan if output else resolve)(args.backend, args.device, args.dtype, args.memory_format)
+    seeds = Seeds(args.seed, args.init_seed, args.order_seed, args.augment_seed)
+    check(plan, seeds, args.runs, checkpoint_every=args.checkpoint_every)
     also_test = dict(args.also_test)
     if len(also_test) < len(args.also_test):
         raise InputError("--also-test: two test sets have one name; give each its own")
-    output = Output(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
+    if output is None:
+        output = Output(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
+    elif output.checkpoint.nothing_left(output.name, recipe, plan, seeds, args.runs, also_test):
+        say(nothing_to_do(output))
+        return 0
     if plan.device.type == "cpu":
         keep_freed_memory()
-    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
-    how: dict[str, Any] = dict(seeds=seeds, runs=args.runs, output=output, also_test=also_test, log=say)
-    result = fit_plan(recipe, dataset, plan, **how)
+    with interruptible() as on_step:
+        try:
+            dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
+            how: dict[str, Any] = dict(checkpoint_every=args.checkpoint_every, also_test=also_test, log=say)
+            result = fit_plan(recipe, dataset, plan, seeds=seeds, runs=args.runs, output=output, on_step=on_step, **how)
+        except KeyboardInterrupt:
+            if not output.resumable:
+                raise
+            go_on = shlex.join(["cifar-fast", "train", "--resume", str(output.path)])
+            raise KeyboardInterrupt(f"interrupted; to go on: {go_on}") from None
     say(f"written to {output.path}")
     for line in result.unwritten:
         print(f"error: {line}", file=sys.stderr)
