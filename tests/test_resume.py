@@ -403,7 +403,7 @@ def test_a_signal_ends_the_command_after_its_step(tmp_path, npz, number):
 
 def whole_and_killed(tmp_path, npz, kills, seed):
     """The contents of a training's folder, and of that of the same one killed at random moments and resumed."""
-    flags = f"{FLAGS} --data-dir {npz} --backend eager --epochs 10 --runs 4"
+    flags = f"{FLAGS} --data-dir {npz} --backend eager --epochs 8 --runs 3"
     process = start(f"{flags} --output {tmp_path}/whole")
     begun = time.monotonic() if process.stdout.readline() else 0  # what comes before it is imports
     assert process.communicate(timeout=120)[1] == ""
