@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cifar_fast import InputError, Recipe, draw_epoch, fit
+from cifar_fast.fused import Fused
 from cifar_fast.results import Result
 from cifar_fast.train import main
 from tests.conftest import save_npz, small_dataset
@@ -21,6 +22,8 @@ from tests.conftest import save_npz, small_dataset
 RECIPE = Recipe(epochs=3, batch_size=16, widths=(4, 8, 8, 16))
 HOW = dict(backend="eager", device="cpu", dtype="float32", log=None)
 FLAGS = "--dataset npz --widths 4 8 8 16 --epochs 3 --batch-size 16 --device cpu --dtype float32 --seed 3"
+FUSED = Recipe(epochs=2, batch_size=4, widths=(4, 8, 8, 16))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TIMES = ("train_seconds", "evaluation_seconds", "setup_seconds")
 
 
@@ -91,12 +94,22 @@ def test_the_bits_are_those_of_an_uninterrupted_training(tmp_path, tiny, uncompi
 
 @pytest.mark.slow  # the interpreter
 def test_the_bits_of_fused_are_those_of_an_uninterrupted_training(tmp_path, uncompiled, few_programs):
-    """Whose graphs hold the addresses of weights and momentum."""
-    dataset, recipe = small_dataset(train=10, test=6), Recipe(epochs=3, batch_size=4, widths=(4, 8, 8, 16))
-    how = HOW | dict(backend="fused", device="cuda" if torch.cuda.is_available() else "cpu")
-    fit(recipe, dataset, output=tmp_path / "whole", **how)
-    stopped_and_resumed(recipe, dataset, tmp_path / "parts", [(0, 3)], **how)
+    dataset, how = small_dataset(train=8, test=4), HOW | dict(backend="fused", device=DEVICE)
+    fit(FUSED, dataset, output=tmp_path / "whole", **how)
+    stopped_and_resumed(FUSED, dataset, tmp_path / "parts", [(0, 2)], **how)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow  # the interpreter
+def test_a_state_is_copied_to_where_the_graphs_of_fused_have_captured_it(uncompiled, few_programs):
+    def addresses():
+        momenta = [state["momentum_buffer"] for state in backend.optimizer.state.values()]
+        return [tensor.data_ptr() for tensor in (*backend.model.state_dict().values(), *momenta)]
+
+    backend = Fused(FUSED, small_dataset(train=4, test=4), torch.device(DEVICE), torch.float32, torch.channels_last)
+    before = addresses()
+    backend.load_training_state(backend.training_state())
+    assert addresses() == before
 
 
 @pytest.mark.long
