@@ -22,8 +22,8 @@ HEAD = """<!-- Written by docs/generate_cli.py out of the commands' own flags: e
 `cifar-fast --version` prints the version, `cifar-fast COMMAND --help` the flags below.
 
 Exit codes: 0; 1 where a comparison is past its tolerance or a training diverges; 2 for input that cannot work, with one
-line on the standard error stream that says what is wrong and what to do; 130 after Ctrl-C or SIGTERM, the first of which
-lets `train` end its step, and a line then says how to go on. `--traceback` shows where an error came from.
+line on the standard error stream that says what is wrong and what to do; 130 after Ctrl-C or SIGTERM, the first of
+which lets `train` end its step, and a line then says how to go on. `--traceback` shows where an error came from.
 
 ## Flags of all three
 """

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_fast import InputError, Recipe, draw_epoch, fit
+from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
 from cifar_fast.fused import Fused
 from cifar_fast.results import Result
 from cifar_fast.train import main
@@ -107,6 +107,7 @@ def test_a_state_is_copied_to_where_the_graphs_of_fused_have_captured_it(uncompi
         return [tensor.data_ptr() for tensor in (*backend.model.state_dict().values(), *momenta)]
 
     backend = Fused(FUSED, small_dataset(train=4, test=4), torch.device(DEVICE), torch.float32, torch.channels_last)
+    backend.reset(CNN(FUSED, 3))
     before = addresses()
     backend.load_training_state(backend.training_state())
     assert addresses() == before
