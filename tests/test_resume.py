@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
+from cifar_fast.flags import interruptible
 from cifar_fast.fused import Fused
 from cifar_fast.results import Result
 from cifar_fast.train import main
@@ -390,6 +391,18 @@ def test_the_command_gives_the_signal_handlers_back(tmp_path, npz):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert train(npz, f"--output {tmp_path}/out") == 0
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_first_signal_waits_for_the_step_and_a_second_does_not():
+    with interruptible() as on_step:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # no step that could end
+        on_step()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            on_step()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 # -- processes
