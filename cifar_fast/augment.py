@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from cifar_fast.recipe import IMAGE_SIZE, Recipe
@@ -26,6 +27,47 @@ def seeded(seed: int, device: torch.device) -> tuple[torch.Generator, torch.Gene
     """
     weights = torch.Generator().manual_seed(seed)
     return weights, weights if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Where the random numbers of a training's runs come from.
+
+    Run i has ``seed + i``. With none of the other three given, all its numbers come from one stream, as the reference
+    script's. With any of them, initial weights, order and augmentation have a stream each: the one that is given is
+    the same in all runs, the others go with ``seed + i``.
+    """
+
+    seed: int = 0
+    init_seed: int | None = None
+    order_seed: int | None = None
+    augment_seed: int | None = None
+
+    def of_run(self, run: int) -> Seeds:
+        """The seeds of run ``run``, from 0; the last three all None or all numbers."""
+        seed, apart = self.seed + run, (self.init_seed, self.order_seed, self.augment_seed)
+        if apart == (None, None, None):
+            return Seeds(seed)
+        return Seeds(seed, *(seed if given is None else given for given in apart))
+
+    def generators(self, device: torch.device) -> tuple[torch.Generator, torch.Generator, torch.Generator]:
+        """Those of a run's initial weights, order and augmentation, for seeds as :meth:`of_run` gives them.
+
+        The weights of an ``init_seed`` are those of the same ``seed``. The other streams are mixed from theirs, so that
+        equal seeds do not make equal draws: crops that go with the order.
+        """
+        if self.init_seed is None or self.order_seed is None or self.augment_seed is None:
+            weights, draws = seeded(self.seed, device)
+            return weights, draws, draws
+        order, augmentation = (
+            torch.Generator(device).manual_seed(_mixed(seed, stream))
+            for stream, seed in enumerate((self.order_seed, self.augment_seed), 1)
+        )
+        return torch.Generator().manual_seed(self.init_seed), order, augmentation
+
+
+def _mixed(seed: int, stream: int) -> int:
+    return int(np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)
@@ -64,25 +106,29 @@ class Draws:
 
 
 def draw_epoch(
-    n: int, *, device: torch.device | str, recipe: Recipe | None = None, generator: torch.Generator | None = None
+    n: int,
+    *,
+    device: torch.device | str,
+    recipe: Recipe | None = None,
+    generator: torch.Generator | None = None,
+    order: torch.Generator | None = None,
 ) -> Draws:
-    """Draw one epoch's choices for ``n`` images from ``generator`` (default: that of ``device``).
+    """Draw one epoch's choices for ``n`` images from ``generator`` (default: that of ``device``), the permutation from
+    ``order`` (default: ``generator``).
 
     The calls and their order are the reference script's, so the same seed gives the same epoch.
     """
     recipe = recipe or Recipe()
-    with _in_default(generator):
-        return _draw(n, recipe, device, generator)
-
-
-def _draw(n: int, recipe: Recipe, device: torch.device | str, generator: torch.Generator | None) -> Draws:
     crops = (recipe.crop_padding + 1) ** 2
     cutouts = (IMAGE_SIZE + 1 - recipe.cutout_size) ** 2
-    where: dict[str, Any] = dict(device=device, generator=generator)
-    permutation = torch.randperm(n, **where)
-    crop = torch.randint(crops, (n,), **where)
-    flip = torch.randint(0 if recipe.flip else 1, 2, (n,), **where)
-    cutout = torch.randint(cutouts, (n,), **where)
+    order = generator if order is None else order
+    with _in_default(order):
+        permutation = torch.randperm(n, device=device, generator=order)
+    with _in_default(generator):
+        where: dict[str, Any] = dict(device=device, generator=generator)
+        crop = torch.randint(crops, (n,), **where)
+        flip = torch.randint(0 if recipe.flip else 1, 2, (n,), **where)
+        cutout = torch.randint(cutouts, (n,), **where)
     return Draws(torch.stack((permutation, crop, flip, cutout)))
 
 

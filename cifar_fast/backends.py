@@ -60,6 +60,42 @@ class Backend(Protocol):
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights under the names of the plain model."""
 
+    def training_state(self) -> dict[str, Any]:
+        """A copy, on the CPU, of all that the run's next epoch depends on besides its draws."""
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Go on from where ``training_state`` was taken, after a ``reset``."""
+
+
+class Resumable:
+    """The state of a backend's training, between two epochs: the model's, the optimizer's, and how many have been."""
+
+    model: CNN
+    optimizer: torch.optim.SGD
+    epoch: int
+
+    def training_state(self) -> dict[str, Any]:
+        momenta = [self.optimizer.state[parameter]["momentum_buffer"] for parameter in self.model.parameters()]
+        return {
+            "epoch": self.epoch,
+            "model": {name: _copied(tensor) for name, tensor in self.model.state_dict().items()},
+            "momentum": [_copied(momentum) for momentum in momenta],
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"]
+        self.model.load_state_dict(state["model"])
+        for parameter, momentum in zip(self.model.parameters(), state["momentum"], strict=True):
+            own = self.optimizer.state[parameter]
+            if "momentum_buffer" in own:
+                own["momentum_buffer"].copy_(momentum)  # where a graph has captured it
+            else:
+                own["momentum_buffer"] = momentum.to(parameter.device, copy=True)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
 
 class Tensors(NamedTuple):
     """A data set on the device, its images normalized.
@@ -74,7 +110,7 @@ class Tensors(NamedTuple):
     test_labels: torch.Tensor
 
 
-class Eager:
+class Eager(Resumable):
     """The reference: the same operations on the same numbers in the same order, and in the same memory format.
 
     On CIFAR-10 the script's batches are NCHW in memory, ``torch.contiguous_format``; in channels_last other kernels
@@ -113,7 +149,7 @@ class Eager:
         return self.model.state_dict()
 
 
-class Compiled:
+class Compiled(Resumable):
     """The same model under torch.compile, with the compiler's own kernels alone; in channels_last unless told."""
 
     name = "compiled"

@@ -5,7 +5,9 @@ begins its work.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +18,16 @@ from cifar_fast import __version__
 from cifar_fast.data import load_dataset
 from cifar_fast.errors import InputError
 from cifar_fast.files import check_writable
-from cifar_fast.flags import Parser, add_device_flags, add_run_flags, name_and_path, recipe_of, run_command, say
+from cifar_fast.flags import (
+    Parser,
+    add_device_flags,
+    add_run_flags,
+    interruptible,
+    name_and_path,
+    recipe_of,
+    run_command,
+    say,
+)
 from cifar_fast.recipe import Recipe
 
 USAGE = """usage: cifar-fast COMMAND [flags]
@@ -49,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(argv: list[str] | None = None) -> int:
     """``cifar-fast train``, and ``python -m cifar_fast.train``."""
-    what = "interrupted; the epochs that ended are in the output folder's metrics.jsonl"
-    return run_command(lambda: _train(train_parser().parse_args(argv)), argv, what)
+    return run_command(lambda: _train(argv), argv, "interrupted before there was anything to go on from")
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -59,6 +69,14 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--runs", type=int, default=1, help="train that often; run i has the seed of the first, plus i (default: 1)"
     )
+    for name, what in (("init", "initial weights"), ("order", "order"), ("augment", "augmentation")):
+        parser.add_argument(
+            f"--{name}-seed",
+            type=int,
+            metavar="SEED",
+            help=f"of the {what} alone, and the same in all runs; weights, order and augmentation then have a stream "
+            "each, of --seed where none is given (default: one stream of --seed for all three, as the reference)",
+        )
     group = parser.add_argument_group("what is written")
     group.add_argument(
         "--output",
@@ -66,6 +84,19 @@ def train_parser() -> argparse.ArgumentParser:
         help="folder for metrics.jsonl, summary.json, curves.png and model.pt (default: a new one under runs/)",
     )
     group.add_argument("--overwrite", action="store_true", help="replace the results that the output folder holds")
+    group.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="in the place of --output: go on with the training in that folder where it stopped, with the flags "
+        "that it was given; --runs may grow",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="epochs from a checkpoint to the next; each run leaves one at its end, with 0 that one alone (default: 1)",
+    )
     group.add_argument(
         "--profile", metavar="DIR", help="do not train: the profile command, which writes to that folder"
     )
@@ -82,7 +113,18 @@ def train_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train(argv: list[str] | None) -> int:
+    parser = train_parser()
+    args = parser.parse_args(argv)
+    output: Any = None
+    if args.resume:
+        from cifar_fast.output import Output
+
+        if args.output or args.overwrite:
+            raise InputError("--resume stands in the place of --output, without --overwrite; give one of them")
+        output = Output(args.resume, resume=True)
+        parser.set_defaults(**output.checkpoint.flags(args))
+        args = parser.parse_args(argv)
     recipe = recipe_of(args)
     if args.print_recipe:
         say(recipe.to_json())
@@ -91,23 +133,36 @@ def _train(args: argparse.Namespace) -> int:
         args.output = args.profile
         return _profile(args)
 
+    from cifar_fast.augment import Seeds
     from cifar_fast.backends import keep_freed_memory
     from cifar_fast.output import Output
     from cifar_fast.plan import resolve
-    from cifar_fast.trainer import check, fit_plan
+    from cifar_fast.trainer import check, fit_plan, nothing_to_do
 
     # Whatever can be refused is refused before the data, which may take long to come.
-    plan = resolve(args.backend, args.device, args.dtype, args.memory_format)
-    check(plan, seed=args.seed, runs=args.runs)
+    plan = (output.checkpoint.plan if output else resolve)(args.backend, args.device, args.dtype, args.memory_format)
+    seeds = Seeds(args.seed, args.init_seed, args.order_seed, args.augment_seed)
+    check(plan, seeds, args.runs, checkpoint_every=args.checkpoint_every)
     also_test = dict(args.also_test)
     if len(also_test) < len(args.also_test):
         raise InputError("--also-test: two test sets have one name; give each its own")
-    output = Output(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
+    if output is None:
+        output = Output(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
+    elif output.checkpoint.nothing_left(output.name, recipe, plan, seeds, args.runs, also_test):
+        say(nothing_to_do(output))
+        return 0
     if plan.device.type == "cpu":
         keep_freed_memory()
-    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
-    how: dict[str, Any] = dict(seed=args.seed, runs=args.runs, output=output, also_test=also_test, log=say)
-    result = fit_plan(recipe, dataset, plan, **how)
+    with interruptible() as on_step:
+        try:
+            dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
+            how: dict[str, Any] = dict(checkpoint_every=args.checkpoint_every, also_test=also_test, log=say)
+            result = fit_plan(recipe, dataset, plan, seeds=seeds, runs=args.runs, output=output, on_step=on_step, **how)
+        except KeyboardInterrupt:
+            if not output.resumable:
+                raise
+            go_on = shlex.join(["cifar-fast", "train", "--resume", str(output.path)])
+            raise KeyboardInterrupt(f"interrupted; to go on: {go_on}") from None
     say(f"written to {output.path}")
     for line in result.unwritten:
         print(f"error: {line}", file=sys.stderr)
@@ -139,7 +194,7 @@ def profile_parser() -> argparse.ArgumentParser:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    from cifar_fast.augment import draw_epoch, seeded
+    from cifar_fast.augment import Seeds, draw_epoch
     from cifar_fast.backends import device_guard, keep_freed_memory
     from cifar_fast.isolation import isolated
     from cifar_fast.model import CNN
@@ -149,13 +204,13 @@ def _profile(args: argparse.Namespace) -> int:
 
     recipe = recipe_of(args)
     plan = resolve(args.backend, args.device, args.dtype, args.memory_format)
-    check(plan, seed=args.seed, runs=1)
+    seeds, _ = check(plan, Seeds(args.seed))
     check_writable(Path(args.output).expanduser(), f"--output {args.output}")
     if plan.device.type == "cpu":
         keep_freed_memory()
     dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
     dataset.steps_per_epoch(recipe.batch_size)
-    weights, generator = seeded(args.seed, plan.device)
+    weights, _, generator = seeds.generators(plan.device)
     with device_guard(plan.device), isolated(plan.device):
         backend, _ = set_up(plan, recipe, dataset, say)
         backend.reset(CNN(recipe, dataset.num_classes, weights))
@@ -266,19 +321,23 @@ def _check(args: argparse.Namespace) -> int:
     if args.device == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+    from cifar_fast.augment import Seeds
     from cifar_fast.backends import keep_freed_memory
     from cifar_fast.check import BATCH_SIZE, SMALLEST, Check
     from cifar_fast.plan import resolve
     from cifar_fast.trainer import check
 
     plan, reference = (resolve(backend, args.device, args.dtype) for backend in ("auto", "eager"))
-    check(plan, seed=0, runs=1)
+    check(plan, Seeds())
     size = BATCH_SIZE[plan.device.type] if args.batch_size is None else args.batch_size
     if size < SMALLEST:
         raise InputError(f"--batch-size must be at least {SMALLEST} for a check, not {size}")
     if plan.device.type == "cpu":
         keep_freed_memory()
-    found = Check(plan, reference, Recipe(batch_size=size), say)
+    recipe = Recipe(batch_size=size)
+    if plan.device.type == "cpu":  # where no kernel is compiled for these widths
+        recipe = dataclasses.replace(recipe, widths=tuple(width // 4 for width in recipe.widths))
+    found = Check(plan, reference, recipe, say)
     found.run()
     if args.json:
         found.write(args.json)

@@ -17,7 +17,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # which is a class of torch's own
         "torchvision": _version("torchvision"),
         "triton": _version("triton"),
         "numpy": np.__version__,

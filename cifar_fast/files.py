@@ -17,8 +17,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield draft
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())  # before the name is, else a power cut leaves an empty file
         os.replace(draft, path)
     finally:
+        draft.unlink(missing_ok=True)
+
+
+def remove_drafts(path: Path) -> None:
+    """Remove what was left of ``path`` by processes that were killed while they wrote it."""
+    for draft in path.parent.glob(f".{path.name}.*"):
         draft.unlink(missing_ok=True)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import logging
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from cifar_fast.data import DATA_URL, DATASETS, is_dataset
@@ -46,9 +48,42 @@ def run_command(command: Callable[[], int], argv: list[str] | None, on_interrupt
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:
-        print(on_interrupt, file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or on_interrupt, file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Gives a function to call after each step, which raises KeyboardInterrupt where Ctrl-C or SIGTERM has come.
+
+    Either waits for that call once there was a first; a second one, or one before, ends at once. For commands: a
+    process has one set of handlers, which are the caller's again afterwards.
+    """
+    asked = stepping = False
+
+    def handle(*signal_and_frame: object) -> None:
+        nonlocal asked
+        if asked or not stepping:
+            raise KeyboardInterrupt
+        asked = True
+
+    def on_step() -> None:
+        nonlocal stepping
+        stepping = True
+        if asked:
+            raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as under nohup
+                before[number] = signal.signal(number, handle)
+    try:
+        yield on_step
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def say(line: str) -> None:

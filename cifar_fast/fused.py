@@ -19,6 +19,7 @@ from torch import nn
 
 from cifar_fast.augment import Draws
 from cifar_fast.backends import (
+    Resumable,
     Tensors,
     compile_score,
     evaluate_by_batches,
@@ -44,7 +45,7 @@ WARM_UP = 3
 """
 
 
-class Fused:
+class Fused(Resumable):
     """The same network with fused kernels; weights and their names are those of the plain model."""
 
     name = "fused"

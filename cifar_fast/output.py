@@ -13,48 +13,65 @@ from pathlib import Path
 
 import torch
 
+from cifar_fast.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
 from cifar_fast.curves import draw_curves
 from cifar_fast.errors import InputError, first_line
-from cifar_fast.files import atomic_write, check_writable, locked, writing
+from cifar_fast.files import atomic_write, check_writable, locked, remove_drafts, writing
 from cifar_fast.progress import Log, silent
-from cifar_fast.results import EpochRow, Result
+from cifar_fast.results import MODEL, ROWS, SUMMARY, EpochRow, Result
 
-ROWS = "metrics.jsonl"
-FILES = (ROWS, "summary.json", "model.pt", "curves.png")
+FILES = (ROWS, SUMMARY, MODEL, "curves.png", CHECKPOINT)
 
 
 class Output:
     """The folder that a command writes to, its own while it does.
 
-    Rows go out as they come, each line whole; the other files appear at the end, whole or not at all. What cannot be
-    written is told in a line, in ``report`` and in ``failures``, and takes nothing else with it. If nothing was
-    written, a folder made for it goes away again. Another command's results are kept unless ``overwrite``; then they
-    are deleted when the first new row is there. With ``new`` the folder is made anew, with a number after its name
-    where that is taken.
+    Rows go out as they come, each line whole, and so does ``checkpoint.pt``, which goes when all is done; the other
+    files appear at the end, whole or not at all. What cannot be written is told in a line, in ``report`` and in
+    ``failures``, and takes nothing else with it. If no row was written, a folder made for it goes away again. Another
+    command's results are kept unless ``overwrite``; then they are deleted when the first new row is there. With ``new``
+    the folder is made anew, with a number after its name where that is taken. With ``resume`` the training there goes
+    on, from ``checkpoint``, which is None without; rows after it are taken back.
     """
 
-    def __init__(self, path: str | Path, overwrite: bool = False, *, new: bool = False) -> None:
+    def __init__(self, path: str | Path, overwrite: bool = False, *, new: bool = False, resume: bool = False) -> None:
         self.path = Path(path).expanduser()
-        self.overwrite, self.new = overwrite, new
+        self.overwrite, self.new, self.resume = overwrite, new, resume
+        self.checkpoint: Checkpoint | None = None
         self.report: Log = silent
         self.failures: dict[str, str] = {}
         self._rows: list[str] = []
-        if not new:
+        self._earlier: list[str] = []  # files of results that are to be replaced
+        if resume:
+            self.checkpoint = read_checkpoint(self.path, self.name)
+        elif not new:
             self._refuse_results()
         check_writable(self.path, self.name)
 
     @property
     def name(self) -> str:
-        return f"--output {self.path}"
+        return f"--{'resume' if self.resume else 'output'} {self.path}"
+
+    @property
+    def resumable(self) -> bool:
+        """Whether this training has left something to go on from."""
+        return (self.resume or bool(self._rows)) and (self.path / CHECKPOINT).exists()
 
     def _refuse_results(self) -> None:
         with writing(self.name):
-            found = [name for name in FILES if (self.path / name).exists()]
-        if found and not self.overwrite:
+            self._earlier = [name for name in FILES if (self.path / name).exists()]
+        if self._earlier and not self.overwrite:
+            go_on = "--resume to go on with it, " if CHECKPOINT in self._earlier else ""
             raise InputError(
-                f"{self.path} already holds results ({found[0]}); choose another --output, or give "
+                f"{self.path} already holds results ({self._earlier[0]}); choose another --output, or give {go_on}"
                 "--overwrite to replace them"
             )
+
+    def _go_on(self) -> None:
+        self.checkpoint = read_checkpoint(self.path, self.name)  # another command may have gone on in the meantime
+        self._rows = [_line(row) for row in self.checkpoint.result.rows]
+        if self._rows:
+            self._write(ROWS, self._write_rows)
 
     def __enter__(self) -> Output:
         self._stack = contextlib.ExitStack()
@@ -64,7 +81,13 @@ class Output:
                 self._stack.enter_context(locked(self.path, self._refuse_busy))
                 # Shows now, not after an epoch, whether files can be made.
                 tempfile.TemporaryFile(dir=self.path).close()
-            self._refuse_results()  # those of a command that has ended since
+            for name in FILES:
+                remove_drafts(self.path / name)
+            if self.resume:
+                self._go_on()
+            else:
+                self._refuse_results()  # those of a command that has ended since
+                self._stack.callback(self._forget_start)
         except BaseException:
             self.__exit__()
             raise
@@ -88,18 +111,23 @@ class Output:
     def _refuse_busy(self) -> None:
         raise InputError(f"{self.name}: another run is writing its results there; choose another folder")
 
+    def _forget_start(self) -> None:
+        if not self._rows and not self._earlier:
+            (self.path / CHECKPOINT).unlink(missing_ok=True)
+
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
     def add(self, row: EpochRow) -> None:
         """Write a row. The first takes the place of earlier results, so they are there until it is."""
         first = not self._rows
-        self._rows.append(json.dumps(dataclasses.asdict(row)) + "\n")
+        self._rows.append(_line(row))
         if first or ROWS in self.failures:
             self._write(ROWS, self._write_rows)
             if first and ROWS not in self.failures:
-                for name in FILES[1:]:
-                    (self.path / name).unlink(missing_ok=True)
+                for name in self._earlier:
+                    if name != ROWS:
+                        (self.path / name).unlink(missing_ok=True)
         else:
             self._try(ROWS, self._append_row)
 
@@ -117,13 +145,21 @@ class Output:
                 file.truncate(size)  # no half line stays
                 raise
 
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write ``checkpoint.pt``; where there are earlier results, not before the first row replaces them."""
+        if self._rows or not self._earlier:
+            self._write(CHECKPOINT, checkpoint.save)
+
     def finish(self, result: Result) -> None:
         """Write what a training leaves, small files first; ``result.unwritten`` gets what could not be."""
         if ROWS in self.failures:
             self._write(ROWS, self._write_rows)
-        self._write("summary.json", lambda draft: draft.write_text(json.dumps(result.summary(), indent=2) + "\n"))
-        self._write("model.pt", lambda draft: torch.save(result.checkpoint(), draft))
+        self._write(SUMMARY, lambda draft: draft.write_text(json.dumps(result.summary(), indent=2) + "\n"))
+        self._write(MODEL, lambda draft: torch.save(result.checkpoint(), draft))
         self._write("curves.png", lambda draft: draw_curves(result, draft))
+        self.failures.pop(CHECKPOINT, None)
+        if MODEL not in self.failures:  # else the weights are in the checkpoint alone
+            (self.path / CHECKPOINT).unlink(missing_ok=True)
         result.unwritten.extend(self.failures.values())
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
@@ -141,6 +177,10 @@ class Output:
             if name not in self.failures:
                 self.failures[name] = f"{self.path / name} could not be written ({first_line(error)})"
                 self.report(self.failures[name])
+
+
+def _line(row: EpochRow) -> str:
+    return json.dumps(dataclasses.asdict(row)) + "\n"
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -6,8 +6,10 @@ import base64
 import dataclasses
 import html
 import io
+import json
 import statistics
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,18 +43,23 @@ class EpochRow:
 
 @dataclass(frozen=True)
 class Run:
-    """One training from scratch: its last test accuracy in %, that on other test sets by their names, and where its
-    seconds went.
+    """One training from scratch: its seeds as :meth:`cifar_fast.augment.Seeds.of_run` gives them, its last test
+    accuracy in %, that on other test sets by their names, and where its seconds went.
     """
 
     run: int
     seed: int
+    init_seed: int | None
+    order_seed: int | None
+    augment_seed: int | None
     test_accuracy: float
     train_seconds: float
     setup_seconds: float
     evaluation_seconds: float
     also_test: dict[str, float] = field(default_factory=dict)
 
+
+ROWS, SUMMARY, MODEL = "metrics.jsonl", "summary.json", "model.pt"
 
 FORMAT = 1
 """Of ``model.pt``; raised when what it holds changes its meaning."""
@@ -64,6 +71,7 @@ class Result:
 
     ``auto``: why what was left to us was chosen so, and what failed before it. ``environment``: as
     :func:`cifar_fast.environment.environment` gives it. ``dataset``: as :meth:`cifar_fast.Dataset.facts`.
+    ``settings``: the rest of what was asked for, by the names of the flags.
     ``mean`` and ``std``: of the training images' 0..255 values, per channel, which the model's input is normalized
     with. ``state_dict``: the last run's weights, for a plain ``CNN``. ``unwritten``: a line for each file of
     ``output`` that could not be written.
@@ -76,12 +84,24 @@ class Result:
     memory_format: str
     auto: list[str]
     dataset: dict[str, Any]
+    settings: dict[str, Any]
     rows: list[EpochRow]
     runs: list[Run]
     mean: list[float]
     std: list[float]
     state_dict: dict[str, torch.Tensor]
     unwritten: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Result:
+        """What a training that has ended wrote to ``folder``, curves aside; OSError where a file is missing."""
+        folder = Path(folder)
+        summary = json.loads((folder / SUMMARY).read_text())
+        rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
+        saved = torch.load(folder / MODEL, map_location="cpu", weights_only=True)
+        found = {field.name: summary[field.name] for field in dataclasses.fields(cls) if field.name in summary}
+        found |= {name: saved[name] for name in ("mean", "std", "state_dict")}
+        return restored(found | {"rows": rows[: len(summary["runs"]) * summary["recipe"]["epochs"]]})
 
     def __repr__(self) -> str:
         return f"<Result: {self.title()}, test accuracy {self.summary()['test_accuracy_mean']:.2f} %>"
@@ -138,6 +158,7 @@ class Result:
             "memory_format": self.memory_format,
             "auto": self.auto,
             "dataset": self.dataset,
+            "settings": self.settings,
             "runs": [dataclasses.asdict(run) for run in self.runs],
             "test_accuracy_mean": statistics.fmean(accuracies),
             "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
@@ -165,6 +186,18 @@ class Result:
             f"{' (median)' if len(self.runs) > 1 else ''}, besides {setup:.2f} s of set-up and "
             f"{evaluation:.2f} s of evaluation"
         )
+
+
+def plain(result: Result) -> dict[str, Any]:
+    """``result`` as dicts, lists and numbers."""
+    return dataclasses.asdict(result)
+
+
+def restored(values: dict[str, Any]) -> Result:
+    """The result that :func:`plain` was given."""
+    recipe = Recipe(**values["recipe"])
+    rows, runs = [EpochRow(**row) for row in values["rows"]], [Run(**run) for run in values["runs"]]
+    return Result(**values | dict(recipe=recipe, rows=rows, runs=runs))
 
 
 def confidence_interval_95(values: list[float]) -> list[float] | None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cifar_fast.also_test import accuracy, read_test_sets
-from cifar_fast.augment import draw_epoch, seeded
+from cifar_fast.augment import Seeds, draw_epoch
 from cifar_fast.backends import Backend, channel_statistics, device_guard
+from cifar_fast.checkpoint import Checkpoint
 from cifar_fast.data import Dataset
 from cifar_fast.environment import environment
 from cifar_fast.errors import Diverged, InputError, out_of_memory
@@ -34,9 +37,14 @@ def fit(
     dtype: str = "auto",
     memory_format: str = "auto",
     seed: int = 0,
+    init_seed: int | None = None,
+    order_seed: int | None = None,
+    augment_seed: int | None = None,
     runs: int = 1,
     output: str | Path | None = None,
     overwrite: bool = False,
+    resume: str | Path | None = None,
+    checkpoint_every: int = 1,
     also_test: Mapping[str, str | Path] | None = None,
     threads: int | None = None,
     log: Log | None = print_line,
@@ -55,8 +63,15 @@ def fit(
         dtype: auto, float16, bfloat16, float32.
         memory_format: contiguous_format (NCHW, the reference script's), channels_last; auto is the first for
             eager by name, the second for all others.
+        init_seed, order_seed, augment_seed: of the initial weights, the order and the augmentation alone, the same in
+            each run; see :class:`cifar_fast.augment.Seeds`.
         output: folder for metrics.jsonl, summary.json, curves.png and model.pt; None writes nothing.
         overwrite: replace the results that ``output`` holds already.
+        resume: in the place of ``output``, the folder of the same call that was stopped: goes on from its checkpoint
+            and ends with the same bits. ``runs`` may have grown; ``auto`` is what it was. Of a training that has ended
+            the result is read.
+        checkpoint_every: epochs from a checkpoint in ``output`` to the next; each run leaves one when it ends, with 0
+            that one alone.
         also_test: names and paths of other test sets, see :func:`cifar_fast.also_test.read_test_sets`; their
             accuracies stand in each run.
         threads: of the CPU; None takes those that torch had when this package was imported, whatever
@@ -69,10 +84,19 @@ def fit(
 
     A file of ``output`` that cannot be written takes nothing else with it: see ``Result.unwritten``.
     """
-    plan = resolve(backend, device, dtype, memory_format)
-    folder = Output(output, overwrite) if output is not None else None
+    if resume is not None and (output is not None or overwrite):
+        raise InputError("resume stands in the place of output, without overwrite; give one of them")
+    place = output if resume is None else resume
+    folder = Output(place, overwrite, resume=resume is not None) if place is not None else None
+    standing = folder.checkpoint if folder else None
+    plan = (standing.plan if standing else resolve)(backend, device, dtype, memory_format)
+    seeds = Seeds(seed, init_seed, order_seed, augment_seed)
+    if folder and standing and standing.nothing_left(folder.name, recipe, plan, seeds, runs, also_test):
+        encodable(log)(nothing_to_do(folder))
+        return standing.result
+    how: dict[str, Any] = dict(also_test=also_test, threads=threads, log=log)
     return fit_plan(
-        recipe, dataset, plan, seed=seed, runs=runs, output=folder, also_test=also_test, threads=threads, log=log
+        recipe, dataset, plan, seeds=seeds, runs=runs, output=folder, checkpoint_every=checkpoint_every, **how
     )
 
 
@@ -81,56 +105,45 @@ def fit_plan(
     dataset: Dataset,
     plan: Plan,
     *,
-    seed: int = 0,
+    seeds: Seeds = Seeds(),  # noqa: B008  (frozen)
     runs: int = 1,
     output: Output | None = None,
+    checkpoint_every: int = 1,
     also_test: Mapping[str, str | Path] | None = None,
     threads: int | None = None,
     log: Log | None = print_line,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Result:
-    """As :func:`fit`, with device, dtype and backend settled by :func:`cifar_fast.plan.resolve`."""
+    """As :func:`fit`, with device, dtype and backend settled by :func:`cifar_fast.plan.resolve`; goes on from the
+    checkpoint of ``output`` where it has one. ``on_step`` is called after each step; what it raises ends the training.
+    """
     log = encodable(log)
-    seed, runs = check(plan, seed=seed, runs=runs, threads=threads)
+    seeds, runs = check(plan, seeds, runs, threads, checkpoint_every)
     dataset.steps_per_epoch(recipe.batch_size)
     test_sets = read_test_sets(also_test or {}, dataset.num_classes)
-    rows: list[EpochRow] = []
-    done: list[Run] = []
+    if output and output.checkpoint:
+        output.checkpoint.refuse_other_data(output.name, dataset)
+        threads = output.checkpoint.result.settings["threads"] if threads is None else threads
+    threads = THREADS if threads is None else threads
 
     with contextlib.ExitStack() as stack:
         if output:
             stack.enter_context(output).report = log
+        standing = output.checkpoint if output else None
         stack.enter_context(device_guard(plan.device))
-        stack.enter_context(isolated(plan.device, THREADS if threads is None else threads))
+        stack.enter_context(isolated(plan.device, threads))
         facts = environment(plan.device)
+        data_facts = dataset.facts()
         clock = synchronized_clock(plan.device)
 
         log(f"torch {facts['torch']}, {facts['device_name']}, {facts['threads']} threads, backend {plan}")
         if plan.reason:
             log(f"auto: {plan.reason}")
+        for line in standing.moved(facts) if standing else ():
+            log(line)
         start = clock()
         backend, failures = set_up(plan, recipe, dataset, log)
         normalization = channel_statistics(torch.from_numpy(dataset.train_images).to(plan.device))
-        for run in range(runs):
-            if runs > 1:
-                log(f"run {run + 1} of {runs}, seed {seed + run}")
-            weights, draws = seeded(seed + run, plan.device)
-            backend.reset(CNN(recipe, dataset.num_classes, weights))
-            setup_seconds = clock() - start
-            with naming_the_batch_size(recipe):
-                for row in train(backend, len(dataset.train_images), draws, run, clock, log):
-                    rows.append(row)
-                    if output:
-                        output.add(row)
-                    log(str(row))
-            also = {}
-            for test in test_sets:
-                also[test.name] = accuracy(backend, dataset, normalization, test)
-                log(f"also tested on {test.name}, {len(test.images)} images: {also[test.name]:.2f} %")
-            last = rows[-1]
-            seconds = last.train_seconds, setup_seconds, last.evaluation_seconds
-            done.append(Run(run, seed + run, last.test_accuracy, *seconds, also))
-            start = clock()
-
         mean, std = (statistic.tolist() for statistic in normalization)
         result = Result(
             recipe=recipe,
@@ -138,14 +151,58 @@ def fit_plan(
             backend=backend.name,
             dtype=short_name(plan.dtype),
             memory_format=short_name(plan.memory_format),
-            auto=[line for line in (plan.reason, *failures) if line],
-            dataset=dataset.facts(),
-            rows=rows,
-            runs=done,
+            auto=standing.result.auto if standing else [line for line in (plan.reason, *failures) if line],
+            dataset=data_facts,
+            settings=dict(
+                **vars(seeds),
+                runs=runs,
+                checkpoint_every=checkpoint_every,
+                also_test={str(name): str(path) for name, path in (also_test or {}).items()},
+                threads=threads,
+                data_source=str(dataset.source),
+            ),
+            rows=standing.result.rows if standing else [],
+            runs=standing.result.runs if standing else [],
             mean=mean,
             std=std,
-            state_dict={name: tensor.detach().cpu() for name, tensor in backend.state_dict().items()},
+            state_dict={},
         )
+        standing = standing or Checkpoint(result)
+        if output and not standing.state:
+            output.save(Checkpoint(result))
+        for run in range(len(result.runs), runs):
+            if runs > 1:
+                log(f"run {run + 1} of {runs}, seed {seeds.seed + run}")
+            own = seeds.of_run(run)
+            weights, order, augmentation = own.generators(plan.device)
+            backend.reset(CNN(recipe, dataset.num_classes, weights))
+            after = standing.restore(backend, (order, augmentation))
+            if after:
+                log(f"going on after epoch {after.epoch}")
+            setup_seconds = standing.setup_seconds + clock() - start
+            standing = Checkpoint(result)  # of the runs to come
+            with naming_the_batch_size(recipe):
+                n = len(dataset.train_images)
+                for row in train(backend, n, augmentation, run, clock, log, order=order, after=after, on_step=on_step):
+                    result.rows.append(row)
+                    if output:
+                        output.add(row)
+                    log(str(row))
+                    due = checkpoint_every and row.epoch % checkpoint_every == 0
+                    if output and (due or row.epoch == recipe.epochs):
+                        states = [generator.get_state() for generator in (order, augmentation)]
+                        output.save(Checkpoint(result, setup_seconds, backend.training_state(), states))
+            also = {}
+            for test in test_sets:
+                also[test.name] = accuracy(backend, dataset, normalization, test)
+                log(f"also tested on {test.name}, {len(test.images)} images: {also[test.name]:.2f} %")
+            last = result.rows[-1]
+            seconds = last.train_seconds, setup_seconds, last.evaluation_seconds
+            apart = own.init_seed, own.order_seed, own.augment_seed
+            result.runs.append(Run(run, own.seed, *apart, last.test_accuracy, *seconds, also))
+            start = clock()
+
+        result.state_dict.update((name, tensor.detach().cpu()) for name, tensor in backend.state_dict().items())
         log(result.closing_line())
         if output:
             output.finish(result)
@@ -163,47 +220,72 @@ def naming_the_batch_size(recipe: Recipe) -> Iterator[None]:
         raise InputError(f"out of memory in training at --batch-size {recipe.batch_size}; try a smaller one") from error
 
 
-def check(plan: Plan, *, seed: int, runs: int, threads: int | None = None) -> tuple[int, int]:
-    """``seed`` and ``runs`` as Python's integers; :class:`InputError` for what is wrong with a training whatever the
+def nothing_to_do(output: Output) -> str:
+    """What is said where a training that has ended is told to go on."""
+    return f"nothing to do: all runs in {output.path} have ended; a higher --runs adds to them"
+
+
+def check(
+    plan: Plan, seeds: Seeds, runs: int = 1, threads: int | None = None, checkpoint_every: int = 1
+) -> tuple[Seeds, int]:
+    """``seeds`` and ``runs`` as Python's integers; :class:`InputError` for what is wrong with a training whatever the
     data.
     """
+    given = dataclasses.asdict(seeds)
     try:
-        seed, runs = operator.index(seed), operator.index(runs)
+        whole: Any = {name: None if seed is None else operator.index(seed) for name, seed in given.items()}
+        seeds, runs = Seeds(**whole), operator.index(runs)
     except TypeError:
-        raise InputError(f"seed and runs must be whole numbers, not {seed!r} and {runs!r}") from None
+        shown = ", ".join(repr(value) for value in given.values() if value is not None)
+        raise InputError(f"seed and runs must be whole numbers, not {shown} and {runs!r}") from None
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, not {threads}")
+    if not (isinstance(checkpoint_every, int) and checkpoint_every >= 0):
+        raise InputError(f"checkpoint_every must be a whole number from 0, not {checkpoint_every}")
     if runs < 1:
         raise InputError(f"runs must be at least 1, not {runs}")
-    if not 0 <= seed < 2**63 - runs:
-        raise InputError(f"seed must lie between 0 and 2^63, not {seed}")
+    for name, seed in dataclasses.asdict(seeds).items():
+        if seed is not None and not 0 <= seed < 2**63 - runs:
+            raise InputError(f"{name} must lie between 0 and 2^63, not {seed}")
     if plan.dtype == torch.float16 and plan.device.type == "cpu":
         raise InputError(
             "--dtype float16 needs a GPU (on a CPU torch has no fast float16 convolutions); use bfloat16 or float32"
         )
-    return seed, runs
+    return seeds, runs
 
 
 def train(
-    backend: Backend, n: int, draws: torch.Generator, run: int, clock: Callable[[], float], log: Log = silent
+    backend: Backend,
+    n: int,
+    draws: torch.Generator,
+    run: int,
+    clock: Callable[[], float],
+    log: Log = silent,
+    *,
+    order: torch.Generator | None = None,
+    after: EpochRow | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[EpochRow]:
     """Train all epochs of a run on the ``n`` training images of ``backend``, which was reset; gives a row as each ends.
+    With ``after``, the row of the last epoch that ``backend`` has trained, those that follow it.
 
-    ``draws`` is the generator of the epochs' draws; ``clock`` gives seconds, read when the device is done, see
-    :func:`synchronized_clock`.
+    ``draws`` is the generator of the epochs' draws, ``order`` that of their permutations where it is another; ``clock``
+    gives seconds, read when the device is done, see :func:`synchronized_clock`; ``on_step`` is called after each step.
     """
     recipe, on_cpu = backend.recipe, backend.device.type == "cpu"
     steps = n // recipe.batch_size
-    train_seconds = evaluation_seconds = 0.0
-    for epoch in range(recipe.epochs):
+    train_seconds, evaluation_seconds = (after.train_seconds, after.evaluation_seconds) if after else (0.0, 0.0)
+    for epoch in range(after.epoch if after else 0, recipe.epochs):
         with progress_bar(steps, f"epoch {epoch + 1}/{recipe.epochs}", "step", log) as bar:
             start = clock()
             scores = []
-            for scored in backend.train_epoch(draw_epoch(n, device=backend.device, recipe=recipe, generator=draws)):
+            drawn = draw_epoch(n, device=backend.device, recipe=recipe, generator=draws, order=order)
+            for scored in backend.train_epoch(drawn):
                 scores.append(scored)
                 bar.update()
                 if on_cpu:  # elsewhere reading a loss would make the device wait
                     _check_finite(scored[0][None], epoch * steps + len(scores), steps)
+                on_step()
             train_seconds += clock() - start
         losses, correct = (torch.stack(values) for values in zip(*scores))
         _check_finite(losses, epoch * steps + 1, steps)

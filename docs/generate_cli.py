@@ -24,7 +24,8 @@ HEAD = """<!-- Written by docs/generate_cli.py out of the commands' own flags: e
 
 Exit codes: 0; 1 where a comparison is past its tolerance, a training diverges, or something that `auto` needs does not
 pass its check; 2 for input that cannot work, with one line on the standard error stream that says what is wrong and
-what to do; 130 after Ctrl-C. `--traceback` shows where an error came from.
+what to do; 130 after Ctrl-C or SIGTERM, the first of which lets `train` end its step, and a line then says how to go
+on. `--traceback` shows where an error came from.
 
 ## Flags of `train`, `compare` and `profile`
 """
@@ -34,6 +35,9 @@ TAIL = """
 
     cifar-fast train                                              # CIFAR-10, 24 epochs, what is fastest here
     cifar-fast train --epochs 6 --runs 3 --output runs/short      # three seeds, with a 95 % interval
+    cifar-fast train --resume runs/short                          # go on where it was stopped, with the same bits
+    cifar-fast train --resume runs/short --runs 10                # seven seeds more
+    cifar-fast train --init-seed 5 --runs 10                      # the same initial weights, ten orders
     cifar-fast train --print-recipe > recipe.json                 # a file for --recipe
     cifar-fast train --backend eager --device cpu --dtype float32 # the reference's numbers, bit for bit
     cifar-fast compare --backend compiled --steps 8               # how far torch.compile is from eager here
