@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,7 @@ class Check:
                     for direction in DIRECTIONS:
                         name = f"norm {block.name}, {direction}"
                         self.add(name, functools.partial(check_norm, block, direction, recipe, plan.dtype, device))
+                self.add("loss", lambda: check_loss(recipe, plan.dtype, device))
                 self.add("bookkeeping", lambda: check_record(recipe.batch_size, plan.dtype, device))
             self.add("set-up", lambda: self.set_up(dataset))
             if backend := self.backend:
@@ -318,10 +319,29 @@ def check_norm(block: Block, direction: str, recipe: Recipe, dtype: torch.dtype,
         return [y, *given[3:]]
 
     exact = results(batch_norm_celu_reference, double=True)
+    return judge(exact, results(batch_norm_celu), results(batch_norm_celu_reference))
+
+
+def check_loss(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> str:
+    """Loss and gradient of random logits, and which of them are right."""
+    from cifar_fast.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+
+    random, classes = torch.Generator().manual_seed(0), len(PATTERNS)
+    x = (8 * torch.randn(recipe.batch_size, classes, generator=random)).to(device, dtype)
+    labels = torch.randint(classes, (recipe.batch_size,), generator=random).to(device)
+    how = dict(label_smoothing=recipe.label_smoothing, scale=recipe.output_scale)
+    exact = cross_entropy_reference(x.double(), labels, **how)
+    ours, eager = (function(x, labels, **how) for function in (cross_entropy, cross_entropy_reference))
+    same({"answers": (ours[1], eager[1])})
+    return judge(exact[::2], ours[::2], eager[::2])
+
+
+def judge(exact: Sequence[torch.Tensor], ours: Sequence[torch.Tensor], eager: Sequence[torch.Tensor]) -> str:
+    """The errors of the result that is furthest off; :class:`Wrong` where ours is more than twice as large."""
     worst = 0.0, 0.0, 0.0
-    for truth, ours, eager in zip(exact, results(batch_norm_celu), results(batch_norm_celu_reference)):
-        error, its = (float((side.double() - truth).norm() / truth.norm()) for side in (ours, eager))
-        worst = max(worst, (error / (2 * its + torch.finfo(ours.dtype).eps), error, its))  # the last bit, in all
+    for truth, own, other in zip(exact, ours, eager):
+        error, its = (float((side.double() - truth).norm() / truth.norm()) for side in (own, other))
+        worst = max(worst, (error / (2 * its + torch.finfo(own.dtype).eps), error, its))  # the last bit, in all
     ratio, error, its = worst
     text = f"error {error:.1e} against float64, eager's own {its:.1e}"
     if not ratio <= 1:
