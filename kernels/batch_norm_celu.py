@@ -60,7 +60,6 @@ def batch_norm_celu_reference(
 
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 NEAR: tl.constexpr = tl.constexpr(0.01)
-UNROLL: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
@@ -182,7 +181,7 @@ def statistics_kernel(
     counts = tl.zeros([BLOCK_R, 1], ACC)
     count = tl.zeros([1, 1], ACC)
     # Each element of the tile keeps statistics of its own (Welford, 1962), so that nothing crosses threads in the loop.
-    for k in tl.range(BLOCKS_PER_SPLIT, loop_unroll_factor=UNROLL):
+    for k in tl.range(BLOCKS_PER_SPLIT, loop_unroll_factor=3 - POOL):
         row, channel, exists = _tile(k * num_splits + split, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
         if WHOLE:
             exists = tl.full([BLOCK_R, 1], True, tl.int1)
@@ -203,16 +202,17 @@ def statistics_kernel(
         if not WHOLE:
             counts += (row < rows).to(ACC)
 
+    # counts in units of ``unit`` rows, a 1 that costs nothing where all are alike
+    unit: tl.constexpr = BLOCKS_PER_SPLIT if WHOLE else 1
     if WHOLE:
-        counts = tl.full([BLOCK_R, 1], BLOCKS_PER_SPLIT, ACC)
-        here = tl.full([1], BLOCKS_PER_SPLIT * BLOCK_R, ACC)
+        counts, here = tl.full([BLOCK_R, 1], 1.0, ACC), tl.full([1], BLOCK_R, ACC)
     else:
         here = tl.sum(counts, axis=0)
     total = tl.sum(counts * mean, axis=0) / here
     if x.dtype.element_ty.primitive_bitwidth > 16:  # what rounding left, of which narrower types show nothing
         total += tl.sum(counts * (mean - total[None, :]), axis=0) / here
     deviation = mean - total[None, :]
-    square = tl.sum(tl.fma(counts * deviation, deviation, square), axis=0)
+    square = tl.sum(tl.fma(counts * deviation * unit, deviation, square), axis=0)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     tl.store(means + split * C + channel, total, mask=channel < C)
     tl.store(squares + split * C + channel, square, mask=channel < C)
@@ -371,7 +371,7 @@ def backward_sums_kernel(
         scale, shift = scale * (LOG2_E / ALPHA), shift * (LOG2_E / ALPHA)
     of_q = tl.zeros([BLOCK_R, BLOCK_C], ACC)
     of_qd = tl.zeros([BLOCK_R, BLOCK_C], ACC)
-    for k in tl.range(BLOCKS_PER_SPLIT, loop_unroll_factor=UNROLL):
+    for k in tl.range(BLOCKS_PER_SPLIT, loop_unroll_factor=2):
         row, channel, exists = _tile(k * num_splits + split, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
         q, centered = _gradient_of_norm(dy, x, row, channel, exists, mean, scale, shift, ALPHA, TERMS, 1.0, C, ACC)
         of_q += q  # 0 where no element exists, as dy is loaded
@@ -436,6 +436,8 @@ def backward_apply_kernel(
     channels = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     mean, invstd = _channel_values(statistics, channels, C, ACC), _channel_values(statistics + 2 * C, channels, C, ACC)
     scale, shift = _channel_values(weight, channels, C, ACC) * invstd, _channel_values(bias, channels, C, ACC)
+    if TRAINING and POOL == 1:
+        level, slope = _channel_values(totals, channels, C, ACC), _channel_values(totals + C, channels, C, ACC)
     for k in range(BLOCKS):
         window, channel, exists = _tile(program * BLOCKS + k, tl.program_id(1), windows, C, BLOCK_R, BLOCK_C)
         row = window
@@ -450,8 +452,9 @@ def backward_apply_kernel(
         q, centered = _gradient_of_norm(
             dy, x, row, channel, whole, mean, scale, shift, ALPHA, TERMS, LOG2_E / ALPHA, C, ACC
         )
-        if TRAINING:  # loaded here, since registers for them would leave fewer warps on a multiprocessor
-            level, slope = _channel_values(totals, channels, C, ACC), _channel_values(totals + C, channels, C, ACC)
+        if TRAINING:
+            if POOL == 2:  # held through the loop they would take registers, and leave fewer warps on a multiprocessor
+                level, slope = _channel_values(totals, channels, C, ACC), _channel_values(totals + C, channels, C, ACC)
             q = tl.fma(centered, -slope, q - level)
         gradient = q * scale
         if POOL == 1:
