@@ -11,7 +11,7 @@ VENV ?= .venv
 IN := $(VENV)/bin/python
 STAND_IN ?= ../shared/gpu_stand_in
 
-.PHONY: demo test test-fast test-long test-stand-in lint docs
+.PHONY: demo test test-fast test-long test-stand-in test-stand-in-kernels test-stand-in-steps lint docs
 
 demo: $(VENV)/installed
 	$(IN) -m cifar_fast.train --dataset synthetic --widths 16 32 32 32 64 128 128 128 --epochs 6 --batch-size 128 --output runs/demo --overwrite
@@ -25,12 +25,20 @@ test-fast: $(VENV)/installed
 test-long: $(VENV)/installed
 	$(IN) -m pytest -n auto --dist worksteal -m ""
 
-# Not those about time: nothing there takes any, and there is no profiler.
+# Not those about time: nothing there takes any, and there is no profiler. Two at a time, after a start that builds the
+# stand-in, each with a compiler's cache and a log of its own.
 test-stand-in: $(VENV)/installed
 	@if [ ! -d $(STAND_IN) ]; then echo "skipped: $(STAND_IN) is not there"; \
 	elif ! command -v gcc > /dev/null; then echo "skipped: no gcc here"; \
-	else $(IN) $(STAND_IN)/run.py --values --devices 2 -m pytest -m "gpu and not slow and not long" tests \
-		--ignore tests/test_profile.py --ignore tests/test_bench_cases.py; fi
+	else $(IN) $(STAND_IN)/run.py --log $(VENV)/stand-in.log -m pytest --version && \
+		$(MAKE) --jobs 2 --output-sync=target test-stand-in-kernels test-stand-in-steps; fi
+
+KERNEL_TESTS := $(wildcard tests/test_kernels_*.py) tests/test_check.py tests/test_compare.py
+test-stand-in-kernels test-stand-in-steps: test-stand-in-%:
+	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/stand-in-$*-cache \
+	$(IN) $(STAND_IN)/run.py --values --devices 2 --log $(VENV)/stand-in-$*.log -m pytest -m "gpu and not slow and not long" \
+		$(if $(filter kernels,$*),$(KERNEL_TESTS),tests $(KERNEL_TESTS:%=--ignore %) \
+		--ignore tests/test_profile.py --ignore tests/test_bench_cases.py)
 
 lint: $(VENV)/installed
 	$(IN) -m ruff format --check
