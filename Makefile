@@ -30,13 +30,13 @@ test-long: $(VENV)/installed
 test-stand-in: $(VENV)/installed
 	@if [ ! -d $(STAND_IN) ]; then echo "skipped: $(STAND_IN) is not there"; \
 	elif ! command -v gcc > /dev/null; then echo "skipped: no gcc here"; \
-	else $(IN) $(STAND_IN)/run.py --log $(VENV)/stand-in.log -m pytest --version && \
+	else $(IN) $(STAND_IN)/run.py --log $(CURDIR)/$(VENV)/stand-in.log -m pytest --version > /dev/null 2>&1 && \
 		$(MAKE) --jobs 2 --output-sync=target test-stand-in-kernels test-stand-in-steps; fi
 
 KERNEL_TESTS := $(wildcard tests/test_kernels_*.py) tests/test_check.py tests/test_compare.py
 test-stand-in-kernels test-stand-in-steps: test-stand-in-%:
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/stand-in-$*-cache \
-	$(IN) $(STAND_IN)/run.py --values --devices 2 --log $(VENV)/stand-in-$*.log -m pytest -m "gpu and not slow and not long" \
+	$(IN) $(STAND_IN)/run.py --values --devices 2 --log $(CURDIR)/$(VENV)/stand-in-$*.log -m pytest -m "gpu and not slow and not long" \
 		$(if $(filter kernels,$*),$(KERNEL_TESTS),tests $(KERNEL_TESTS:%=--ignore %) \
 		--ignore tests/test_profile.py --ignore tests/test_bench_cases.py)
 

@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     instructions.add_argument("--multiprocessors", type=int, metavar="N")
     instructions.add_argument("--clock", type=rate, metavar="X", help="Hz")
     instructions.add_argument("--bandwidth", type=rate, metavar="X", help="bytes/s, reads and writes both counted")
+    instructions.add_argument("--cache", type=rate, metavar="X", help="bytes, of the second level")
     instructions.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
 
     floors = commands.add_parser("floors", help="what a step computes and moves, and the time that takes at the least")
@@ -162,7 +163,7 @@ def _compile(args: argparse.Namespace) -> int:
 
 def _instructions(args: argparse.Namespace) -> int:
     _compiling()
-    given = {name: getattr(args, name) for name in ("name", "multiprocessors", "clock", "bandwidth")}
+    given = {name: getattr(args, name) for name in ("name", "multiprocessors", "clock", "bandwidth", "cache")}
     card = dataclasses.replace(H200, **{name: value for name, value in given.items() if value})
     rows = count_all(Recipe(batch_size=args.batch_size), getattr(torch, args.dtype), args.arch)
     print("predicted: counted in compiled code, no GPU ran")

@@ -17,7 +17,14 @@ may be loaded again each trip. Per element of the largest tensor that a kernel r
 
 a bound from below: a multiprocessor starts four warp instructions a cycle at the most (CUDA C++ Programming Guide,
 compute capability 9.0), and fewer of MUFU, conversions and FP64, whose units are narrower than a warp. What it waits
-for is not in it. Byte time is the launch's bytes over the bandwidth.
+for is not in it. Byte time is the launch's bytes over the bandwidth, from a cold cache. A second pass (apply,
+backward_apply) goes over its rows from the last to the first, and a cache of C bytes that keeps what was used last
+(least recently used out, whole lines) still has
+
+    min(1, C / D)
+
+of what the pass before it read or wrote too, D being the bytes of all tensors of the two: r rows before the end, both
+passes have touched r rows of each since.
 
 Classes: fp32; half (two values an instruction); fp64; conversion (of types; HADD2.F32 is one from half); mufu; memory
 (global, shared, constant memory, and shuffles); control (branches, barriers); integer: all else, addresses, moves,
@@ -63,23 +70,24 @@ ENDS = re.compile(r"BRA|BRX|CALL|EXIT|RET")  # of a block
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU: clock in Hz, bandwidth in bytes/s, reads and writes both counted."""
+    """A GPU: clock in Hz, bandwidth in bytes/s, reads and writes both counted, second-level cache in bytes."""
 
     name: str
     multiprocessors: int
     clock: float
     bandwidth: float
+    cache: float
 
     def __str__(self) -> str:
         clock, bandwidth = f"{self.clock / 1e9:g} GHz", f"{self.bandwidth / 1e12:g} TB/s"
-        return f"{self.name}, {self.multiprocessors} multiprocessors, {clock}, {bandwidth}"
+        return f"{self.name}, {self.multiprocessors} multiprocessors, {clock}, {bandwidth}, {self.cache / 1e6:g} MB"
 
     def issue(self, instructions: float) -> float:
         """Seconds in which so many warp instructions are issued at the least."""
         return instructions / (self.multiprocessors * 4 * self.clock)
 
 
-H200 = Card("H200", multiprocessors=132, clock=1.755e9, bandwidth=4.3e12)
+H200 = Card("H200", multiprocessors=132, clock=1.755e9, bandwidth=4.3e12, cache=50e6)
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,12 @@ class Counted:
     registers: int
     spills: int
     shared: int
+    again: int = 0
+    around: int = 0
+
+    def from_memory(self, cache: float) -> float:
+        """Bytes of the launch that a cache of so many bytes has not kept."""
+        return self.bytes - self.again * min(1.0, cache / self.around) if self.around else self.bytes
 
     @property
     def warp_instructions(self) -> int:
@@ -219,8 +233,8 @@ def count_compiled(made: Any, programs: int, written: int = 0, **facts: Any) -> 
     return Counted(**facts, programs=programs, warps=warps, **code)
 
 
-def count_launch(part: str, case: str, count: int, launch: Launch, arch: str) -> Counted:
-    """Compile ``launch`` for ``arch``, such as "sm_90", and count."""
+def count_launch(part: str, case: str, count: int, launch: Launch, arch: str, before: Launch | None = None) -> Counted:
+    """Compile ``launch`` for ``arch``, and count; it may find in a cache what ``before`` left there."""
     tensors = {name: one for name, one in launch.arguments.items() if isinstance(one, torch.Tensor)}
     return count_compiled(
         compiled_kernel(launch, arch),
@@ -232,44 +246,60 @@ def count_launch(part: str, case: str, count: int, launch: Launch, arch: str) ->
         count=count,
         elements=max(launch.touched.get(name, one.numel()) for name, one in tensors.items()),
         bytes=launch.bytes_read + launch.bytes_written,
+        **dict(zip(("again", "around"), met_again(launch, before))) if before else {},
     )
 
 
-def recipe_launches(recipe: Recipe, dtype: torch.dtype) -> list[tuple[str, str, int, Launch]]:
-    """The launches of a step and of an evaluation: part, case, how often, launch; those alike once."""
+def met_again(launch: Launch, before: Launch) -> tuple[int, int]:
+    """Bytes that ``launch`` reads of tensors of ``before``, and of all tensors of the two."""
+    tensors = [one for some in (before.reads, before.writes) for one in some.values() if one is not None]
+    mine = [one for one in launch.reads.values() if one is not None]
+    again = [one for one in mine if any(one is other for other in tensors)]
+    both = {id(one): one.nbytes for one in (*tensors, *mine, *launch.writes.values()) if one is not None}
+    return sum(one.nbytes for one in again), sum(both.values())
+
+
+def recipe_launches(recipe: Recipe, dtype: torch.dtype) -> list[tuple[str, str, int, Launch, Launch | None]]:
+    """The launches of a step and of an evaluation: part, case, how often, launch, and the pass before a second one;
+    those alike once.
+    """
     batch = recipe.batch_size
     augmentation = Augmentation(recipe, dtype, CHANNELS)
-    found = [("step", augmentation.name, 1, launch) for launch in augmentation.launches()]
-    found += [("step", Head.name, 1, launch) for launch in Head(recipe, dtype).launches()]
+    found: list[Any] = [("step", augmentation.name, 1, launch, None) for launch in augmentation.launches()]
+    found += [("step", Head.name, 1, launch, None) for launch in Head(recipe, dtype).launches()]
     shapes = Counter(block.name for block in recipe.blocks())
     blocks = {block.name: block for block in recipe.blocks()}
     for direction, part in (("forward", "step"), ("backward", "step"), ("inference", "evaluation")):
         for name, often in shapes.items():
             case = Norm(blocks[name], batch, recipe.celu_alpha, dtype, direction)
-            found += [(part, f"{name}, {direction}", often, launch) for launch in case.launches()]
+            launches = case.launches()  # pass, merge, pass; of an evaluation one pass
+            for i, launch in enumerate(launches):
+                found.append((part, f"{name}, {direction}", often, launch, launches[0] if i == 2 else None))
     return found
 
 
 def count_all(recipe: Recipe, dtype: torch.dtype, arch: str) -> list[Counted]:
     """Every distinct launch of ``recipe``."""
-    return [count_launch(*work, arch) for work in recipe_launches(recipe, dtype)]
+    return [count_launch(*work, arch, before) for *work, before in recipe_launches(recipe, dtype)]
 
 
 def record(row: Counted, card: Card) -> dict[str, Any]:
     """Every figure of a launch; times in s."""
-    times = {"issue": card.issue(row.warp_instructions), "byte": row.bytes / card.bandwidth}
+    warm = row.from_memory(card.cache) / card.bandwidth
+    times = {"issue": card.issue(row.warp_instructions), "byte": row.bytes / card.bandwidth, "byte_warm": warm}
     return asdict(row) | {"warp_instructions": row.warp_instructions, "resident": row.resident} | times
 
 
 def table(rows: Sequence[Counted], card: Card) -> str:
     """A line per launch: thread instructions per element by class, us of one launch; and us of all of a part."""
-    header = ("case", "kernel", "count", *CLASSES, "all", "issue us", "bytes us", "issue / bytes")
+    header = ("case", "kernel", "count", *CLASSES, "all", "issue us", "bytes us", "warm", "issue / bytes")
     lines = []
     for row in rows:
         each = [f"{row.per_element(row.instructions[name]):.1f}" for name in CLASSES]
         whole = f"{row.per_element(sum(row.instructions.values())):.1f}"
         issue, moved = card.issue(row.warp_instructions) * 1e6, row.bytes / card.bandwidth * 1e6
-        times = f"{issue:.2f}", f"{moved:.2f}", show(issue / moved)
+        warm = row.from_memory(card.cache) / card.bandwidth * 1e6
+        times = f"{issue:.2f}", f"{moved:.2f}", f"{warm:.2f}", show(issue / moved)
         facts = str(row.registers), f"{row.resident:.0%}", str(row.spills)
         lines.append((row.case, row.kernel, str(row.count), *each, whole, *times, *facts))
     sums = []
@@ -278,7 +308,8 @@ def table(rows: Sequence[Counted], card: Card) -> str:
         pairs = [
             (row.count * card.issue(row.warp_instructions), row.count * row.bytes / card.bandwidth) for row in some
         ]
-        totals = sum(a for a, _ in pairs), sum(b for _, b in pairs), sum(map(max, pairs))
+        warm = sum(row.count * row.from_memory(card.cache) / card.bandwidth for row in some)
+        totals = sum(a for a, _ in pairs), sum(b for _, b in pairs), warm, sum(map(max, pairs))
         sums.append((part, str(sum(row.count for row in some)), *(f"{one * 1e6:.1f}" for one in totals)))
-    of_parts = markdown(("part", "launches", "issue us", "bytes us", "the longer of both, us"), sums)
+    of_parts = markdown(("part", "launches", "issue us", "bytes us", "warm", "the longer of both, us"), sums)
     return f"{markdown((*header, 'registers', 'warps', 'bytes spilled'), lines)}\n\n{of_parts}"

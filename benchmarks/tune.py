@@ -32,7 +32,7 @@ def candidates(key: str, current: Entry) -> list[Entry]:
     if key == "augment":
         grid = [dict(block=block, num_warps=warps) for block in (512, 1024, 2048) for warps in (2, 4, 8)]
     elif key.endswith(".merge"):
-        grid = [dict(channels=channels, num_warps=warps) for channels in (4, 8, 16) for warps in (4, 8)]
+        grid = [dict(channels=channels, num_warps=warps) for channels in (1, 2, 4, 8) for warps in (2, 4, 8)]
     else:
         grid = [dict(rows=rows, channels=channels) for rows, channels in TILES]
         if "splits" in current:

@@ -4,13 +4,26 @@ import json
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.__main__ import main
 from benchmarks.inductor import uses
-from benchmarks.instructions import CLASSES, Card, Counted, classify, issued, record, table
+from benchmarks.instructions import (
+    CLASSES,
+    Card,
+    Counted,
+    classify,
+    issued,
+    met_again,
+    recipe_launches,
+    record,
+    table,
+)
+from cifar_fast import Recipe
 
 ROOT = Path(__file__).parents[1]
 # A trip of the loop loads and stores 16 bytes; the division's slow path calls.
@@ -188,13 +201,57 @@ def test_flags_that_name_no_target_or_card_are_refused(monkeypatch, capsys):
 
 
 def test_times_and_sums_of_a_part():
-    card = Card("a card", multiprocessors=2, clock=1e9, bandwidth=1e9)
+    card = Card("a card", multiprocessors=2, clock=1e9, bandwidth=1e9, cache=1e6)
     figures = record(row(), card)
     assert figures["warp_instructions"] == 100 * 4 * 4
     assert figures["issue"] == pytest.approx(1600 / (2 * 4 * 1e9)) and figures["byte"] == pytest.approx(8192e-9)
     assert row().per_element(100) == 100 * 32 * 4 * 4 / 4096
     parts = table([row(), row(case="d", count=1, bytes=4), row(part="evaluation")], card).splitlines()[-2:]
-    assert [cell.strip() for cell in parts[0].split("|")[1:-1]] == ["step", "3", "0.6", "16.4", "16.6"]
+    assert [cell.strip() for cell in parts[0].split("|")[1:-1]] == ["step", "3", "0.6", "16.4", "16.4", "16.6"]
+
+
+def least_recently_used(size, rows, first, second):
+    """Of the lines that the second of two passes reads, a line of each tensor a row, the share that a cache of ``size``
+    lines has: a pass is its tensors, and whether it goes from the last row to the first.
+    """
+    kept, found, read = OrderedDict(), 0, 0
+    for number, (tensors, backwards, shared) in enumerate((first, second)):
+        for row in reversed(range(rows)) if backwards else range(rows):
+            for tensor in tensors:
+                line = tensor, row
+                if number and tensor in shared:
+                    read, found = read + 1, found + (line in kept)
+                kept[line] = None
+                kept.move_to_end(line)
+                if len(kept) > size:
+                    kept.popitem(last=False)
+    return found / read
+
+
+@pytest.mark.parametrize("size", [10, 100, 150, 400])
+@pytest.mark.parametrize(("before", "after", "shared"), [("x", "xy", "x"), ("ab", "abc", "ab"), ("wxpa", "py", "p")])
+def test_a_second_pass_from_the_end_finds_what_the_model_says(size, before, after, shared):
+    found = least_recently_used(size, 100, (before, False, ""), (after, True, shared))
+    touched = len(set(before + after)) * 100
+    one = row(bytes=1000, again=400, around=touched)
+    assert one.from_memory(size) == pytest.approx(1000 - 400 * found, abs=400 * 0.03)
+    forwards = least_recently_used(size, 100, (before, False, ""), (after, False, shared))
+    assert forwards <= 0.03 or size > touched / 2
+
+
+def test_the_second_passes_of_the_recipe_meet_what_the_first_ones_left():
+    met = {
+        (case, launch.kernel.__name__): met_again(launch, before)
+        for _, case, _, launch, before in recipe_launches(Recipe(), torch.float16)
+        if before
+    }
+    x = 512 * 64 * 32 * 32 * 2
+    again, around = met["64x32x32, forward", "apply_kernel"]
+    assert again == x and 2 * x < around < 2.01 * x
+    again, around = met["128x32x32, pool, forward", "apply_kernel"]
+    assert again == x / 2 and around == pytest.approx(2 * x + x / 2 + x / 4 + x / 2, rel=0.01)
+    again, around = met["64x32x32, backward", "backward_apply_kernel"]
+    assert 2 * x <= again < 2.01 * x and 3 * x < around < 3.01 * x
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from benchmarks.launches import logged
 from cifar_fast import Recipe
 from tests.conftest import small_dataset
 
-STEP, EVALUATION = 84, 200  # at the most; an evaluation is of 10,000 images
+STEP, EVALUATION = 80, 200  # at the most; an evaluation is of 10,000 images
 LOG = """\
 L triton s1 apply_kernel grid=9,1,1 block=128
 C capture 1 begins on s1, mode 0
