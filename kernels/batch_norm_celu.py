@@ -14,9 +14,11 @@ and dx is dp where a window has its maximum (the first, should it have several),
 
 Reductions are two steps: the rows are split, a program reduces each split, and one more kernel merges their
 partial results, in an order that depends on the shapes alone. Statistics are merged as (count, mean,
-sum of squared deviations) by Chan, Golub and LeVeque's formula (1979), and taken of p less its first
-value in the channel, so that a mean far above the deviation costs no accuracy. There are no atomics:
+sum of squared deviations) by Chan, Golub and LeVeque's formula (1979), and in float32 and float64 taken of p less its
+first value in the channel, so that a mean far above the deviation costs no accuracy. There are no atomics:
 the same input gives the same bits. Partial results are merged in float64, which costs nothing: they are few.
+Of n splits, split s has the blocks of rows s, s + n, s + 2 n, ..., so that the tensor is read from its first row to its
+last; the pass that follows goes from the last to the first, and meets in the cache what was read last.
 
 Passes over memory for a tensor of S bytes after the pool: training forward reads x, and with pool 2
 writes p and its argmax; then reads p and writes y. Backward reads dy and p; then reads both again and
