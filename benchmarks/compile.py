@@ -35,7 +35,9 @@ TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", t
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a launch: ``widths`` gives the widest access of each large tensor in bits, loads then stores."""
+    """What became of a launch: ``widths`` gives the widest access of each large tensor in bits, loads then stores;
+    ``of_bytes`` names those whose values have one byte.
+    """
 
     case: str
     kernel: str
@@ -46,12 +48,15 @@ class Compiled:
     read: int
     written: int
     widths: tuple[dict[str, int], dict[str, int]]
+    of_bytes: frozenset[str]
 
     def problems(self) -> list[str]:
-        """What is not as it must be: a spill; a large tensor that is not accessed by 128 bits."""
+        """What is not as it must be: a spill; a large tensor that is not accessed by 128 bits. Of bytes 64 are enough:
+        they go with values of two, of which a thread then takes as many.
+        """
         found = [f"{self.spills} bytes spilled"] if self.spills else []
         for what, widths in zip(("loads", "stores"), self.widths):
-            narrow = {name: bits for name, bits in widths.items() if bits < 128}
+            narrow = {name: bits for name, bits in widths.items() if bits < (64 if name in self.of_bytes else 128)}
             found += [f"{what} of {name} are {bits} bits wide" for name, bits in narrow.items()]
         return [f"{self.case}, {self.kernel}, {self.target}: {problem}" for problem in found]
 
@@ -91,7 +96,8 @@ def compile_launch(case: str, launch: Launch, target: str) -> Compiled:
     name, shared = launch.kernel.__name__, made.metadata.shared
     widths = access_widths(made.asm["ptx"], pointers, large)
     read, written = launch.bytes_read, launch.bytes_written
-    return Compiled(case, name, target, registers, spills, shared, read, written, widths)
+    of_bytes = frozenset(name for name in large if tensors[name].element_size() == 1)
+    return Compiled(case, name, target, registers, spills, shared, read, written, widths, of_bytes)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
