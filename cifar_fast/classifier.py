@@ -44,8 +44,8 @@ class Classifier(nn.Module):
     ) -> torch.Tensor:
         """Probabilities ``[N, classes]``, on the module's device, of ``images``, uint8 ``[N, 32, 32, 3]``, on any.
 
-        With ``flip_average`` they are those of the mean of the logits of each image and of its mirror. Label smoothing s
-        keeps them from 1: it is 1 - s + s / classes that an image's own class was trained towards.
+        With ``flip_average`` they are those of the mean of the logits of each image and of its mirror. With a label
+        smoothing of s an image's own class was trained towards 1 - s + s / classes, not towards 1.
 
         Raises:
             InputError: images of another type or shape.
