@@ -4,6 +4,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
+TENSORBOARD = ["tensorboard>=2.15"]
 HF = ["huggingface_hub>=0.30", "pyarrow>=15"]
 
 setup(
@@ -45,8 +46,10 @@ setup(
     ],
     extras_require={
         "hf": HF,
+        "tensorboard": TENSORBOARD,
         "dev": [
             *HF,
+            *TENSORBOARD,
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cifar_fast.augment import Draws, draw_epoch
+    from cifar_fast.classifier import Classifier, load_model
     from cifar_fast.data import Dataset, load_dataset
     from cifar_fast.errors import Diverged, InputError
     from cifar_fast.model import CNN
@@ -28,6 +29,7 @@ if not os.path.isdir(os.path.join(_HERE, "kernels")):
 
 _MODULE_OF = {
     "CNN": "model",
+    "Classifier": "classifier",
     "Dataset": "data",
     "Diverged": "errors",
     "Draws": "augment",
@@ -37,6 +39,7 @@ _MODULE_OF = {
     "draw_epoch": "augment",
     "fit": "trainer",
     "load_dataset": "data",
+    "load_model": "classifier",
 }
 __all__ = sorted(_MODULE_OF)
 

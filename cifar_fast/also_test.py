@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cifar_fast.backends import Backend, make_model, make_score
+from cifar_fast.backends import Backend, make_model
 from cifar_fast.data import Dataset, check_images
 from cifar_fast.errors import InputError, first_line
 
@@ -52,14 +52,25 @@ def _read(name: str, path: Path) -> list[ExtraTestSet]:
     if path.is_dir():
         return _read_folder(name, path)
     if path.suffix == ".npz":
-        arrays = _load(path)
-        for images, labels in KEYS:
-            if images in arrays and labels in arrays:
-                return [ExtraTestSet(name, arrays[images], _labels(arrays[labels]))]
-        raise InputError(f"{path}: holds {', '.join(arrays)}; it must hold images and labels")
+        images, labels = read_npz(path)
+        if labels is None:
+            raise InputError(f"{path}: holds images without labels; it must hold images and labels")
+        return [ExtraTestSet(name, images, labels)]
     if not path.name.endswith("_data.npy"):
         raise InputError(f"{path}: must be a .npz file, a *_data.npy file or a folder of .npy files")
     return [ExtraTestSet(name, _load(path), _labels(_load(_labels_of(path))))]
+
+
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The images of a published .npz file, as they are there, and its labels, None where it has none."""
+    arrays = _load(path)
+    for images, labels in KEYS:
+        if images in arrays and labels in arrays:
+            return arrays[images], _labels(arrays[labels])
+    for images, _ in KEYS:
+        if images in arrays:
+            return arrays[images], None
+    raise InputError(f"{path}: holds {', '.join(arrays)}; it must hold images and labels")
 
 
 def _read_folder(name: str, folder: Path) -> list[ExtraTestSet]:
@@ -102,10 +113,11 @@ def _labels(labels: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def accuracy(
-    backend: Backend, dataset: Dataset, normalization: tuple[torch.Tensor, torch.Tensor], test: ExtraTestSet
-) -> float:
-    """The accuracy in % of the weights that ``backend`` holds, on ``test``, by the plain model in the same dtype.
+def plain_logits(
+    backend: Backend, dataset: Dataset, normalization: tuple[torch.Tensor, torch.Tensor], images: np.ndarray
+) -> torch.Tensor:
+    """Logits ``[N, classes]`` of ``images``, uint8 ``[N, 32, 32, 3]``, by the plain model in the dtype of ``backend``,
+    with the weights that it holds; on its device.
 
     ``normalization``: mean and deviation of the training images, as :func:`cifar_fast.backends.channel_statistics`.
     """
@@ -113,14 +125,19 @@ def accuracy(
     model = make_model(recipe, dataset, device, dtype).to(memory_format=backend.memory_format)
     model.load_state_dict(backend.state_dict())
     model.eval()
-    score = make_score(model, recipe, device, dtype)
     mean, std = normalization
-    right = 0
-    for start in range(0, len(test.images), recipe.batch_size):
-        images, labels = (
-            torch.tensor(np.ascontiguousarray(array[start : start + recipe.batch_size]), device=device)
-            for array in (test.images, test.labels)
-        )
-        images = ((images - mean) / std).to(dtype).permute(0, 3, 1, 2).contiguous(memory_format=backend.memory_format)
-        right += int(score(images, labels)[1].sum())
-    return 100 * right / len(test.images)
+    logits = []
+    for start in range(0, len(images), recipe.batch_size):
+        batch = torch.tensor(np.ascontiguousarray(images[start : start + recipe.batch_size]), device=device)
+        batch = ((batch - mean) / std).to(dtype).permute(0, 3, 1, 2).contiguous(memory_format=backend.memory_format)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
+            logits.append(model(batch))
+    return torch.cat(logits)
+
+
+def accuracy(
+    backend: Backend, dataset: Dataset, normalization: tuple[torch.Tensor, torch.Tensor], test: ExtraTestSet
+) -> float:
+    """The accuracy in % on ``test`` by :func:`plain_logits`."""
+    guesses = plain_logits(backend, dataset, normalization, test.images).argmax(dim=1).cpu().numpy()
+    return 100 * int((guesses == test.labels).sum()) / len(test.images)

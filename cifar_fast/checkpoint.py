@@ -17,7 +17,7 @@ from cifar_fast.data import Dataset
 from cifar_fast.errors import InputError, first_line
 from cifar_fast.plan import Plan, resolve, short_name
 from cifar_fast.recipe import Recipe
-from cifar_fast.results import SUMMARY, EpochRow, Result, plain, restored
+from cifar_fast.results import EpochRow, Result, plain, restored
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -71,6 +71,7 @@ class Checkpoint:
         seeds: Seeds,
         runs: int,
         also_test: Mapping[str, Any] | None,
+        save_logits: bool,
     ) -> bool:
         """Whether all ``runs`` have ended; :class:`InputError`, which begins with ``where``, where this is another
         training than the one that is asked for. There may be more runs now.
@@ -83,6 +84,7 @@ class Checkpoint:
             memory_format=self.result.memory_format,
             **{name: settings[name] for name in vars(seeds)},
             also_test=tuple(settings["also_test"]),
+            save_logits=settings.get("save_logits", False),
         )
         now: dict[str, Any] = dataclasses.asdict(recipe) | dict(
             backend=plan.backends[0],
@@ -91,6 +93,7 @@ class Checkpoint:
             memory_format=short_name(plan.memory_format),
             **vars(seeds),
             also_test=tuple(also_test or {}),
+            save_logits=save_logits,
         )
         for name, before in was.items():
             if now[name] != before:
@@ -110,6 +113,9 @@ class Checkpoint:
         flags: dict[str, Any] = {name: settings[name] for name in names}
         flags["also_test"] = [] if given.also_test else [*settings["also_test"].items()]  # the flag adds to its default
         flags |= {"dataset": self.result.dataset["name"], "data_dir": settings["data_source"]}
+        # Which files of before these flags lack.
+        flags["save_logits"] = settings.get("save_logits", False)
+        flags["log"] = "tensorboard" if settings.get("tensorboard") else "none"
         return flags if given.recipe else flags | dataclasses.asdict(self.result.recipe)
 
     def refuse_other_data(self, where: str, dataset: Dataset) -> None:
@@ -148,10 +154,10 @@ def read_checkpoint(folder: Path, where: str) -> Checkpoint:
         if saved.pop("format") != FORMAT:
             raise ValueError("of another format")
         return Checkpoint(**saved | {"result": restored(saved["result"])})
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         raise InputError(
-            f"{where}: holds no {CHECKPOINT}, and no {SUMMARY} of a training that ended; nothing to go on from, start "
-            "with --output"
+            f"{where}: holds no {CHECKPOINT}, and no {Path(error.filename).name} of a training that ended; nothing to "
+            "go on from, start with --output"
         ) from None
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         name = path.name if path.exists() else "the results there"

@@ -1,5 +1,5 @@
-"""The commands: ``cifar-fast train | compare | profile | check``. Torch, which takes seconds, is imported when one
-begins its work.
+"""The commands: ``cifar-fast train | predict | compare | profile | check``. Torch, which takes seconds, is imported
+when one begins its work.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from cifar_fast.recipe import Recipe
 USAGE = """usage: cifar-fast COMMAND [flags]
 
   train     train the recipe, and write down what came of it
+  predict   tell what a trained network takes images for
   compare   run two backends in lockstep, and tell how far apart each layer is
   profile   train a few steps, and tell where their time goes
   check     tell whether all that training needs works on this machine
@@ -98,6 +99,16 @@ def train_parser() -> argparse.ArgumentParser:
         help="epochs from a checkpoint to the next; each run leaves one at its end, with 0 that one alone (default: 1)",
     )
     group.add_argument(
+        "--save-logits", action="store_true", help="keep each run's logits of the test images, in logits.npz"
+    )
+    group.add_argument(
+        "--log",
+        choices=("none", "tensorboard"),
+        default="none",
+        help="write each epoch's loss, accuracies and learning rate for TensorBoard too, under tensorboard/ in the "
+        "output folder (default: none)",
+    )
+    group.add_argument(
         "--profile", metavar="DIR", help="do not train: the profile command, which writes to that folder"
     )
     group.add_argument("--print-recipe", action="store_true", help="print the recipe as JSON and stop")
@@ -148,15 +159,20 @@ def _train(argv: list[str] | None) -> int:
         raise InputError("--also-test: two test sets have one name; give each its own")
     if output is None:
         output = Output(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
-    elif output.checkpoint.nothing_left(output.name, recipe, plan, seeds, args.runs, also_test):
+    elif output.checkpoint.nothing_left(output.name, recipe, plan, seeds, args.runs, also_test, args.save_logits):
         say(nothing_to_do(output))
         return 0
+    if args.log == "tensorboard":
+        from cifar_fast.tensorboard import TensorBoard
+
+        output.tensorboard = TensorBoard(recipe)
     if plan.device.type == "cpu":
         keep_freed_memory()
     with interruptible() as on_step:
         try:
             dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
             how: dict[str, Any] = dict(checkpoint_every=args.checkpoint_every, also_test=also_test, log=say)
+            how["save_logits"] = args.save_logits
             result = fit_plan(recipe, dataset, plan, seeds=seeds, runs=args.runs, output=output, on_step=on_step, **how)
         except KeyboardInterrupt:
             if not output.resumable:
@@ -172,6 +188,78 @@ def _train(argv: list[str] | None) -> int:
 def default_output(dataset: str) -> str:
     """A name for a new folder for results on the data set of that name, which may have slashes in it."""
     return time.strftime(f"runs/{dataset.replace('/', '-').replace(':', '-')}-%Y%m%d-%H%M%S")
+
+
+# -- predict
+
+
+def predict(argv: list[str] | None = None) -> int:
+    """``cifar-fast predict``; gives 0, 1 where an image could not be decoded, 2 for bad input."""
+    return run_command(lambda: _predict(predict_parser().parse_args(argv)), argv)
+
+
+def predict_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="cifar-fast predict",
+        description="Tell what a trained network takes images for: a line each, with the class and its probability.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="model.pt of a training, or the training's folder")
+    parser.add_argument(
+        "images",
+        metavar="IMAGES",
+        nargs="+",
+        help="image files; folders of them, walked down; .npz files with images, uint8 [N, 32, 32, 3]. With labels, or "
+        "folders named as the classes are, the last line tells the accuracy",
+    )
+    parser.add_argument("--top", type=int, default=1, metavar="K", help="tell the K likeliest classes (default: 1)")
+    parser.add_argument("--flip-average", action="store_true", help="average the logits of each image and its mirror")
+    parser.add_argument("--batch-size", type=int, default=512, metavar="N", help="images at a time (default: 512)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions there too")
+    add_device_flags(parser, dtype=False)
+    return parser
+
+
+def _predict(args: argparse.Namespace) -> int:
+    check_json(args.json)
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
+
+    from cifar_fast.classifier import load_model
+    from cifar_fast.plan import resolve
+    from cifar_fast.predict import HOW_RESIZED, Found, accuracy, find_images, predictions, write_report
+    from cifar_fast.trainer import naming_the_batch_size
+
+    device = resolve("eager", args.device, "float32").device
+    model = load_model(args.model).to(device)
+    names = model.class_names
+    if not 1 <= args.top <= len(names):
+        raise InputError(f"--top must be from 1 to {len(names)}, the number of classes, not {args.top}")
+    images = find_images(args.images, names, say)
+    broken: dict[str, str] = {}
+
+    def on_broken(image: Found, reason: str) -> None:
+        broken[str(image)] = reason
+        print(f"error: {reason}", file=sys.stderr)
+
+    told = []
+    how = dict(batch_size=args.batch_size, flip_average=args.flip_average)
+    with naming_the_batch_size("prediction", args.batch_size):
+        for one in predictions(model, images, on_broken=on_broken, **how):
+            told.append(one)
+            best = one.probabilities.topk(args.top)
+            classes = (f"{names[i]} {100 * p:.2f} %" for p, i in zip(best.values.tolist(), best.indices.tolist()))
+            say("  ".join((str(one.image), *classes)))
+    if args.json:
+        write_report(args.json, names, told, broken, top=args.top, flip_average=args.flip_average)
+    if resized := sum(one.resized for one in told):
+        say(f"resized {resized} of {len(told)} images {HOW_RESIZED}")
+    if args.flip_average:
+        say("--flip-average: each image was averaged with its mirror")
+    if (percent := accuracy(told)) is not None:
+        labelled = sum(one.image.label is not None for one in told)
+        say(f"accuracy {percent:.2f} % of {labelled} images whose class is known")
+    return 1 if broken else 0
 
 
 # -- profile
@@ -346,6 +434,7 @@ def _check(args: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "predict": predict,
     "compare": compare,
     "profile": profile,
     "check": check,

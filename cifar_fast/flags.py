@@ -178,15 +178,16 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def add_device_flags(group: Any) -> None:
-    """The flags of how it runs that every command has, to a parser or a group of one."""
+def add_device_flags(group: Any, dtype: bool = True) -> None:
+    """The flags of how it runs that every command has, ``--dtype`` where it has one, to a parser or a group of one."""
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="float16 and float32 hold everything, bfloat16 keeps float32 weights (autocast)",
-    )
+    if dtype:
+        group.add_argument(
+            "--dtype",
+            choices=("auto", *DTYPES),
+            default="auto",
+            help="float16 and float32 hold everything, bfloat16 keeps float32 weights (autocast)",
+        )
     group.add_argument("--traceback", action="store_true", help="show where an error came from")
 
 

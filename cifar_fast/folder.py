@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -39,8 +39,7 @@ def read_folder(root: Path, log: Log) -> dict[str, np.ndarray]:
             f"{root / 'test' / unknown[0]}: {root / 'train'} has no such class; add it there, or take it out of test"
         )
     if left_out:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
-        log(f"left out {left_out.total()} files under {root} that are no images of a class: {kinds}")
+        log(f"left out {left_out.total()} files under {root} that are no images of a class: {by_kind(left_out)}")
     names = list(train)
     files = [file for classes in (train, test) for found in classes.values() for file in found]
     labels = np.array(
@@ -77,7 +76,7 @@ def _classes(split: Path, left_out: Counter[str]) -> dict[str, list[Path]]:
         entries = sorted(split.iterdir())
         folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
         left_out.update(_kind(path) for path in entries if path not in folders)
-        classes = {folder.name: sorted(_images(folder, left_out)) for folder in folders}
+        classes = {folder.name: sorted(images_below(folder, left_out)) for folder in folders}
     except OSError as error:
         raise InputError(
             f"{error.filename}: {error.strerror}; --data-dir must name a folder with train/CLASS/ and test/CLASS/ in it"
@@ -94,8 +93,10 @@ def _classes(split: Path, left_out: Counter[str]) -> dict[str, list[Path]]:
     return classes
 
 
-def _images(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
-    """The images in ``folder`` and those below it, links followed, as torchvision's ImageFolder finds them."""
+def images_below(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
+    """The images in ``folder`` and those below it, links followed, as torchvision's ImageFolder finds them;
+    ``left_out`` counts other files by their kind. Raises OSError.
+    """
 
     def fail(error: OSError) -> NoReturn:
         raise error
@@ -122,6 +123,11 @@ def _readable_suffixes() -> frozenset[str]:
 
 def _kind(path: Path) -> str:
     return "hidden" if path.name.startswith(".") else path.suffix.lower() or "without a suffix"
+
+
+def by_kind(left_out: Counter[str]) -> str:
+    """What :func:`images_below` has left out, for a line."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
 
 
 def _fingerprint(root: Path, files: list[Path]) -> str:
@@ -157,26 +163,30 @@ def _decode(files: list[Path], log: Log) -> np.ndarray:
     return images
 
 
-def decode_image(file: Path | BinaryIO, name: str) -> np.ndarray:
+def decode_image(
+    file: Path | BinaryIO, name: str, fit: Callable[[Image.Image], Image.Image] | None = None
+) -> np.ndarray:
     """The image in ``file`` as uint8 ``[32, 32, 3]``, what is transparent over white; ``name`` says in errors which one
     it is.
+
+    ``fit`` makes one of another size, in RGB, 32 x 32; without it such an image is refused.
     """
+    square = (IMAGE_SIZE, IMAGE_SIZE)
     frames, pixels = 1, None
     try:
         with Image.open(file) as image:
             mode, size, frames = image.mode, image.size, getattr(image, "n_frames", 1)
-            if size == (IMAGE_SIZE, IMAGE_SIZE) and mode in MODES and frames == 1:
+            if (fit or size == square) and mode in MODES and frames == 1:
                 if "A" in image.getbands() or "transparency" in image.info:
                     white = Image.new("RGBA", size, "white")
                     image = Image.alpha_composite(white, image.convert("RGBA"))
-                pixels = np.asarray(image.convert("RGB"))
+                image = image.convert("RGB")
+                pixels = np.asarray(fit(image) if fit and size != square else image)
     except Exception as error:  # decoders raise what they like, SyntaxError and struct.error among it
         raise InputError(f"{name}: not a whole image ({error}); replace it or delete it") from None
     if frames > 1:
         raise InputError(f"{name}: holds {frames} images; save the one that is meant alone")
     if pixels is None:
-        raise InputError(
-            f"{name}: {size[0]} x {size[1]} pixels, mode {mode}; "
-            f"images must be {IMAGE_SIZE} x {IMAGE_SIZE} with 8 bits per channel"
-        )
+        must = "have" if fit else f"be {IMAGE_SIZE} x {IMAGE_SIZE} with"
+        raise InputError(f"{name}: {size[0]} x {size[1]} pixels, mode {mode}; images must {must} 8 bits per channel")
     return pixels

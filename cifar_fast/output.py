@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cifar_fast.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
@@ -18,9 +19,10 @@ from cifar_fast.curves import draw_curves
 from cifar_fast.errors import InputError, first_line
 from cifar_fast.files import atomic_write, check_writable, locked, remove_drafts, writing
 from cifar_fast.progress import Log, silent
-from cifar_fast.results import MODEL, ROWS, SUMMARY, EpochRow, Result
+from cifar_fast.results import LOGITS, MODEL, ROWS, SUMMARY, EpochRow, Result
+from cifar_fast.tensorboard import FOLDER, TensorBoard, remove_events
 
-FILES = (ROWS, SUMMARY, MODEL, "curves.png", CHECKPOINT)
+FILES = (ROWS, SUMMARY, MODEL, LOGITS, "curves.png", CHECKPOINT)
 
 
 class Output:
@@ -31,13 +33,15 @@ class Output:
     ``failures``, and takes nothing else with it. If no row was written, a folder made for it goes away again. Another
     command's results are kept unless ``overwrite``; then they are deleted when the first new row is there. With ``new``
     the folder is made anew, with a number after its name where that is taken. With ``resume`` the training there goes
-    on, from ``checkpoint``, which is None without; rows after it are taken back.
+    on, from ``checkpoint``, which is None without; rows after it are taken back. Rows go to ``tensorboard``
+    too, where it is set before the first.
     """
 
     def __init__(self, path: str | Path, overwrite: bool = False, *, new: bool = False, resume: bool = False) -> None:
         self.path = Path(path).expanduser()
         self.overwrite, self.new, self.resume = overwrite, new, resume
         self.checkpoint: Checkpoint | None = None
+        self.tensorboard: TensorBoard | None = None
         self.report: Log = silent
         self.failures: dict[str, str] = {}
         self._rows: list[str] = []
@@ -116,6 +120,8 @@ class Output:
             (self.path / CHECKPOINT).unlink(missing_ok=True)
 
     def __exit__(self, *exception: object) -> None:
+        if self.tensorboard:
+            self._try(FOLDER, self.tensorboard.close)
         self._stack.close()
 
     def add(self, row: EpochRow) -> None:
@@ -128,8 +134,11 @@ class Output:
                 for name in self._earlier:
                     if name != ROWS:
                         (self.path / name).unlink(missing_ok=True)
+                self._try(FOLDER, lambda: remove_events(self.path))
         else:
             self._try(ROWS, self._append_row)
+        if tensorboard := self.tensorboard:
+            self._try(FOLDER, lambda: tensorboard.add(self.path, row))
 
     def _write_rows(self, draft: Path) -> None:
         draft.write_text("".join(self._rows))
@@ -150,15 +159,20 @@ class Output:
         if self._rows or not self._earlier:
             self._write(CHECKPOINT, checkpoint.save)
 
-    def finish(self, result: Result) -> None:
-        """Write what a training leaves, small files first; ``result.unwritten`` gets what could not be."""
+    def finish(self, result: Result, test_labels: np.ndarray) -> None:
+        """Write what a training leaves, small files first; ``result.unwritten`` gets what could not be.
+
+        ``test_labels`` ``[N]`` go with the logits, where they were to be kept.
+        """
         if ROWS in self.failures:
             self._write(ROWS, self._write_rows)
         self._write(SUMMARY, lambda draft: draft.write_text(json.dumps(result.summary(), indent=2) + "\n"))
         self._write(MODEL, lambda draft: torch.save(result.checkpoint(), draft))
+        if result.logits:
+            self._write(LOGITS, lambda draft: _save_logits(result, test_labels, draft))
         self._write("curves.png", lambda draft: draw_curves(result, draft))
         self.failures.pop(CHECKPOINT, None)
-        if MODEL not in self.failures:  # else the weights are in the checkpoint alone
+        if not {MODEL, LOGITS} & self.failures.keys():  # else they are in the checkpoint alone
             (self.path / CHECKPOINT).unlink(missing_ok=True)
         result.unwritten.extend(self.failures.values())
 
@@ -181,6 +195,12 @@ class Output:
 
 def _line(row: EpochRow) -> str:
     return json.dumps(dataclasses.asdict(row)) + "\n"
+
+
+def _save_logits(result: Result, test_labels: np.ndarray, path: Path) -> None:
+    seeds = np.array([run.seed for run in result.runs])
+    with open(path, "wb") as file:  # to a path without the suffix numpy would add it
+        np.savez(file, logits=torch.stack(result.logits).numpy(), labels=test_labels, seeds=seeds)
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -59,7 +59,7 @@ class Run:
     also_test: dict[str, float] = field(default_factory=dict)
 
 
-ROWS, SUMMARY, MODEL = "metrics.jsonl", "summary.json", "model.pt"
+ROWS, SUMMARY, MODEL, LOGITS = "metrics.jsonl", "summary.json", "model.pt", "logits.npz"
 
 FORMAT = 1
 """Of ``model.pt``; raised when what it holds changes its meaning."""
@@ -74,7 +74,8 @@ class Result:
     ``settings``: the rest of what was asked for, by the names of the flags.
     ``mean`` and ``std``: of the training images' 0..255 values, per channel, which the model's input is normalized
     with. ``state_dict``: the last run's weights, for a plain ``CNN``. ``unwritten``: a line for each file of
-    ``output`` that could not be written.
+    ``output`` that could not be written. ``logits``: where they were to be kept, of the test images, float16
+    ``[N, classes]`` for each run, by the plain model.
     """
 
     recipe: Recipe
@@ -91,6 +92,7 @@ class Result:
     std: list[float]
     state_dict: dict[str, torch.Tensor]
     unwritten: list[str] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: str | Path) -> Result:
@@ -101,6 +103,9 @@ class Result:
         saved = torch.load(folder / MODEL, map_location="cpu", weights_only=True)
         found = {field.name: summary[field.name] for field in dataclasses.fields(cls) if field.name in summary}
         found |= {name: saved[name] for name in ("mean", "std", "state_dict")}
+        if summary["settings"].get("save_logits"):
+            with np.load(folder / LOGITS) as arrays:
+                found["logits"] = list(torch.from_numpy(arrays["logits"]))
         return restored(found | {"rows": rows[: len(summary["runs"]) * summary["recipe"]["epochs"]]})
 
     def __repr__(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cifar_fast.also_test import accuracy, read_test_sets
+from cifar_fast.also_test import accuracy, plain_logits, read_test_sets
 from cifar_fast.augment import Seeds, draw_epoch
 from cifar_fast.backends import Backend, channel_statistics, device_guard
 from cifar_fast.checkpoint import Checkpoint
@@ -46,6 +46,7 @@ def fit(
     resume: str | Path | None = None,
     checkpoint_every: int = 1,
     also_test: Mapping[str, str | Path] | None = None,
+    save_logits: bool = False,
     threads: int | None = None,
     log: Log | None = print_line,
 ) -> Result:
@@ -74,6 +75,7 @@ def fit(
             that one alone.
         also_test: names and paths of other test sets, see :func:`cifar_fast.also_test.read_test_sets`; their
             accuracies stand in each run.
+        save_logits: keep each run's logits of the test images in ``Result.logits``, and in logits.npz of ``output``.
         threads: of the CPU; None takes those that torch had when this package was imported, whatever
             ``torch.set_num_threads`` said since, because the last bits depend on it.
         log: takes the lines that a person reads; None is silent, without a progress bar too.
@@ -91,10 +93,10 @@ def fit(
     standing = folder.checkpoint if folder else None
     plan = (standing.plan if standing else resolve)(backend, device, dtype, memory_format)
     seeds = Seeds(seed, init_seed, order_seed, augment_seed)
-    if folder and standing and standing.nothing_left(folder.name, recipe, plan, seeds, runs, also_test):
+    if folder and standing and standing.nothing_left(folder.name, recipe, plan, seeds, runs, also_test, save_logits):
         encodable(log)(nothing_to_do(folder))
         return standing.result
-    how: dict[str, Any] = dict(also_test=also_test, threads=threads, log=log)
+    how: dict[str, Any] = dict(also_test=also_test, save_logits=save_logits, threads=threads, log=log)
     return fit_plan(
         recipe, dataset, plan, seeds=seeds, runs=runs, output=folder, checkpoint_every=checkpoint_every, **how
     )
@@ -110,6 +112,7 @@ def fit_plan(
     output: Output | None = None,
     checkpoint_every: int = 1,
     also_test: Mapping[str, str | Path] | None = None,
+    save_logits: bool = False,
     threads: int | None = None,
     log: Log | None = print_line,
     on_step: Callable[[], None] = lambda: None,
@@ -158,11 +161,14 @@ def fit_plan(
                 runs=runs,
                 checkpoint_every=checkpoint_every,
                 also_test={str(name): str(path) for name, path in (also_test or {}).items()},
+                save_logits=save_logits,
+                tensorboard=bool(output and output.tensorboard),
                 threads=threads,
                 data_source=str(dataset.source),
             ),
             rows=standing.result.rows if standing else [],
             runs=standing.result.runs if standing else [],
+            logits=standing.result.logits if standing else [],
             mean=mean,
             std=std,
             state_dict={},
@@ -181,7 +187,7 @@ def fit_plan(
                 log(f"going on after epoch {after.epoch}")
             setup_seconds = standing.setup_seconds + clock() - start
             standing = Checkpoint(result)  # of the runs to come
-            with naming_the_batch_size(recipe):
+            with naming_the_batch_size("training", recipe.batch_size):
                 n = len(dataset.train_images)
                 for row in train(backend, n, augmentation, run, clock, log, order=order, after=after, on_step=on_step):
                     result.rows.append(row)
@@ -196,6 +202,9 @@ def fit_plan(
             for test in test_sets:
                 also[test.name] = accuracy(backend, dataset, normalization, test)
                 log(f"also tested on {test.name}, {len(test.images)} images: {also[test.name]:.2f} %")
+            if save_logits:
+                logits = plain_logits(backend, dataset, normalization, dataset.test_images)
+                result.logits.append(logits.to("cpu", torch.float16))
             last = result.rows[-1]
             seconds = last.train_seconds, setup_seconds, last.evaluation_seconds
             apart = own.init_seed, own.order_seed, own.augment_seed
@@ -205,19 +214,19 @@ def fit_plan(
         result.state_dict.update((name, tensor.detach().cpu()) for name, tensor in backend.state_dict().items())
         log(result.closing_line())
         if output:
-            output.finish(result)
+            output.finish(result, dataset.test_labels)
     return result
 
 
 @contextlib.contextmanager
-def naming_the_batch_size(recipe: Recipe) -> Iterator[None]:
+def naming_the_batch_size(where: str, batch_size: int) -> Iterator[None]:
     """Raise :class:`InputError` with the batch size where memory runs out."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise InputError(f"out of memory in training at --batch-size {recipe.batch_size}; try a smaller one") from error
+        raise InputError(f"out of memory in {where} at --batch-size {batch_size}; try a smaller one") from error
 
 
 def nothing_to_do(output: Output) -> str:
