@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -33,7 +33,8 @@ class Backend(Protocol):
 
     ``dtype`` is that of the activations. float16 and float32 hold everything in that type, as the reference does:
     weights, batch norm, momentum. bfloat16, which has too few bits to add a small step to a weight, is the type of the
-    activations and convolutions alone (autocast); weights and their updates are float32.
+    activations and convolutions alone (autocast); weights and their updates are float32. ``remarks``: what a person
+    should know of how this recipe runs here, a line each.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Backend(Protocol):
     memory_format: torch.memory_format
     model: CNN
     optimizer: torch.optim.SGD
+    remarks: Sequence[str]
 
     def reset(self, model: CNN) -> None:
         """Start a run: weights and statistics of ``model``, no momentum, the schedule's first step."""
@@ -73,6 +75,7 @@ class Resumable:
     model: CNN
     optimizer: torch.optim.SGD
     epoch: int
+    remarks: Sequence[str] = ()
 
     def training_state(self) -> dict[str, Any]:
         momenta = [self.optimizer.state[parameter]["momentum_buffer"] for parameter in self.model.parameters()]

@@ -167,6 +167,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
                 help=f"{field.metadata['help']} (default: {default})",
             )
             continue
+        if choices := field.metadata["choices"]:
+            group.add_argument(flag, choices=choices, help=f"{field.metadata['help']} (default: {default})")
+            continue
         several = isinstance(default, tuple)
         shown = " ".join(f"{value:g}" for value in default) if several else f"{default:g}"
         group.add_argument(

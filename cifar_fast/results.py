@@ -74,7 +74,7 @@ class Result:
     ``settings``: the rest of what was asked for, by the names of the flags.
     ``mean`` and ``std``: of the training images' 0..255 values, per channel, which the model's input is normalized
     with. ``state_dict``: the last run's weights, for a plain ``CNN``. ``unwritten``: a line for each file of
-    ``output`` that could not be written.
+    ``output`` that could not be written. ``remarks``: what the recipe changes about data or backend, a line each.
     """
 
     recipe: Recipe
@@ -91,6 +91,7 @@ class Result:
     std: list[float]
     state_dict: dict[str, torch.Tensor]
     unwritten: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: str | Path) -> Result:
@@ -157,6 +158,7 @@ class Result:
             "dtype": self.dtype,
             "memory_format": self.memory_format,
             "auto": self.auto,
+            "remarks": self.remarks,
             "dataset": self.dataset,
             "settings": self.settings,
             "runs": [dataclasses.asdict(run) for run in self.runs],

@@ -166,6 +166,7 @@ def fit_plan(
             mean=mean,
             std=std,
             state_dict={},
+            remarks=list(backend.remarks),
         )
         standing = standing or Checkpoint(result)
         if output and not standing.state:
