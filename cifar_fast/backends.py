@@ -197,7 +197,8 @@ def train_by_steps(backend: Eager | Compiled, draws: Draws, epoch: int) -> Itera
     steps = len(draws) // size
     backend.model.train()
     for i in range(steps):
-        backend.optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch * steps + i + 1, steps)
+        for group in backend.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(epoch * steps + i + 1, steps)
         batch = draws.slice(i * size, (i + 1) * size)
         images = augment(data.train_images, batch, recipe, backend.memory_format)
         loss, correct = backend.score(images, data.train_labels[batch.permutation])
@@ -261,13 +262,18 @@ def make_sgd(
     """The recipe's optimizer, whose loss is a sum over the batch: weight decay times the batch size.
 
     ``fused`` None is torch's default, as the script has it: many tensors an operation on a GPU, which False turns off.
+    All groups of parameters have the one ``lr``.
     """
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if not recipe.decay_norms_and_biases:  # which have a value a channel
+        matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.SGD(
-        model.parameters(),
+        groups,
         lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay * recipe.batch_size,
-        nesterov=True,
+        nesterov=recipe.nesterov,
         fused=fused,
     )
 

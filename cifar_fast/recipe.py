@@ -77,11 +77,10 @@ class Recipe:
     celu_alpha: float = _constant(0.075, "alpha of the CELU activations, where they are CELU")
     output_scale: float = _constant(1 / 8, "factor on the logits before the loss")
     label_smoothing: float = _constant(0.2, "label smoothing of the cross entropy")
-    momentum: float = _constant(0.9, "Nesterov momentum")
+    momentum: float = _constant(0.9, "momentum")
     weight_decay: float = _constant(
         5e-4,
-        "weight decay on every parameter, for a loss averaged over the batch; the optimiser gets it times "
-        "the batch size",
+        "weight decay, for a loss averaged over the batch; the optimiser gets it times the batch size",
     )
     lr_knots: tuple[float, ...] = _constant(
         (0.0, 1.0, 5.0),
@@ -102,6 +101,10 @@ class Recipe:
     batch_norm: bool = _constant(True, "a batch norm after each convolution; without, no layer has a bias")
     residual: bool = _constant(
         False, "add its input to the output of each convolution block that has as many channels going in as out"
+    )
+    nesterov: bool = _constant(True, "Nesterov's momentum; without, the plain one")
+    decay_norms_and_biases: bool = _constant(
+        True, "weight decay on every parameter; without, only on the weights of the convolutions and the linear layer"
     )
     init_scale: float = _constant(1.0, "factor on the initial weights of the convolutions and the linear layer")
 
