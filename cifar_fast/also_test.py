@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from cifar_fast.backends import Backend, make_model, make_score
-from cifar_fast.data import Dataset, check_images
+from cifar_fast.data import Dataset, check_images, new_labels
 from cifar_fast.errors import InputError, first_line
 
 KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels"))
@@ -20,15 +21,24 @@ KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels")
 
 @dataclass(frozen=True, eq=False)
 class ExtraTestSet:
-    """Labelled images under a name; uint8 ``[N, 32, 32, 3]``, left on disk until they are used, and int64 ``[N]``."""
+    """Labelled images under a name; uint8 ``[N, 32, 32, 3]``, left on disk until they are used, and int64 ``[N]``, -1
+    for those of classes that are not trained on.
+    """
 
     name: str
     images: np.ndarray
     labels: np.ndarray
 
+    @property
+    def places(self) -> np.ndarray:
+        """Those of the images of the classes that are trained on."""
+        return np.flatnonzero(self.labels >= 0)
 
-def read_test_sets(paths: Mapping[str, str | Path], num_classes: int) -> list[ExtraTestSet]:
-    """The test sets at ``paths``, each of which is one of
+
+def read_test_sets(
+    paths: Mapping[str, str | Path], num_classes: int, classes: tuple[int, ...] = ()
+) -> list[ExtraTestSet]:
+    """The test sets at ``paths``, of which ``classes`` are used where some are given; each of which is one of
 
     * a ``.npz`` file with ``images`` and ``labels``, as CIFAR-10.2's, or ``test_images`` and ``test_labels``;
     * a ``*_data.npy`` file with its ``*_labels.npy`` beside it, as CIFAR-10.1's;
@@ -45,6 +55,12 @@ def read_test_sets(paths: Mapping[str, str | Path], num_classes: int) -> list[Ex
                 f"--also-test {one.name}: its labels go up to {one.labels.max()}, but the training images have "
                 f"{num_classes} classes"
             )
+    if not classes:
+        return found
+    found = [dataclasses.replace(one, labels=new_labels(one.labels, classes)) for one in found]
+    for one in found:
+        if not len(one.places):
+            raise InputError(f"--also-test {one.name}: has no image of --classes {' '.join(map(str, classes))}")
     return found
 
 
@@ -115,12 +131,12 @@ def accuracy(
     model.eval()
     score = make_score(model, recipe, device, dtype)
     mean, std = normalization
-    right = 0
-    for start in range(0, len(test.images), recipe.batch_size):
+    right, places = 0, test.places
+    for start in range(0, len(places), recipe.batch_size):
+        batch = places[start : start + recipe.batch_size]
         images, labels = (
-            torch.tensor(np.ascontiguousarray(array[start : start + recipe.batch_size]), device=device)
-            for array in (test.images, test.labels)
+            torch.tensor(np.ascontiguousarray(array[batch]), device=device) for array in (test.images, test.labels)
         )
         images = ((images - mean) / std).to(dtype).permute(0, 3, 1, 2).contiguous(memory_format=backend.memory_format)
         right += int(score(images, labels)[1].sum())
-    return 100 * right / len(test.images)
+    return 100 * right / len(places)

@@ -156,7 +156,7 @@ def set_up(plan: Plan, recipe: Recipe, dataset: Dataset, log: Log) -> tuple[Back
                 raise InputError(f"{failure}; see --backend for others, --traceback for where it failed") from error
             LOGGER.info("%s", failure, exc_info=error)
         else:
-            for line in backend.remarks:
+            for line in (*dataset.remarks, *backend.remarks):
                 log(line)
             return backend, failures
         failures.append(f"{failure}, {following} instead")

@@ -25,8 +25,10 @@ LARGEST = 2**31
 """Whole numbers of a recipe are below it: sizes that torch and the kernels can count with."""
 
 
-def _constant(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def _constant(default: Any, help: str, choices: tuple[str, ...] | None = None, item: Any = None) -> Any:
+    """A field; ``item`` is one of its type in the place of a tuple's first, where the default is empty."""
+    item = default[0] if isinstance(default, tuple) and default else item
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "item": item})
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,20 @@ class Recipe:
         True, "weight decay on every parameter; without, only on the weights of the convolutions and the linear layer"
     )
     init_scale: float = _constant(1.0, "factor on the initial weights of the convolutions and the linear layer")
+    label_noise: float = _constant(
+        0.0, "share of the training labels that another class takes the place of, each as likely as the others"
+    )
+    label_noise_seed: int = _constant(0, "of which labels these are, and of their new classes, in all runs")
+    train_subset: int = _constant(
+        0, "train on so many images, as many of each class, the same in all runs; those of fewer are among them; 0: all"
+    )
+    classes: tuple[int, ...] = _constant(
+        (), "train and test on these classes alone, numbered anew from 0 in this order", item=0
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _as_type_of(field.default, getattr(self, field.name), field.name)
+            value = _as_type_of(field.default, getattr(self, field.name), field.name, field.metadata["item"])
             object.__setattr__(self, field.name, value)
 
         def need(condition: bool, name: str, must: str) -> None:
@@ -148,6 +160,12 @@ class Recipe:
         need(0 <= self.cutout_size <= IMAGE_SIZE, "cutout_size", f"lie in 0 to {IMAGE_SIZE}")
         need(self.activation in ACTIVATIONS, "activation", f"be one of {', '.join(ACTIVATIONS)}")
         need(self.init_scale > 0, "init_scale", "be above 0")
+        need(0 <= self.label_noise <= 1, "label_noise", "lie in 0 to 1")
+        need(self.label_noise_seed >= 0, "label_noise_seed", "be at least 0")
+        need(self.train_subset >= 0, "train_subset", "be at least 0")
+        classes = self.classes
+        need(min(classes, default=0) >= 0 and len(classes) != 1, "classes", "be two or more numbers from 0")
+        need(len(set(classes)) == len(classes), "classes", "be different numbers")
 
     def blocks(self) -> tuple[Block, ...]:
         """The convolution blocks in order; a max-pool follows the convolutions that double the channels."""
@@ -200,11 +218,11 @@ class Recipe:
             raise InputError(f"{path}: {error}") from None
 
 
-def _as_type_of(default: Any, value: Any, name: str) -> Any:
-    """``value`` as the type of the field's default: int, float, bool, str, or a tuple of ints or floats."""
+def _as_type_of(default: Any, value: Any, name: str, item: Any = None) -> Any:
+    """``value`` as the type of the field's default: int, float, bool, str, or a tuple of what ``item`` is one of."""
     if isinstance(default, tuple):
         if isinstance(value, (list, tuple)):
-            return tuple(_as_type_of(default[0], item, name) for item in value)
+            return tuple(_as_type_of(item, one, name) for one in value)
         kind = "a list of numbers"
     elif isinstance(default, bool):
         if isinstance(value, bool):

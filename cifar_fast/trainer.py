@@ -119,8 +119,9 @@ def fit_plan(
     """
     log = encodable(log)
     seeds, runs = check(plan, seeds, runs, threads, checkpoint_every)
+    test_sets = read_test_sets(also_test or {}, dataset.num_classes, recipe.classes)
+    dataset = dataset.for_recipe(recipe)
     dataset.steps_per_epoch(recipe.batch_size)
-    test_sets = read_test_sets(also_test or {}, dataset.num_classes)
     if output and output.checkpoint:
         output.checkpoint.refuse_other_data(output.name, dataset)
         threads = output.checkpoint.result.settings["threads"] if threads is None else threads
@@ -166,7 +167,7 @@ def fit_plan(
             mean=mean,
             std=std,
             state_dict={},
-            remarks=list(backend.remarks),
+            remarks=[*dataset.remarks, *backend.remarks],
         )
         standing = standing or Checkpoint(result)
         if output and not standing.state:
@@ -196,7 +197,7 @@ def fit_plan(
             also = {}
             for test in test_sets:
                 also[test.name] = accuracy(backend, dataset, normalization, test)
-                log(f"also tested on {test.name}, {len(test.images)} images: {also[test.name]:.2f} %")
+                log(f"also tested on {test.name}, {len(test.places)} images: {also[test.name]:.2f} %")
             last = result.rows[-1]
             seconds = last.train_seconds, setup_seconds, last.evaluation_seconds
             apart = own.init_seed, own.order_seed, own.augment_seed
