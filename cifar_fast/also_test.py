@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from cifar_fast.backends import Backend, make_model
-from cifar_fast.data import Dataset, check_images
+from cifar_fast.data import Dataset, check_images, new_labels
 from cifar_fast.errors import InputError, first_line
 
 KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels"))
@@ -20,15 +21,24 @@ KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels")
 
 @dataclass(frozen=True, eq=False)
 class ExtraTestSet:
-    """Labelled images under a name; uint8 ``[N, 32, 32, 3]``, left on disk until they are used, and int64 ``[N]``."""
+    """Labelled images under a name; uint8 ``[N, 32, 32, 3]``, left on disk until they are used, and int64 ``[N]``, -1
+    for those of classes that are not trained on.
+    """
 
     name: str
     images: np.ndarray
     labels: np.ndarray
 
+    @property
+    def places(self) -> np.ndarray:
+        """Those of the images of the classes that are trained on."""
+        return np.flatnonzero(self.labels >= 0)
 
-def read_test_sets(paths: Mapping[str, str | Path], num_classes: int) -> list[ExtraTestSet]:
-    """The test sets at ``paths``, each of which is one of
+
+def read_test_sets(
+    paths: Mapping[str, str | Path], num_classes: int, classes: tuple[int, ...] = ()
+) -> list[ExtraTestSet]:
+    """The test sets at ``paths``, of which ``classes`` are used where some are given; each of which is one of
 
     * a ``.npz`` file with ``images`` and ``labels``, as CIFAR-10.2's, or ``test_images`` and ``test_labels``;
     * a ``*_data.npy`` file with its ``*_labels.npy`` beside it, as CIFAR-10.1's;
@@ -45,6 +55,12 @@ def read_test_sets(paths: Mapping[str, str | Path], num_classes: int) -> list[Ex
                 f"--also-test {one.name}: its labels go up to {one.labels.max()}, but the training images have "
                 f"{num_classes} classes"
             )
+    if not classes:
+        return found
+    found = [dataclasses.replace(one, labels=new_labels(one.labels, classes)) for one in found]
+    for one in found:
+        if not len(one.places):
+            raise InputError(f"--also-test {one.name}: has no image of --classes {' '.join(map(str, classes))}")
     return found
 
 
@@ -114,10 +130,14 @@ def _labels(labels: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def plain_logits(
-    backend: Backend, dataset: Dataset, normalization: tuple[torch.Tensor, torch.Tensor], images: np.ndarray
+    backend: Backend,
+    dataset: Dataset,
+    normalization: tuple[torch.Tensor, torch.Tensor],
+    images: np.ndarray,
+    places: np.ndarray | None = None,
 ) -> torch.Tensor:
-    """Logits ``[N, classes]`` of ``images``, uint8 ``[N, 32, 32, 3]``, by the plain model in the dtype of ``backend``,
-    with the weights that it holds; on its device.
+    """Logits ``[N, classes]`` of ``images``, uint8 ``[N, 32, 32, 3]``, or of those at ``places``, by the plain model in
+    the dtype of ``backend``, with the weights that it holds; on its device.
 
     ``normalization``: mean and deviation of the training images, as :func:`cifar_fast.backends.channel_statistics`.
     """
@@ -126,9 +146,11 @@ def plain_logits(
     model.load_state_dict(backend.state_dict())
     model.eval()
     mean, std = normalization
+    places = np.arange(len(images)) if places is None else places
     logits = []
-    for start in range(0, len(images), recipe.batch_size):
-        batch = torch.tensor(np.ascontiguousarray(images[start : start + recipe.batch_size]), device=device)
+    for start in range(0, len(places), recipe.batch_size):
+        batch = images[places[start : start + recipe.batch_size]]
+        batch = torch.tensor(np.ascontiguousarray(batch), device=device)
         batch = ((batch - mean) / std).to(dtype).permute(0, 3, 1, 2).contiguous(memory_format=backend.memory_format)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
             logits.append(model(batch))
@@ -139,5 +161,6 @@ def accuracy(
     backend: Backend, dataset: Dataset, normalization: tuple[torch.Tensor, torch.Tensor], test: ExtraTestSet
 ) -> float:
     """The accuracy in % on ``test`` by :func:`plain_logits`."""
-    guesses = plain_logits(backend, dataset, normalization, test.images).argmax(dim=1).cpu().numpy()
-    return 100 * int((guesses == test.labels).sum()) / len(test.images)
+    logits = plain_logits(backend, dataset, normalization, test.images, test.places)
+    right = logits.argmax(dim=1).cpu().numpy() == test.labels[test.places]
+    return 100 * int(right.sum()) / len(right)

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -33,7 +33,8 @@ class Backend(Protocol):
 
     ``dtype`` is that of the activations. float16 and float32 hold everything in that type, as the reference does:
     weights, batch norm, momentum. bfloat16, which has too few bits to add a small step to a weight, is the type of the
-    activations and convolutions alone (autocast); weights and their updates are float32.
+    activations and convolutions alone (autocast); weights and their updates are float32. ``remarks``: what a person
+    should know of how this recipe runs here, a line each.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Backend(Protocol):
     memory_format: torch.memory_format
     model: CNN
     optimizer: torch.optim.SGD
+    remarks: Sequence[str]
 
     def reset(self, model: CNN) -> None:
         """Start a run: weights and statistics of ``model``, no momentum, the schedule's first step."""
@@ -73,6 +75,7 @@ class Resumable:
     model: CNN
     optimizer: torch.optim.SGD
     epoch: int
+    remarks: Sequence[str] = ()
 
     def training_state(self) -> dict[str, Any]:
         momenta = [self.optimizer.state[parameter]["momentum_buffer"] for parameter in self.model.parameters()]
@@ -194,7 +197,8 @@ def train_by_steps(backend: Eager | Compiled, draws: Draws, epoch: int) -> Itera
     steps = len(draws) // size
     backend.model.train()
     for i in range(steps):
-        backend.optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch * steps + i + 1, steps)
+        for group in backend.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(epoch * steps + i + 1, steps)
         batch = draws.slice(i * size, (i + 1) * size)
         images = augment(data.train_images, batch, recipe, backend.memory_format)
         loss, correct = backend.score(images, data.train_labels[batch.permutation])
@@ -258,13 +262,18 @@ def make_sgd(
     """The recipe's optimizer, whose loss is a sum over the batch: weight decay times the batch size.
 
     ``fused`` None is torch's default, as the script has it: many tensors an operation on a GPU, which False turns off.
+    All groups of parameters have the one ``lr``.
     """
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if not recipe.decay_norms_and_biases:  # which have a value a channel
+        matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.SGD(
-        model.parameters(),
+        groups,
         lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay * recipe.batch_size,
-        nesterov=True,
+        nesterov=recipe.nesterov,
         fused=fused,
     )
 

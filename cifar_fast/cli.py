@@ -296,7 +296,7 @@ def _profile(args: argparse.Namespace) -> int:
     check_writable(Path(args.output).expanduser(), f"--output {args.output}")
     if plan.device.type == "cpu":
         keep_freed_memory()
-    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
+    dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say).for_recipe(recipe)
     dataset.steps_per_epoch(recipe.batch_size)
     weights, _, generator = seeds.generators(plan.device)
     with device_guard(plan.device), isolated(plan.device):

@@ -101,6 +101,7 @@ def _compare(
     recipe: Recipe, dataset: Dataset, first: Plan, second: Plan, seed: int, steps: int, drift: bool, log: Log
 ) -> Iterator[list[Row]]:
     device, dtype = first.device, first.dtype
+    dataset = dataset.for_recipe(recipe)
     steps_per_epoch = dataset.steps_per_epoch(recipe.batch_size)
     dataset = dataclasses.replace(
         dataset, test_images=dataset.test_images[:2], test_labels=dataset.test_labels[:2]
@@ -267,7 +268,7 @@ def write_report(
     report: dict[str, Any] = {
         "environment": environment(comparison.first.device),
         "recipe": dataclasses.asdict(recipe),
-        "dataset": dataset.facts(),
+        "dataset": dataset.for_recipe(recipe).facts(),
         "backend": comparison.first.backends[0],
         "against": comparison.second.backends[0],
         "dtype": short_name(comparison.first.dtype),

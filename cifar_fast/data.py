@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
@@ -17,7 +18,7 @@ import numpy as np
 from cifar_fast.errors import InputError, first_line
 from cifar_fast.files import atomic_write, locked, writing
 from cifar_fast.progress import Log, silent
-from cifar_fast.recipe import IMAGE_SIZE
+from cifar_fast.recipe import IMAGE_SIZE, Recipe
 
 DATASETS = {
     "cifar10": "CIFAR-10, downloaded to --data-dir when it is not there",
@@ -44,7 +45,7 @@ class Dataset:
     ``*_images`` are uint8 ``[N, 32, 32, 3]``, ``*_labels`` int64 ``[N]`` from 0 to the number of classes
     less one; each class has a training image. They may be given in any layout and any integer type of labels,
     and are held C-contiguous, writable and in native byte order: copied where they are not. ``source`` says
-    in errors where the data came from.
+    in errors where the data came from, ``remarks`` what :meth:`for_recipe` has made of it, a line each.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Dataset:
     test_images: np.ndarray
     test_labels: np.ndarray
     class_names: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
@@ -95,6 +97,19 @@ class Dataset:
             )
         return n // batch_size
 
+    def for_recipe(self, recipe: Recipe) -> Dataset:
+        """What ``recipe`` trains and tests on: its classes, its subset of the training images, its noise on their
+        labels. The same in every run, whatever its seed.
+        """
+        dataset = self
+        if recipe.classes:
+            dataset = _only_classes(dataset, recipe.classes)
+        if recipe.train_subset:
+            dataset = _subset(dataset, recipe.train_subset)
+        if recipe.label_noise:
+            dataset = _with_label_noise(dataset, recipe.label_noise, recipe.label_noise_seed)
+        return dataset
+
     def save(self, path: str | Path) -> None:
         """Write the arrays and class names to the .npz file ``path``, which ``load_dataset("npz", path)`` reads."""
         arrays = {name: getattr(self, name) for name in ARRAYS}
@@ -125,6 +140,60 @@ class Dataset:
             digest.update(repr(array.shape).encode())
             digest.update(array)
         return digest.hexdigest()
+
+
+def _only_classes(dataset: Dataset, classes: tuple[int, ...]) -> Dataset:
+    if max(classes) >= dataset.num_classes:
+        raise InputError(
+            f"{dataset.source}: classes must lie in 0 to {dataset.num_classes - 1}, not {' '.join(map(str, classes))}"
+        )
+    train_labels, test_labels = (new_labels(labels, classes) for labels in (dataset.train_labels, dataset.test_labels))
+    in_train, in_test = train_labels >= 0, test_labels >= 0
+    names = tuple(dataset.class_names[old] for old in classes)
+    return dataclasses.replace(
+        dataset,
+        train_images=dataset.train_images[in_train],
+        train_labels=train_labels[in_train],
+        test_images=dataset.test_images[in_test],
+        test_labels=test_labels[in_test],
+        class_names=names,
+        remarks=(*dataset.remarks, f"classes: {', '.join(names)}, of {dataset.num_classes}"),
+    )
+
+
+def new_labels(labels: np.ndarray, classes: tuple[int, ...]) -> np.ndarray:
+    """Where in ``classes`` each of ``labels`` stands, -1 where it does not."""
+    table = np.full(MAX_CLASSES, -1)
+    table[list(classes)] = range(len(classes))
+    return table[labels]
+
+
+def _subset(dataset: Dataset, count: int) -> Dataset:
+    """``count`` training images in their order, as many of each class; of what is left over the first have one more."""
+    n, k, labels = len(dataset.train_images), dataset.num_classes, dataset.train_labels
+    order = np.random.RandomState(0).permutation(n)
+    shares = [count // k + (label < count % k) for label in range(k)]
+    of_class = [order[labels[order] == label] for label in range(k)]
+    most = k * min(map(len, of_class))
+    if not k <= count <= most:
+        raise InputError(
+            f"{dataset.source}: train_subset must lie in {k} to {most}, for as many images of each class, not {count}"
+        )
+    chosen = np.sort(np.concatenate([found[:share] for found, share in zip(of_class, shares)]))
+    images, labels = dataset.train_images[chosen], labels[chosen]
+    remark = f"train_subset: {count} of {n} training images, as many of each class"
+    return dataclasses.replace(dataset, train_images=images, train_labels=labels, remarks=(*dataset.remarks, remark))
+
+
+def _with_label_noise(dataset: Dataset, share: float, seed: int) -> Dataset:
+    """A ``share`` of the training labels replaced; of one seed, those of a smaller share are among them."""
+    n, k = len(dataset.train_labels), dataset.num_classes
+    random = np.random.RandomState(seed)
+    chosen, shift = random.permutation(n)[: round(share * n)], random.randint(1, k, n)
+    labels = dataset.train_labels.copy()
+    labels[chosen] = (labels[chosen] + shift[chosen]) % k
+    remark = f"label_noise: {len(chosen)} of {n} training labels are of another class"
+    return dataclasses.replace(dataset, train_labels=labels, remarks=(*dataset.remarks, remark))
 
 
 def check_images(source: str, images: np.ndarray, labels: np.ndarray, prefix: str = "") -> None:
@@ -187,7 +256,7 @@ def load_dataset(
     except OSError as error:
         raise InputError(f"{error.filename or source}: {error.strerror or error}; check --data-dir") from None
     names = tuple(np.atleast_1d(arrays.pop("class_names", ())).tolist())
-    return Dataset(name=name, source=source, class_names=names, **arrays)
+    return Dataset(name=name, source=source, class_names=names, remarks=(), **arrays)
 
 
 def is_dataset(name: str) -> bool:

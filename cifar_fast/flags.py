@@ -167,13 +167,17 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
                 help=f"{field.metadata['help']} (default: {default})",
             )
             continue
+        if choices := field.metadata["choices"]:
+            group.add_argument(flag, choices=choices, help=f"{field.metadata['help']} (default: {default})")
+            continue
         several = isinstance(default, tuple)
-        shown = " ".join(f"{value:g}" for value in default) if several else f"{default:g}"
+        one = field.metadata["item"] if several else default
+        shown = " ".join(f"{value:g}" for value in default) or "all" if several else f"{default:g}"
         group.add_argument(
             flag,
-            type=type(default[0] if several else default),
+            type=type(one),
             nargs="+" if several else None,
-            metavar="N" if isinstance(default, int) or (several and isinstance(default[0], int)) else "X",
+            metavar="N" if isinstance(one, int) else "X",
             help=f"{field.metadata['help']} (default: {shown})",
         )
 

@@ -75,6 +75,10 @@ class Fused(Resumable):
 
         # The compiled code and the graphs hold this model's tensors; each run copies its weights into them.
         self.model = make_model(recipe, dataset, device, dtype, fuse).to(memory_format=memory_format)
+        if not any(isinstance(layer, BatchNormCELU2d) for layer in self.model.seq):
+            self.remarks = [
+                "fused: its norm kernel is for batch norm with CELU; here the compiler's kernels take its place"
+            ]
         self.score = compile_score(make_head(self.model, recipe, device, dtype))
         loss_dtype = torch.float16 if dtype == torch.float16 else torch.float32
         self.losses = torch.zeros(self.steps, size, dtype=loss_dtype, device=device)
@@ -212,7 +216,7 @@ def make_head(model: CNN, recipe: Recipe, device: torch.device, dtype: torch.dty
 
     def head(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
-            outputs = model.seq(images)
+            outputs = model.outputs(images)
         settings = dict(label_smoothing=recipe.label_smoothing, scale=recipe.output_scale)
         return outputs, *cross_entropy(outputs, labels, **settings)
 
@@ -237,13 +241,14 @@ def byte_tensors(dataset: Dataset, device: torch.device, dtype: torch.dtype) -> 
 
 def fuse(model: CNN) -> CNN:
     """``model`` with each (max-pool,) batch norm and CELU as one operator, for images with channels of zeros appended.
+    Other norms and activations stay plain, for the compiler.
 
     Changes ``model`` and gives it back. Modules keep their places, and so the state dict its names.
     """
     layers = list(model.seq)
     for i, layer in enumerate(layers):
-        if isinstance(layer, nn.BatchNorm2d):
-            pool, celu = layers[i - 1], layers[i + 1]
+        if isinstance(layer, nn.BatchNorm2d) and isinstance(celu := layers[i + 1], nn.CELU):
+            pool = layers[i - 1]
             pooled = isinstance(pool, nn.MaxPool2d)
             fused = BatchNormCELU2d(
                 layer.num_features, layer.eps, layer.momentum, alpha=celu.alpha, pool=pool.kernel_size if pooled else 1

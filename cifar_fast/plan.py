@@ -143,8 +143,7 @@ def set_up(plan: Plan, recipe: Recipe, dataset: Dataset, log: Log) -> tuple[Back
         if name != "eager":
             log(f"setting up the {name} backend, which compiles: a minute or so, less when it has been done before")
         try:
-            make = backend_class(name)
-            return make(recipe, dataset, plan.device, plan.dtype, plan.memory_format), failures
+            backend = backend_class(name)(recipe, dataset, plan.device, plan.dtype, plan.memory_format)
         except InputError:
             raise
         except Exception as error:  # compiler, driver, memory: each layer below raises its own
@@ -156,6 +155,10 @@ def set_up(plan: Plan, recipe: Recipe, dataset: Dataset, log: Log) -> tuple[Back
             if following is None:
                 raise InputError(f"{failure}; see --backend for others, --traceback for where it failed") from error
             LOGGER.info("%s", failure, exc_info=error)
+        else:
+            for line in (*dataset.remarks, *backend.remarks):
+                log(line)
+            return backend, failures
         failures.append(f"{failure}, {following} instead")
         log(f"auto: {failures[-1]}")
         gc.collect()  # what failed holds its tensors in cycles, and the next backend needs the memory

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cifar_fast.errors import InputError
+from cifar_fast.names import ACTIVATIONS
 
 IMAGE_SIZE = 32
 """Height and width of an image, in pixels."""
@@ -24,13 +25,15 @@ LARGEST = 2**31
 """Whole numbers of a recipe are below it: sizes that torch and the kernels can count with."""
 
 
-def _constant(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def _constant(default: Any, help: str, choices: tuple[str, ...] | None = None, item: Any = None) -> Any:
+    """A field; ``item`` is one of its type in the place of a tuple's first, where the default is empty."""
+    item = default[0] if isinstance(default, tuple) and default else item
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "item": item})
 
 
 @dataclass(frozen=True)
 class Block:
-    """A convolution block: convolution 3x3, (max-pool 2x2,) batch norm, CELU.
+    """A convolution block: convolution 3x3, (max-pool 2x2,) batch norm, activation.
 
     ``index`` counts from 1; ``c_in`` and ``c_out`` are the convolution's channels, ``size`` the height and width of
     its input and output; ``pool`` is 2 where the max-pool follows, else 1.
@@ -48,6 +51,11 @@ class Block:
         return self.size // self.pool
 
     @property
+    def keeps_shape(self) -> bool:
+        """Whether output and input have one shape: as many channels, and so no max-pool."""
+        return self.c_in == self.c_out
+
+    @property
     def name(self) -> str:
         """The shape of what is pooled and normalised, such as "128x32x32, pool"."""
         return f"{self.c_out}x{self.size}x{self.size}{', pool' if self.pool == 2 else ''}"
@@ -55,7 +63,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Architecture, augmentation and schedule of "94% on CIFAR-10 in 94 lines and 94 seconds".
+    """Architecture, augmentation and schedule of "94% on CIFAR-10 in 94 lines and 94 seconds", and what may be taken
+    out of it or changed, to see what it is worth: an ablation.
 
     Each field is a flag of the command line (``batch_size`` is ``--batch-size``), and its help text
     is the flag's. A value that makes no sense raises :class:`InputError`.
@@ -67,14 +76,13 @@ class Recipe:
         (64, 128, 128, 128, 256, 512, 512, 512),
         "output channels of each 3x3 convolution; where they double, a 2x2 max-pool follows",
     )
-    celu_alpha: float = _constant(0.075, "alpha of the CELU activations")
+    celu_alpha: float = _constant(0.075, "alpha of the CELU activations, where they are CELU")
     output_scale: float = _constant(1 / 8, "factor on the logits before the loss")
     label_smoothing: float = _constant(0.2, "label smoothing of the cross entropy")
-    momentum: float = _constant(0.9, "Nesterov momentum")
+    momentum: float = _constant(0.9, "momentum")
     weight_decay: float = _constant(
         5e-4,
-        "weight decay on every parameter, for a loss averaged over the batch; the optimiser gets it times "
-        "the batch size",
+        "weight decay, for a loss averaged over the batch; the optimiser gets it times the batch size",
     )
     lr_knots: tuple[float, ...] = _constant(
         (0.0, 1.0, 5.0),
@@ -91,10 +99,30 @@ class Recipe:
     )
     flip: bool = _constant(True, "mirror half of the images left to right")
     cutout_size: int = _constant(8, "side in pixels of the square set to the mean colour; 0: none")
+    activation: str = _constant("celu", "the activation after each norm", ACTIVATIONS)
+    batch_norm: bool = _constant(True, "a batch norm after each convolution; without, no layer has a bias")
+    residual: bool = _constant(
+        False, "add its input to the output of each convolution block that has as many channels going in as out"
+    )
+    nesterov: bool = _constant(True, "Nesterov's momentum; without, the plain one")
+    decay_norms_and_biases: bool = _constant(
+        True, "weight decay on every parameter; without, only on the weights of the convolutions and the linear layer"
+    )
+    init_scale: float = _constant(1.0, "factor on the initial weights of the convolutions and the linear layer")
+    label_noise: float = _constant(
+        0.0, "share of the training labels that another class takes the place of, each as likely as the others"
+    )
+    label_noise_seed: int = _constant(0, "of which labels these are, and of their new classes, in all runs")
+    train_subset: int = _constant(
+        0, "train on so many images, as many of each class, the same in all runs; those of fewer are among them; 0: all"
+    )
+    classes: tuple[int, ...] = _constant(
+        (), "train and test on these classes alone, numbered anew from 0 in this order", item=0
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _as_type_of(field.default, getattr(self, field.name), field.name)
+            value = _as_type_of(field.default, getattr(self, field.name), field.name, field.metadata["item"])
             object.__setattr__(self, field.name, value)
 
         def need(condition: bool, name: str, must: str) -> None:
@@ -113,7 +141,7 @@ class Recipe:
         )
         smallest = min(self.blocks(), key=lambda block: block.out_size)
         need(
-            self.batch_size * smallest.out_size**2 > 1,
+            not self.batch_norm or self.batch_size * smallest.out_size**2 > 1,
             "batch_size",
             f"be at least 2 where a map has one pixel, as block {smallest.index}'s with these widths (batch norm "
             "needs more than one value a channel)",
@@ -130,6 +158,14 @@ class Recipe:
         need(min(self.lr_values) >= 0, "lr_values", "be at least 0")
         need(0 <= self.crop_padding < IMAGE_SIZE, "crop_padding", f"lie in 0 to {IMAGE_SIZE - 1}")
         need(0 <= self.cutout_size <= IMAGE_SIZE, "cutout_size", f"lie in 0 to {IMAGE_SIZE}")
+        need(self.activation in ACTIVATIONS, "activation", f"be one of {', '.join(ACTIVATIONS)}")
+        need(self.init_scale > 0, "init_scale", "be above 0")
+        need(0 <= self.label_noise <= 1, "label_noise", "lie in 0 to 1")
+        need(self.label_noise_seed >= 0, "label_noise_seed", "be at least 0")
+        need(self.train_subset >= 0, "train_subset", "be at least 0")
+        classes = self.classes
+        need(min(classes, default=0) >= 0 and len(classes) != 1, "classes", "be two or more numbers from 0")
+        need(len(set(classes)) == len(classes), "classes", "be different numbers")
 
     def blocks(self) -> tuple[Block, ...]:
         """The convolution blocks in order; a max-pool follows the convolutions that double the channels."""
@@ -182,16 +218,20 @@ class Recipe:
             raise InputError(f"{path}: {error}") from None
 
 
-def _as_type_of(default: Any, value: Any, name: str) -> Any:
-    """``value`` as the type of the field's default: int, float, bool, or a tuple of ints or floats."""
+def _as_type_of(default: Any, value: Any, name: str, item: Any = None) -> Any:
+    """``value`` as the type of the field's default: int, float, bool, str, or a tuple of what ``item`` is one of."""
     if isinstance(default, tuple):
         if isinstance(value, (list, tuple)):
-            return tuple(_as_type_of(default[0], item, name) for item in value)
+            return tuple(_as_type_of(item, one, name) for one in value)
         kind = "a list of numbers"
     elif isinstance(default, bool):
         if isinstance(value, bool):
             return value
         kind = "true or false"
+    elif isinstance(default, str):
+        if isinstance(value, str):
+            return value
+        kind = "a name"
     elif isinstance(default, int):
         if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < LARGEST:
             return int(value)

@@ -75,7 +75,8 @@ class Result:
     ``mean`` and ``std``: of the training images' 0..255 values, per channel, which the model's input is normalized
     with. ``state_dict``: the last run's weights, for a plain ``CNN``. ``unwritten``: a line for each file of
     ``output`` that could not be written. ``logits``: where they were to be kept, of the test images, float16
-    ``[N, classes]`` for each run, by the plain model.
+    ``[N, classes]`` for each run, by the plain model. ``remarks``: what the recipe changes about data or
+    backend, a line each.
     """
 
     recipe: Recipe
@@ -93,6 +94,7 @@ class Result:
     state_dict: dict[str, torch.Tensor]
     unwritten: list[str] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: str | Path) -> Result:
@@ -162,6 +164,7 @@ class Result:
             "dtype": self.dtype,
             "memory_format": self.memory_format,
             "auto": self.auto,
+            "remarks": self.remarks,
             "dataset": self.dataset,
             "settings": self.settings,
             "runs": [dataclasses.asdict(run) for run in self.runs],

@@ -122,8 +122,9 @@ def fit_plan(
     """
     log = encodable(log)
     seeds, runs = check(plan, seeds, runs, threads, checkpoint_every)
+    test_sets = read_test_sets(also_test or {}, dataset.num_classes, recipe.classes)
+    dataset = dataset.for_recipe(recipe)
     dataset.steps_per_epoch(recipe.batch_size)
-    test_sets = read_test_sets(also_test or {}, dataset.num_classes)
     if output and output.checkpoint:
         output.checkpoint.refuse_other_data(output.name, dataset)
         threads = output.checkpoint.result.settings["threads"] if threads is None else threads
@@ -172,6 +173,7 @@ def fit_plan(
             mean=mean,
             std=std,
             state_dict={},
+            remarks=[*dataset.remarks, *backend.remarks],
         )
         standing = standing or Checkpoint(result)
         if output and not standing.state:
@@ -201,7 +203,7 @@ def fit_plan(
             also = {}
             for test in test_sets:
                 also[test.name] = accuracy(backend, dataset, normalization, test)
-                log(f"also tested on {test.name}, {len(test.images)} images: {also[test.name]:.2f} %")
+                log(f"also tested on {test.name}, {len(test.places)} images: {also[test.name]:.2f} %")
             if save_logits:
                 logits = plain_logits(backend, dataset, normalization, dataset.test_images)
                 result.logits.append(logits.to("cpu", torch.float16))
