@@ -5,6 +5,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 HF = ["huggingface_hub>=0.30", "pyarrow>=15"]
+REPORT = ["scipy>=1.11"]
 
 setup(
     name="cifar_fast",
@@ -42,11 +43,14 @@ setup(
         "pillow",
         "matplotlib",
         "tqdm",
+        "tomli; python_version < '3.11'",  # tomllib before it was Python's
     ],
     extras_require={
         "hf": HF,
+        "report": REPORT,
         "dev": [
             *HF,
+            *REPORT,
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",
