@@ -287,6 +287,15 @@ def test_a_dry_run_lists_variants_and_runs_and_where_they_stand(tmp_path, spec, 
     assert files_of(tmp_path / "sweep") == before
 
 
+def test_what_was_left_to_auto_is_what_it_was_for_new_variants_too(tmp_path, spec):
+    fixed = ('"eager"', '"eager"\nmemory_format = "contiguous_format"')  # auto alone is channels_last
+    one = ("[variants.momentum]\nmomentum = [0.8, 0.85]", "")
+    assert main(["sweep", spec(fixed, one)]) == 0
+    assert main(["sweep", spec(('"eager"', '"auto"'))]) == 0
+    found = [json.loads((tmp_path / "sweep" / name / "summary.json").read_text()) for name in RECIPES]
+    assert [(one["backend"], one["memory_format"]) for one in found] == [("eager", "contiguous_format")] * 3
+
+
 def test_a_variant_that_diverges_is_told_and_left_out(tmp_path, spec, alone, capfd):
     wild = "0.8\nlr_values = [1e30, 1e30, 0]\n[variants.last]"
     assert main(["sweep", spec(("[0.8, 0.85]", wild))]) == 1
