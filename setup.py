@@ -5,7 +5,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 HF = ["huggingface_hub>=0.30", "pyarrow>=15"]
-REPORT = ["scipy>=1.11"]
+REPORT = ["scipy>=1.13"]
 
 setup(
     name="cifar_fast",

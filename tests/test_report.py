@@ -1,5 +1,6 @@
 """A report's figures are scipy's; its table, warnings and pictures say what the results hold."""
 
+import io
 import json
 import sys
 
@@ -217,7 +218,7 @@ def test_the_files_of_a_report(tmp_path, folders, capfd):
 
 def test_the_pictures_show_runs_intervals_and_bands():
     before = dict(matplotlib.rcParams)
-    results = {"$a": made_up([90.0, 92.0]), "b": made_up([80.0])}  # a name is text, not a formula
+    results = {"a": made_up([90.0, 92.0]), "b": made_up([80.0])}
     report = make_report(results)
     (axes,) = report.variants_figure().axes
     points = [list(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) > 1]
@@ -229,6 +230,13 @@ def test_the_pictures_show_runs_intervals_and_bands():
     (band,) = axes.collections
     assert set(band.get_paths()[0].vertices[:, 1]) == {80, 82, 90, 92}
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_name_with_dollar_signs_is_no_formula():
+    report = make_report({r"$\none$": made_up([90.0]), "b": made_up([80.0])})
+    for figure in (report.variants_figure(), report.curves_figure()):
+        figure.savefig(svg := io.StringIO(), format="svg")  # a formula that is none is an error
+        assert "<svg" in svg.getvalue()
 
 
 @pytest.mark.slow  # four trainings, and all pictures
