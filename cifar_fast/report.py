@@ -127,6 +127,8 @@ class Report:
             label.set_parse_math(False)  # a name may have dollar signs
 
     def _draw_curves(self, axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         column = self.metric if self.metric in OF_AN_EPOCH else "test_accuracy"
         for place, (name, result) in enumerate(self.results.items()):
             values = [[getattr(row, column) for row in result.rows if row.run == run.run] for run in result.runs]
@@ -135,7 +137,7 @@ class Report:
             axes.plot(epochs, np.mean(values, axis=0), ".-", color=color, label=name)
             if len(values) > 1:
                 axes.fill_between(epochs, np.min(values, axis=0), np.max(values, axis=0), color=color, alpha=0.2, lw=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(OF_AN_EPOCH[column])
         axes.grid(alpha=0.3)
