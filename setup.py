@@ -6,6 +6,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 TENSORBOARD = ["tensorboard>=2.15"]
 HF = ["huggingface_hub>=0.30", "pyarrow>=15"]
+REPORT = ["scipy>=1.13"]
 
 setup(
     name="cifar_fast",
@@ -43,13 +44,16 @@ setup(
         "pillow",
         "matplotlib",
         "tqdm",
+        "tomli; python_version < '3.11'",  # tomllib before it was Python's
     ],
     extras_require={
         "hf": HF,
         "tensorboard": TENSORBOARD,
+        "report": REPORT,
         "dev": [
             *HF,
             *TENSORBOARD,
+            *REPORT,
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",

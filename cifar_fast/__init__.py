@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from cifar_fast.errors import Diverged, InputError
     from cifar_fast.model import CNN
     from cifar_fast.recipe import Recipe
+    from cifar_fast.report import make_report
     from cifar_fast.results import Result
+    from cifar_fast.sweep import Sweep, fit_sweep
     from cifar_fast.trainer import fit
 
 __version__ = "0.1.0"
@@ -36,10 +38,13 @@ _MODULE_OF = {
     "InputError": "errors",
     "Recipe": "recipe",
     "Result": "results",
+    "Sweep": "sweep",
     "draw_epoch": "augment",
     "fit": "trainer",
+    "fit_sweep": "sweep",
     "load_dataset": "data",
     "load_model": "classifier",
+    "make_report": "report",
 }
 __all__ = sorted(_MODULE_OF)
 

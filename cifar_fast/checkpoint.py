@@ -76,6 +76,27 @@ class Checkpoint:
         """Whether all ``runs`` have ended; :class:`InputError`, which begins with ``where``, where this is another
         training than the one that is asked for. There may be more runs now.
         """
+        if changed := self.difference(recipe, plan, seeds, also_test, save_logits):
+            name, before, now = changed
+            raise InputError(
+                f"{where}: --{name.replace('_', '-')} was {before}, not {now}; leave the flag out, or start "
+                "another training with --output"
+            )
+        if runs < (had := self.result.settings["runs"]):
+            raise InputError(f"{where}: --runs was {had}, and may grow, but not shrink to {runs}")
+        return len(self.result.runs) >= runs
+
+    def difference(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        seeds: Seeds,
+        also_test: Mapping[str, Any] | None = None,
+        save_logits: bool = False,
+    ) -> tuple[str, str, str] | None:
+        """The first of what the bits depend on that was another in this training: its name, what it was, and what it
+        is now. None where all is the same.
+        """
         settings, device = self.result.settings, torch.device(self.result.environment["device"])
         was: dict[str, Any] = dataclasses.asdict(self.result.recipe) | dict(
             backend=self.result.backend,
@@ -97,14 +118,8 @@ class Checkpoint:
         )
         for name, before in was.items():
             if now[name] != before:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(
-                    f"{where}: {flag} was {_shown(before)}, not {_shown(now[name])}; leave the flag out, or start "
-                    "another training with --output"
-                )
-        if runs < settings["runs"]:
-            raise InputError(f"{where}: --runs was {settings['runs']}, and may grow, but not shrink to {runs}")
-        return len(self.result.runs) >= runs
+                return name, _shown(before), _shown(now[name])
+        return None
 
     def flags(self, given: argparse.Namespace) -> dict[str, Any]:
         """What the training was told, by the names of the flags of ``given``, as defaults for those left out there."""

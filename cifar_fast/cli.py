@@ -1,5 +1,5 @@
-"""The commands: ``cifar-fast train | predict | compare | profile | check``. Torch, which takes seconds, is imported
-when one begins its work.
+"""The commands: ``cifar-fast train | predict | sweep | report | compare | profile | check``. Torch, which takes
+seconds, is imported when one begins its work.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cifar_fast.flags import (
     Parser,
     add_device_flags,
     add_run_flags,
+    add_traceback_flag,
     interruptible,
     name_and_path,
     recipe_of,
@@ -34,6 +35,8 @@ USAGE = """usage: cifar-fast COMMAND [flags]
 
   train     train the recipe, and write down what came of it
   predict   tell what a trained network takes images for
+  sweep     train several variants of the recipe in turn, as a file states them
+  report    set trainings beside each other: means, intervals, differences
   compare   run two backends in lockstep, and tell how far apart each layer is
   profile   train a few steps, and tell where their time goes
   check     tell whether all that training needs works on this machine
@@ -262,6 +265,102 @@ def _predict(args: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+# -- sweep
+
+
+def sweep(argv: list[str] | None = None) -> int:
+    """``cifar-fast sweep``; gives 0, 1 where a variant diverged or a file could not be written, 2 for bad input."""
+    return run_command(lambda: _sweep(sweep_parser().parse_args(argv)), argv)
+
+
+def sweep_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="cifar-fast sweep",
+        description="Train several variants of the recipe, their runs in turn; the same command again goes on where it "
+        "stopped.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("spec", metavar="SPEC", help="TOML file that states the variants, see docs/experiments.md")
+    parser.add_argument("--dry-run", action="store_true", help="list the variants, and where each run stands, and stop")
+    add_traceback_flag(parser)
+    return parser
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from cifar_fast.backends import keep_freed_memory
+    from cifar_fast.sweep import Sweep, fit_sweep, outline, plan_of
+
+    wanted = Sweep.load(args.spec)
+    if args.dry_run:
+        for line in outline(wanted):
+            say(line)
+        return 0
+    if plan_of(wanted).device.type == "cpu":
+        keep_freed_memory()
+    with interruptible() as on_step:
+        try:
+            results = fit_sweep(wanted, log=say, on_step=on_step)
+        except KeyboardInterrupt:
+            go_on = shlex.join(["cifar-fast", "sweep", args.spec])
+            raise KeyboardInterrupt(f"interrupted; to go on: {go_on}") from None
+    unwritten = [line for result in results.values() for line in result.unwritten]
+    for line in unwritten:
+        print(f"error: {line}", file=sys.stderr)
+    say(f"written to {wanted.output}; to see it: {shlex.join(['cifar-fast', 'report', wanted.output])}")
+    return 1 if unwritten or len(results) < len(wanted.variants) else 0
+
+
+# -- report
+
+
+def report(argv: list[str] | None = None) -> int:
+    """``cifar-fast report``."""
+    return run_command(lambda: _report(report_parser().parse_args(argv)), argv)
+
+
+def report_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="cifar-fast report",
+        description="Set trainings beside each other: means with intervals, and differences to one of them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "folders", metavar="DIR", nargs="+", help="folder that train --output wrote, or sweep, for all its variants"
+    )
+    parser.add_argument(
+        "--baseline", metavar="NAME", help="the variant that the others differ from (default: the first)"
+    )
+    parser.add_argument(
+        "--metric",
+        default="test_accuracy",
+        metavar="NAME",
+        help="test_accuracy, train_accuracy, train_loss, or the name of a set of --also-test",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder for report.md, report.json, report-variants.png and report-curves.png too",
+    )
+    add_traceback_flag(parser)
+    return parser
+
+
+def _report(args: argparse.Namespace) -> int:
+    from cifar_fast.report import make_report, read_results, welch
+
+    welch()
+    if args.output:
+        check_writable(Path(args.output).expanduser(), f"--output {args.output}")
+    results, left_out = read_results(args.folders)
+    for line in left_out:
+        print(line, file=sys.stderr)
+    found = make_report(results, baseline=args.baseline, metric=args.metric)
+    if args.output:
+        found.write(args.output)
+    say(found.markdown().rstrip())
+    return 0
+
+
 # -- profile
 
 
@@ -435,6 +534,8 @@ def _check(args: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "predict": predict,
+    "sweep": sweep,
+    "report": report,
     "compare": compare,
     "profile": profile,
     "check": check,

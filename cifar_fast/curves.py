@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 def draw_curves(result: Result, file: Path | IO[bytes]) -> None:
     """Write the curves to ``file`` as a PNG."""
-    with _own_style():
+    with own_style():
         _draw(result).savefig(file, dpi=120, format="png")
 
 
 def curves_figure(result: Result) -> Figure:
     """The curves as a figure, which ``savefig`` writes in the format that a file's name tells."""
-    with _own_style():
+    with own_style():
         return _draw(result)
 
 
@@ -38,7 +38,8 @@ _drawing = threading.Lock()
 
 
 @contextlib.contextmanager
-def _own_style() -> Iterator[None]:
+def own_style() -> Iterator[None]:
+    """Have matplotlib's parameters at their defaults meanwhile, for what is drawn on a ``Figure`` without pyplot."""
     matplotlib = _matplotlib()
     with _drawing, matplotlib.rc_context():
         matplotlib.rcdefaults()

@@ -232,10 +232,7 @@ def load_dataset(
     Raises:
         InputError: what is wrong with the files, which one, and what to do.
     """
-    if not is_dataset(name):
-        raise InputError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
-    if name in ("folder", "npz") and data_dir is None:
-        raise InputError(f"the data set {name} needs --data-dir: {DATASETS[name]}")
+    check_named(name, data_dir)
     path = Path("data" if data_dir is None else data_dir).expanduser()
     source, log = str(path), log or silent
     try:
@@ -257,6 +254,14 @@ def load_dataset(
         raise InputError(f"{error.filename or source}: {error.strerror or error}; check --data-dir") from None
     names = tuple(np.atleast_1d(arrays.pop("class_names", ())).tolist())
     return Dataset(name=name, source=source, class_names=names, remarks=(), **arrays)
+
+
+def check_named(name: str, data_dir: str | Path | None) -> None:
+    """Raise :class:`InputError` for what :func:`load_dataset` refuses before it reads a file."""
+    if not is_dataset(name):
+        raise InputError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
+    if name in ("folder", "npz") and data_dir is None:
+        raise InputError(f"the data set {name} needs --data-dir: {DATASETS[name]}")
 
 
 def is_dataset(name: str) -> bool:

@@ -30,6 +30,13 @@ def remove_drafts(path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those of ``folders`` that are empty, in this order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 @contextlib.contextmanager
 def writing(what: str, cure: str = "choose another folder") -> Iterator[None]:
     """Tell an error of the file system in a line that names ``what``, such as "--output runs/1", and the cure."""

@@ -192,6 +192,11 @@ def add_device_flags(group: Any, dtype: bool = True) -> None:
             default="auto",
             help="float16 and float32 hold everything, bfloat16 keeps float32 weights (autocast)",
         )
+    add_traceback_flag(group)
+
+
+def add_traceback_flag(group: Any) -> None:
+    """The flag that :func:`run_command` reads, to a parser or a group of one."""
     group.add_argument("--traceback", action="store_true", help="show where an error came from")
 
 

@@ -17,7 +17,7 @@ import torch
 from cifar_fast.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
 from cifar_fast.curves import draw_curves
 from cifar_fast.errors import InputError, first_line
-from cifar_fast.files import atomic_write, check_writable, locked, remove_drafts, writing
+from cifar_fast.files import atomic_write, check_writable, locked, remove_drafts, remove_empty, writing
 from cifar_fast.progress import Log, silent
 from cifar_fast.results import LOGITS, MODEL, ROWS, SUMMARY, EpochRow, Result
 from cifar_fast.tensorboard import FOLDER, TensorBoard, remove_events
@@ -100,12 +100,12 @@ class Output:
     def _make(self) -> None:
         wanted = self.path
         made = [folder for folder in wanted.absolute().parents if not folder.exists()]
-        self._stack.callback(_remove_empty, made)
+        self._stack.callback(remove_empty, made)
         wanted.parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(2):
             try:
                 self.path.mkdir()
-                self._stack.callback(_remove_empty, [self.path])
+                self._stack.callback(remove_empty, [self.path])
                 return
             except FileExistsError:
                 if not self.new:
@@ -201,10 +201,3 @@ def _save_logits(result: Result, test_labels: np.ndarray, path: Path) -> None:
     seeds = np.array([run.seed for run in result.runs])
     with open(path, "wb") as file:  # to a path without the suffix numpy would add it
         np.savez(file, logits=torch.stack(result.logits).numpy(), labels=test_labels, seeds=seeds)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove those of ``folders`` that are empty, in this order."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()

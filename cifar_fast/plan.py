@@ -19,6 +19,9 @@ from cifar_fast.names import BACKENDS, DTYPES, MEMORY_FORMATS
 from cifar_fast.progress import Log
 from cifar_fast.recipe import Recipe
 
+SetUp = Callable[["Plan", Recipe, Dataset, Log], "tuple[Backend, list[str]]"]
+"""Takes and gives what :func:`set_up` does."""
+
 LOGGER = logging.getLogger(__name__)
 """At INFO it gives the traceback of each backend that failed before another was taken; --traceback shows it."""
 

@@ -208,9 +208,9 @@ def restored(values: dict[str, Any]) -> Result:
     return Result(**values | dict(recipe=recipe, rows=rows, runs=runs))
 
 
-def confidence_interval_95(values: list[float]) -> list[float] | None:
-    """Student's 95 % interval ``[low, high]`` of the mean accuracy in %, cut off at 0 and 100; None for fewer than two
-    values.
+def confidence_interval_95(values: list[float], highest: float = 100.0) -> list[float] | None:
+    """Student's 95 % interval ``[low, high]`` of the mean, cut off at 0 and at ``highest``, which is that of an
+    accuracy in %; None for fewer than two values.
 
     With t = sqrt(k) tan(angle), the density of Student's t with k degrees of freedom is that of
     cos(angle)^(k - 1), which is summed here up to its share of 0.95.
@@ -223,4 +223,4 @@ def confidence_interval_95(values: list[float]) -> list[float] | None:
     quantile = freedom**0.5 * np.tan(np.interp(0.95, share / share[-1], angles[1:]))
     mean = statistics.fmean(values)
     margin = float(quantile) * statistics.stdev(values) / len(values) ** 0.5
-    return [max(mean - margin, 0.0), min(mean + margin, 100.0)]
+    return [max(mean - margin, 0.0), min(mean + margin, highest)]

@@ -22,7 +22,7 @@ from cifar_fast.errors import Diverged, InputError, out_of_memory
 from cifar_fast.isolation import THREADS, isolated
 from cifar_fast.model import CNN
 from cifar_fast.output import Output
-from cifar_fast.plan import Plan, resolve, set_up, short_name
+from cifar_fast.plan import Plan, SetUp, resolve, set_up, short_name
 from cifar_fast.progress import Log, encodable, print_line, progress_bar, silent
 from cifar_fast.recipe import Recipe
 from cifar_fast.results import EpochRow, Result, Run
@@ -116,9 +116,11 @@ def fit_plan(
     threads: int | None = None,
     log: Log | None = print_line,
     on_step: Callable[[], None] = lambda: None,
+    make_backend: SetUp = set_up,
 ) -> Result:
     """As :func:`fit`, with device, dtype and backend settled by :func:`cifar_fast.plan.resolve`; goes on from the
     checkpoint of ``output`` where it has one. ``on_step`` is called after each step; what it raises ends the training.
+    ``make_backend`` may give one that was used before.
     """
     log = encodable(log)
     seeds, runs = check(plan, seeds, runs, threads, checkpoint_every)
@@ -146,7 +148,7 @@ def fit_plan(
         for line in standing.moved(facts) if standing else ():
             log(line)
         start = clock()
-        backend, failures = set_up(plan, recipe, dataset, log)
+        backend, failures = make_backend(plan, recipe, dataset, log)
         normalization = channel_statistics(torch.from_numpy(dataset.train_images).to(plan.device))
         mean, std = (statistic.tolist() for statistic in normalization)
         result = Result(

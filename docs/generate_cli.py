@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cifar_fast.cli import check_parser, compare_parser, predict_parser, profile_parser, train_parser
+from cifar_fast.cli import (
+    check_parser,
+    compare_parser,
+    predict_parser,
+    profile_parser,
+    report_parser,
+    sweep_parser,
+    train_parser,
+)
 
 PAGE = Path(__file__).with_name("cli.md")
 
@@ -17,16 +25,18 @@ HEAD = """<!-- Written by docs/generate_cli.py out of the commands' own flags: e
 |---|---|---|
 | `cifar-fast train` | trains the recipe, and writes its results down | `python -m cifar_fast.train` |
 | `cifar-fast predict` | tells what a trained network takes images for | `cifar_fast.load_model(path).predict(images)` |
+| `cifar-fast sweep` | trains several variants in turn, as a file states them ([experiments.md](experiments.md)) | |
+| `cifar-fast report` | sets trainings beside each other | |
 | `cifar-fast compare` | tells how far apart two backends are, layer by layer | `python -m cifar_fast.compare` |
 | `cifar-fast profile` | trains a few steps, and tells where their time goes | `cifar-fast train --profile DIR` |
 | `cifar-fast check` | tells whether all that training needs works on this machine | |
 
 `cifar-fast --version` prints the version, `cifar-fast COMMAND --help` the flags below.
 
-Exit codes: 0; 1 where a comparison is past its tolerance, a training diverges, an image to predict is broken, or
-something that `auto` needs does not pass its check; 2 for input that cannot work, with one line on standard error that
-says what is wrong and what to do; 130 after Ctrl-C or SIGTERM, the first of which lets `train` end its step, and a line
-then says how to go on. `--traceback` shows where an error came from.
+Exit codes: 0; 1 where a comparison is past its tolerance, a training diverges, a file cannot be written, an image to
+predict is broken, or something that `auto` needs does not pass its check; 2 for input that cannot work, with one line
+on standard error that says what is wrong and what to do; 130 after Ctrl-C or SIGTERM, the first of which lets `train`
+and `sweep` end their step, and a line then says how to go on. `--traceback` shows where an error came from.
 
 ## Flags of `train`, `compare` and `profile`
 """
@@ -43,6 +53,8 @@ TAIL = """
     cifar-fast predict runs/short photos cat.jpg --top 3          # what images in a folder, and one more, are taken for
     cifar-fast train --print-recipe > recipe.json                 # a file for --recipe
     cifar-fast train --backend eager --device cpu --dtype float32 # the reference's numbers, bit for bit
+    cifar-fast sweep spec.toml                                    # the variants that the file states, or on with them
+    cifar-fast report runs/sweep --output runs/report             # means, intervals, differences and two pictures
     cifar-fast compare --backend compiled --steps 8               # how far torch.compile is from eager here
     cifar-fast check --json check.json                            # does everything work on this machine?
     cifar-fast profile --dataset synthetic --output runs/profile  # a trace and a table of a few steps
@@ -66,8 +78,9 @@ def page() -> str:
                 parts.append(f"The default of `{name}` for {flag.split()[0]} is `{default}`.\n")
     for name, found in flags.items():
         parts.append(table(f"## Flags of `{name}` alone", [row for row in found if row[1] not in names]))
-    parts.append(table("## Arguments of `predict MODEL IMAGES...`", rows(predict_parser())))
-    parts.append(table("## Flags of `check`", rows(check_parser())))
+    others = {"predict": predict_parser(), "sweep": sweep_parser(), "report": report_parser(), "check": check_parser()}
+    for name, parser in others.items():
+        parts.append(table(f"## Flags of `{name}`", rows(parser)))
     return "\n".join(parts) + TAIL
 
 
@@ -79,8 +92,8 @@ def rows(parser: argparse.ArgumentParser) -> list[tuple[str, str, str, str]]:
             if isinstance(action, argparse._HelpAction):
                 continue
             flag = ", ".join(f"`{option}`" for option in action.option_strings)
-            if not flag:
-                flag = f"{action.metavar}{' ...' if action.nargs == '+' else ''}"
+            if not flag:  # an argument
+                flag = f"`{action.metavar}`" + (" ..." if action.nargs == "+" else "")
             elif action.nargs == "+":
                 flag += f" {action.metavar} ..."
             elif action.choices:
