@@ -219,6 +219,7 @@ def fit_sweep(
     for name, checkpoint in stands.items():
         checkpoint.refuse_other_data(str(sweep.folder(name)), dataset)
     results = {name: checkpoint.result for name, checkpoint in stands.items()}
+    threads = next((result.settings["threads"] for result in results.values()), None)  # the last bits depend on them
     make_backend, diverged = keeping(), set()
     with held(sweep):
         for run in range(sweep.runs):
@@ -236,6 +237,7 @@ def fit_sweep(
                         output=Output(sweep.folder(name), resume=begun(sweep.folder(name))),
                         checkpoint_every=sweep.checkpoint_every,
                         also_test=sweep.also_test,
+                        threads=threads,
                         log=naming(name, log),
                         on_step=on_step,
                         make_backend=make_backend,

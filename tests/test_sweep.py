@@ -291,9 +291,14 @@ def test_what_was_left_to_auto_is_what_it_was_for_new_variants_too(tmp_path, spe
     fixed = ('"eager"', '"eager"\nmemory_format = "contiguous_format"')  # auto alone is channels_last
     one = ("[variants.momentum]\nmomentum = [0.8, 0.85]", "")
     assert main(["sweep", spec(fixed, one)]) == 0
+    path = tmp_path / "sweep/baseline/summary.json"
+    summary = json.loads(path.read_text())
+    summary["settings"]["threads"] += 1
+    path.write_text(json.dumps(summary))
     assert main(["sweep", spec(('"eager"', '"auto"'))]) == 0
     found = [json.loads((tmp_path / "sweep" / name / "summary.json").read_text()) for name in RECIPES]
     assert [(one["backend"], one["memory_format"]) for one in found] == [("eager", "contiguous_format")] * 3
+    assert [one["environment"]["threads"] for one in found[1:]] == [summary["settings"]["threads"]] * 2
 
 
 def test_a_variant_that_diverges_is_told_and_left_out(tmp_path, spec, alone, capfd):
