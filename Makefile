@@ -31,6 +31,7 @@ test-stand-in: $(VENV)/installed
 	@if [ ! -d $(STAND_IN) ]; then echo "skipped: $(STAND_IN) is not there"; \
 	elif ! command -v gcc > /dev/null; then echo "skipped: no gcc here"; \
 	else $(IN) $(STAND_IN)/run.py --log $(CURDIR)/$(VENV)/stand-in.log -m pytest --version > /dev/null 2>&1 && \
+		$(IN) -m pytest -m long tests/test_bench_launches.py && \
 		$(MAKE) --jobs 2 --output-sync=target test-stand-in-kernels test-stand-in-steps; fi
 
 KERNEL_TESTS := $(wildcard tests/test_kernels_*.py) tests/test_check.py tests/test_compare.py

@@ -46,7 +46,11 @@ def compiler(*arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "target"),
-    [("float16", "sm_75"), pytest.param("bfloat16", "sm_80", marks=pytest.mark.long), ("float32", "sm_120")],
+    [
+        ("float16", "sm_75"),
+        pytest.param("bfloat16", "sm_80", marks=pytest.mark.long),
+        pytest.param("float32", "sm_120", marks=pytest.mark.long),
+    ],
 )
 def test_every_kernel_compiles_for_old_and_new_targets_without_spills_and_with_wide_accesses(dtype, target):
     """One target each: all seven in three types take many minutes, and `python -m benchmarks compile` does them."""
@@ -60,6 +64,7 @@ def test_every_kernel_compiles_for_old_and_new_targets_without_spills_and_with_w
     assert {row["kernel"] for row in rows} == {
         *("augment_kernel", "statistics_kernel", "merge_statistics_kernel", "apply_kernel"),
         *("backward_sums_kernel", "merge_sums_kernel", "backward_apply_kernel"),
+        *("cross_entropy_kernel", "record_kernel"),
     }
     assert {row["target"] for row in rows} == {target}
     assert all(float(row[name]) > 0 for row in rows for name in ("registers", "MB written"))

@@ -69,6 +69,7 @@ class Passed:
             self.names.append(report.nodeid)
 
 
+@pytest.mark.long  # a benchmark's own length
 @pytest.mark.slow  # steps at full width
 def test_pytest_benchmarks_runs_its_cpu_part_on_cifar10_as_it_is_published(cifar10):
     passed = Passed()

@@ -59,6 +59,7 @@ def test_what_is_no_log_of_a_training_is_refused_in_a_line(tmp_path, capsys):
         assert words in error and error.count("\n") == 1
 
 
+@pytest.mark.long  # the compiler; make test-stand-in runs it
 @pytest.mark.slow  # a process that compiles, on a stand-in for a GPU that computes nothing
 def test_a_step_and_an_evaluation_take_no_more_launches_than_they_did(shared, tmp_path):
     stand_in, log = shared("gpu_stand_in/run.py"), tmp_path / "log"

@@ -250,6 +250,7 @@ def load_in_a_pool(root):
     return load_dataset("folder", root, log=None).digest
 
 
+@pytest.mark.long  # thousands of files
 @pytest.mark.slow  # three processes, 10,000 images each
 def test_a_large_folder_loads_in_a_worker_of_a_pool_and_from_standard_input(tmp_path):
     """Where no further process can be started, or would start by running the script once more."""

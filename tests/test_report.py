@@ -48,7 +48,7 @@ def write(folder, result):
     with Output(folder) as output:
         for row in result.rows:
             output.add(row)
-        output.finish(result)
+        output.finish(result, np.zeros(0, int))
     return str(folder)
 
 

@@ -105,7 +105,7 @@ def test_the_bits_of_fused_are_those_of_an_uninterrupted_training(tmp_path, unco
 def test_a_state_is_copied_to_where_the_graphs_of_fused_have_captured_it(uncompiled, few_programs):
     def addresses():
         momenta = [state["momentum_buffer"] for state in backend.optimizer.state.values()]
-        return [tensor.data_ptr() for tensor in (*backend.model.state_dict().values(), *momenta)]
+        return [tensor.data_ptr() for tensor in (*backend.model.parameters(), *backend.model.buffers(), *momenta)]
 
     backend = Fused(FUSED, small_dataset(train=4, test=4), torch.device(DEVICE), torch.float32, torch.channels_last)
     backend.reset(CNN(FUSED, 3))
@@ -448,6 +448,7 @@ def whole_and_killed(tmp_path, npz, kills, seed):
     return contents(tmp_path / "whole"), contents(tmp_path / "parts")
 
 
+@pytest.mark.long  # a process a kill
 @pytest.mark.slow  # processes of their own
 def test_three_kills_at_random_moments_cost_no_bit(tmp_path, npz):
     whole, parts = whole_and_killed(tmp_path, npz, kills=3, seed=0)
