@@ -27,6 +27,7 @@ def test_every_example_is_run_here():
     assert not [path.name for path in EXAMPLES.glob("*.py") if f'run_example("{path.name}"' not in text]
 
 
+@pytest.mark.long  # a process of its own
 @pytest.mark.slow  # a process of its own
 @pytest.mark.slow
 def test_training_from_python_gives_rows_and_a_summary_and_weights():
@@ -48,6 +49,7 @@ def test_own_images_train_as_folders_and_as_arrays(tmp_path):
     assert folder.digest == load_dataset("npz", tmp_path / "mine/images.npz").digest
 
 
+@pytest.mark.long  # a process of its own
 @pytest.mark.slow  # a process of its own
 @pytest.mark.slow
 def test_the_fused_norm_trains_another_model_as_the_plain_one_does():

@@ -159,6 +159,7 @@ def test_an_epoch_files_each_steps_losses_and_answers_where_eager_has_them(uncom
     assert fused.done.item() == 2
 
 
+@pytest.mark.long  # the interpreter
 @pytest.mark.slow  # the interpreter
 def test_an_epoch_that_was_left_half_way_does_not_move_the_next(uncompiled, few_programs):
     backend, _ = make(small_dataset(train=10, test=6))

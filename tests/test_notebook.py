@@ -60,7 +60,7 @@ def executed(tmp_path_factory):
     return notebook, folder
 
 
-@pytest.mark.slow  # a process of its own
+@pytest.mark.long  # a process of its own
 def test_the_example_trains_and_shows_accuracy_and_curves(executed):
     notebook, _ = executed
     for start, epochs in (("fit(", 1), ("result = fit(", 2)):
@@ -71,33 +71,33 @@ def test_the_example_trains_and_shows_accuracy_and_curves(executed):
         assert f"<td>{accuracy} %</td>" in page and "data:image/png;base64," in page
 
 
-@pytest.mark.slow  # a process of its own
+@pytest.mark.long  # a process of its own
 def test_the_example_leaves_its_files(executed):
     _, folder = executed
     assert (folder / "runs/first_gpu/curves.pdf").read_bytes().startswith(b"%PDF")
     assert (folder / "runs/first_gpu/summary.json").exists()
 
 
-@pytest.mark.slow  # a process of its own
+@pytest.mark.long  # a process of its own
 def test_the_example_checks_the_machine(executed):
     notebook, _ = executed
     assert printed(outputs_of(notebook, "!python -m cifar_fast check"))
 
 
-@pytest.mark.slow  # a process of its own
+@pytest.mark.long  # a process of its own
 def test_the_example_shows_where_a_steps_time_goes(executed):
     notebook, folder = executed
     assert "convolutions forward" in printed(outputs_of(notebook, "!python -m cifar_fast profile"))
     assert (folder / "runs/profile/trace.json").exists()
 
 
-@pytest.mark.slow  # a process of its own
+@pytest.mark.long  # a process of its own
 def test_the_example_installs_nothing_where_the_package_is_there(executed):
     notebook, _ = executed
     assert outputs_of(notebook, "import importlib.util") == []
 
 
-@pytest.mark.slow  # a process of its own
+@pytest.mark.long  # a process of its own
 def test_the_bar_is_a_widget_in_a_notebook(executed):
     notebook, _ = executed
     outputs = outputs_of(notebook, "result = fit(")
@@ -105,7 +105,7 @@ def test_the_bar_is_a_widget_in_a_notebook(executed):
     assert not [output for output in outputs if output.get("name") == "stderr"]
 
 
-@pytest.mark.slow  # a process of its own
+@pytest.mark.long  # a process of its own
 def test_without_ipywidgets_the_bar_is_plain(tmp_path):
     (tmp_path / "path").mkdir()
     (tmp_path / "path/ipywidgets.py").write_text("raise ImportError('not here')")

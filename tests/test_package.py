@@ -100,6 +100,7 @@ def test_the_commands_run_from_the_installed_package(installed, tmp_path):
         assert "--batch-size" in run(sys.executable, "-m", module, "--help", cwd=tmp_path, path=installed)
 
 
+@pytest.mark.long  # an installation
 @pytest.mark.slow
 def test_the_installed_package_stands_beside_the_hugging_face_package_kernels(installed, tmp_path):
     for name in ("huggingface_hub", "packaging", "yaml"):
@@ -140,6 +141,7 @@ print(fused_unavailable_reason(torch.device("cpu")))
     assert "need a CUDA GPU" in reason
 
 
+@pytest.mark.long  # an installation
 @pytest.mark.slow
 def test_the_kernels_run_from_the_installed_package(installed, tmp_path):
     code = """
@@ -163,6 +165,7 @@ def test_the_source_archive_holds_what_its_tests_need(sdist):
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 
+@pytest.mark.long  # an installation
 @pytest.mark.slow
 def test_the_source_archives_tests_run(sdist):
     files = ["tests/test_recipe.py", "tests/test_reference.py"]

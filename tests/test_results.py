@@ -224,6 +224,7 @@ def test_rows_that_could_not_be_written_are_there_when_there_is_room_again(tmp_p
     assert [(row["run"], row["epoch"]) for row in rows] == [(0, 1), (0, 2), (1, 1), (1, 2)]
 
 
+@pytest.mark.long  # processes
 @pytest.mark.slow  # a process of its own
 def test_a_disk_that_fills_up_in_a_row_leaves_no_half_line(tmp_path, small):
     """/dev/full cannot hold a folder, so the limit on a file's size stands for the full disk."""

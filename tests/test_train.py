@@ -73,6 +73,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path, npz):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.long  # many processes
 @pytest.mark.slow  # a process of its own
 def test_jobs_that_start_at_once_have_a_folder_each(tmp_path, npz):
     """As jobs of an array do, which start in one second."""
@@ -88,6 +89,7 @@ def test_jobs_that_start_at_once_have_a_folder_each(tmp_path, npz):
     assert {len((folder / "metrics.jsonl").read_text().splitlines()) for folder in (tmp_path / "runs").iterdir()} == {2}
 
 
+@pytest.mark.long  # a process of its own
 @pytest.mark.slow  # a process of its own
 def test_a_name_that_the_terminal_cannot_show_does_not_cost_the_results(tmp_path, npz):
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -97,6 +99,7 @@ def test_a_name_that_the_terminal_cannot_show_does_not_cost_the_results(tmp_path
     assert (tmp_path / "häuser/summary.json").exists()
 
 
+@pytest.mark.long  # a process of its own
 @pytest.mark.slow  # a process of its own
 def test_a_backend_of_matplotlib_that_is_not_there_does_not_cost_the_curves(tmp_path, npz):
     done = run(
@@ -122,6 +125,7 @@ def test_a_compilers_cache_that_cannot_be_written_is_named(tmp_path, npz, monkey
     assert error.startswith(f"error: ${variable} (/proc/none): cannot be written to") and error.count("\n") == 1
 
 
+@pytest.mark.long  # processes
 @pytest.mark.slow  # a process of its own
 def test_torchvision_is_needed_only_by_what_it_reads(tmp_path, npz):
     broken = "raise RuntimeError('operator torchvision::nms does not exist')"  # as one made for another torch
