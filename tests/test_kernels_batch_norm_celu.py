@@ -35,7 +35,7 @@ DTYPES = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype
 
 @pytest.fixture(autouse=True)
 def blocks(request):
-    """The interpreter takes a millisecond and more a program; compiled, kernels take the blocks of the checked-in table."""
+    """The interpreter takes a millisecond and more a program; compiled kernels take the checked-in table's blocks."""
     if DEVICE == "cpu":
         request.getfixturevalue("few_programs")
 
