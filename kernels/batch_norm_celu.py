@@ -203,13 +203,13 @@ def statistics_kernel(
         else:
             share = 1.0 / count
         new_mean = tl.fma(difference, share, mean)
-        new_square = tl.fma(difference * difference, 1.0 - share, square)
+        new_square = tl.fma(difference * (1.0 - share), difference, square)
         mean = new_mean if WHOLE else tl.where(exists, new_mean, mean)
         square = new_square if WHOLE else tl.where(exists, new_square, square)
         if not WHOLE:
             counts += (row < rows).to(ACC)
 
-    # counts in units of ``unit`` rows, a 1 that costs nothing where all are alike
+    # In units of ``unit`` rows counts are 1 where all are alike, and cost nothing.
     unit: tl.constexpr = BLOCKS_PER_SPLIT if WHOLE else 1
     if WHOLE:
         counts, here = tl.full([BLOCK_R, 1], 1.0, ACC), tl.full([1], BLOCK_R, ACC)

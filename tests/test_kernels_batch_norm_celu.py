@@ -142,6 +142,13 @@ def test_constant_channels_and_a_huge_outlier(dtype, pool):
     assert_as_good_as_eager((x, *rest), training=True, pool=pool)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_variance_past_the_largest_number_makes_no_nan(dtype):
+    x, weight, bias, mean, var = make((4, 8, 6, 6), dtype, scale=3e19, parameters=torch.float32)
+    y = batch_norm_celu(x, weight, bias, mean, var, training=True, alpha=0.075)
+    assert not y.isnan().any() and var.isinf().all()
+
+
 @pytest.mark.parametrize("pool", [1, 2])
 def test_float16_near_overflow(pool):
     x, *rest = make((4, 6, 8, 8), torch.float16, scale=1.0)
