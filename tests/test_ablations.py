@@ -16,6 +16,8 @@ from cifar_fast.results import Result
 from cifar_fast.train import main as train
 from tests.conftest import save_npz, small_dataset
 
+pytestmark = pytest.mark.slow  # whole trainings, by the command and from Python
+
 RECIPE = Recipe(epochs=1, batch_size=8, widths=(4, 8, 8, 8))
 FLAGS = "--epochs 1 --batch-size 8 --widths 4 8 8 8 --device cpu --dtype float32"
 HOW = dict(backend="eager", device="cpu", dtype="float32", log=None)

@@ -92,6 +92,7 @@ def test_a_set_that_cannot_be_used_is_refused_before_the_training(tmp_path, smal
     assert not lines
 
 
+@pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

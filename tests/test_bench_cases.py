@@ -29,6 +29,7 @@ def made(which, dtype=torch.float32):
     return case(which, dtype) if isinstance(which, str) else case(which[0], dtype, which[1])
 
 
+@pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("which", ALL, ids=str)
 @pytest.mark.parametrize(
     ("implementation", "dtype"), [("fused", torch.float32), ("fused", torch.float16), ("eager", torch.float32)], ids=str

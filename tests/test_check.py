@@ -58,6 +58,7 @@ def noes(lines):
     return [name for name, line in lines.items() if not line["ok"]]
 
 
+@pytest.mark.slow  # a whole check
 @without_a_gpu
 def test_without_a_gpu_all_that_auto_needs_is_a_yes(tmp_path, narrow, capsys):
     code, lines = check(tmp_path, "--dtype float32")
@@ -96,6 +97,7 @@ def late(function):
     return lambda *rows, schedule, **how: function(*rows, schedule=schedule * 0.5, **how)
 
 
+@pytest.mark.slow  # a whole check
 @pytest.mark.parametrize(
     ("kernel", "mistake", "named", "words"),
     [
@@ -114,6 +116,7 @@ def test_a_kernel_that_computes_something_else_is_a_no_and_exit_code_1(
     assert all(words in lines[name]["text"] for name in named)
 
 
+@pytest.mark.slow  # a whole check
 def test_a_launch_that_fails_is_a_no_with_the_first_cause_in_a_line_and_the_rest_goes_on(tmp_path, narrow, monkeypatch):
     def fails(*what):
         try:
@@ -135,6 +138,7 @@ def test_without_triton_the_kernels_are_one_no_that_auto_does_without(tmp_path, 
     assert "its kernels cannot be imported" in lines["kernels"]["text"]
 
 
+@pytest.mark.slow  # a whole check
 def test_a_step_that_gives_other_bits_the_next_time_is_a_no(tmp_path, narrow, monkeypatch):
     reset = Eager.reset
 
@@ -146,6 +150,7 @@ def test_a_step_that_gives_other_bits_the_next_time_is_a_no(tmp_path, narrow, mo
     assert code == 1 and "the same bits again" in noes(lines)
 
 
+@pytest.mark.slow  # a whole check
 def test_a_step_past_the_tolerance_of_the_comparison_is_a_no_that_names_the_layer(tmp_path, narrow, monkeypatch):
     reset = Eager.reset
 
@@ -160,6 +165,7 @@ def test_a_step_past_the_tolerance_of_the_comparison_is_a_no_that_names_the_laye
     assert lines["against eager"]["text"].startswith("loss, of each image: ")
 
 
+@pytest.mark.slow  # a whole check
 def test_a_backend_that_cannot_be_set_up_is_a_no_and_the_next_one_is_checked(narrow, monkeypatch):
     def broken(*what, **how):
         raise RuntimeError("no compiler\nwas found")

@@ -32,6 +32,7 @@ def test_the_archives_are_of_the_published_form(cifar10, cifar100):
         assert kind(root, train=True, download=True).data.strides == (3072, 32, 1, 1024)
 
 
+@pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_cifar10_trains_without_a_compiler(cifar10, tmp_path, backend, capsys):
     summary = train("cifar10", cifar10, tmp_path / "out", f"--backend {backend} --runs 2")

@@ -131,6 +131,7 @@ def train(tmp_path, flags):
     return json.loads((tmp_path / "out/summary.json").read_text())
 
 
+@pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize(
     ("name", "source"),
     [

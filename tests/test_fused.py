@@ -173,6 +173,7 @@ def test_an_epoch_that_was_left_half_way_does_not_move_the_next(uncompiled, few_
     assert (backend.done.item(), backend.position.item()) == (4, 0)
 
 
+@pytest.mark.slow  # 2,328 steps
 def test_the_optimizer_sees_the_schedules_rate_at_each_of_the_2328_steps(uncompiled, few_programs, monkeypatch):
     """The real counter, table and optimiser of 24 epochs of 97 steps, with a model of one weight in place of the
     network.

@@ -77,6 +77,7 @@ SURROUNDINGS = {
 }
 
 
+@pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, "float32") for name in SURROUNDINGS), ("autocast", "bfloat16"), ("autocast, disabled", "bfloat16")],

@@ -79,6 +79,7 @@ def assert_same(launched, expected):
     assert torch.equal(launched[1], expected[1])
 
 
+@pytest.mark.slow  # the interpreter
 @every_dtype
 def test_every_crop_with_every_flip_has_the_bits_of_the_eager_path(dtype, few_programs):
     images = random_images(20, dtype=dtype)

@@ -343,6 +343,7 @@ def test_the_module_is_batch_norm_with_its_state_dict(momentum):
     assert torch.allclose(fused.eval()(x), F.celu(plain.eval()(F.max_pool2d(x, 2)), 0.075), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("pool", [1, 2])
 @pytest.mark.parametrize(
     "options",
@@ -494,6 +495,7 @@ def test_update_bn_keeps_working():
 # -- as an operator of torch
 
 
+@pytest.mark.slow  # torch's whole check
 @pytest.mark.parametrize(("pool", "gradient"), list(itertools.product([1, 2], [True, False])))
 def test_opcheck(pool, gradient):
     """In evaluation: in training the gradient is that through the statistics, which are an argument here."""
@@ -505,6 +507,7 @@ def test_opcheck(pool, gradient):
     torch.library.opcheck(forward_op, (x, pooled, argmax, given, weight, bias, False, 0.075, pool))
 
 
+@pytest.mark.slow  # torch's whole check
 @pytest.mark.parametrize(("pool", "running", "training"), list(itertools.product([1, 2], [True, False], [True, False])))
 def test_opcheck_of_the_statistics(pool, running, training):
     x, _, _, mean, var = make((2, 5, 5, 4), torch.float32)

@@ -16,6 +16,7 @@ def outputs_and_labels(size, classes, dtype, spread=8.0):
     return x, torch.randint(classes, (size,), generator=generator).to(DEVICE)
 
 
+@pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "classes"), [(512, 10), (37, 10), (5, 2), (3, 100), (1, 1)])
 @pytest.mark.parametrize("spread", [1e-3, 8, 3000])

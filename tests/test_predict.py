@@ -288,6 +288,7 @@ def test_a_training_keeps_the_logits_of_each_run(tmp_path, npz, dataset):
     assert not np.array_equal(*found["logits"])
 
 
+@pytest.mark.slow  # whole trainings
 def test_a_resumed_training_has_the_logits_of_all_runs(tmp_path, npz, monkeypatch):
     """Stopped at the end of a run, in the midst of the next, and at its end."""
     stops = [(0, 2), (1, 1), (1, 2)]

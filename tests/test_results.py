@@ -163,6 +163,7 @@ FULL = OSError(28, "No space left on device")
 ZIP = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nand more lines")
 
 
+@pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize(
     ("target", "error", "lost"),
     [
@@ -202,6 +203,7 @@ def fail_after(n, error):
     return dump
 
 
+@pytest.mark.slow  # whole trainings
 def test_rows_that_could_not_be_written_are_there_when_there_is_room_again(tmp_path, small, monkeypatch):
     lines, opened = [], open
 
@@ -266,6 +268,7 @@ def test_earlier_results_are_there_until_the_first_new_row_is(tmp_path, small):
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_two_runs_told_one_folder_never_mix(tmp_path, small, overwrite):
     refused = []

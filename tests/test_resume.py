@@ -20,6 +20,8 @@ from cifar_fast.results import Result
 from cifar_fast.train import main
 from tests.conftest import save_npz, small_dataset
 
+pytestmark = pytest.mark.slow  # whole trainings, by the command and from Python
+
 RECIPE = Recipe(epochs=3, batch_size=16, widths=(4, 8, 8, 16))
 HOW = dict(backend="eager", device="cpu", dtype="float32", log=None)
 FLAGS = "--dataset npz --widths 4 8 8 16 --epochs 3 --batch-size 16 --device cpu --dtype float32 --seed 3"

@@ -47,6 +47,7 @@ def differing(one, other):
     return {name for name in SOURCES if not torch.equal(one[name], other[name])}
 
 
+@pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize(
     ("varied", "differs"),
     [("init", {"weights"}), ("order", {"permutation"}), ("augment", {"crop", "flip", "cutout"})],

@@ -12,6 +12,8 @@ from cifar_fast.cli import main
 from tests.conftest import save_npz, small_dataset
 from tests.test_resume import contents
 
+pytestmark = pytest.mark.slow  # whole trainings, by the command and from Python
+
 SPEC = """
 dataset = "npz"
 data_dir = "{data}"

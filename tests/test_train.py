@@ -156,6 +156,7 @@ def test_on_a_terminal_a_bar_shows_the_steps(tmp_path, npz):
     assert b"epoch 1/2" in shown and b"/3 [" in shown
 
 
+@pytest.mark.slow  # whole trainings
 def test_profile_tells_where_a_steps_time_goes_and_trains_no_further(tmp_path, npz, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(f"--dataset npz --data-dir {npz} --profile traces {NARROW}".split()) == 0
