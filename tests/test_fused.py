@@ -395,6 +395,27 @@ def test_a_capture_that_fails_leaves_the_process_usable_and_auto_goes_on(monkeyp
 
 
 @pytest.mark.gpu
+def test_a_training_that_was_stopped_goes_on_in_new_graphs_to_the_same_bits(tmp_path):
+    dataset = small_dataset(train=10, test=7)
+    how = dict(backend="fused", device="cuda", dtype="float16", runs=2)
+    lines = []
+
+    def stop_in_the_last_epoch(line):
+        lines.append(line)
+        if sum(line.startswith("epoch") for line in lines) == 2 * GPU_RECIPE.epochs:
+            raise KeyboardInterrupt
+
+    whole = fit(GPU_RECIPE, dataset, log=None, **how)
+    with pytest.raises(KeyboardInterrupt):
+        fit(GPU_RECIPE, dataset, output=tmp_path / "out", log=stop_in_the_last_epoch, **how)
+    parts = fit(GPU_RECIPE, dataset, resume=tmp_path / "out", log=lines.append, **how)
+    assert "going on after epoch 1" in lines
+    assert [row.train_loss for row in parts.rows] == [row.train_loss for row in whole.rows]
+    assert [row.test_accuracy for row in parts.rows] == [row.test_accuracy for row in whole.rows]
+    assert all(torch.equal(parts.state_dict[name], tensor) for name, tensor in whole.state_dict.items())
+
+
+@pytest.mark.gpu
 def test_a_backend_that_is_dropped_gives_its_memory_back_without_the_collector():
     make(
         small_dataset(train=10, test=7), GPU_RECIPE, torch.float16
