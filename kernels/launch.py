@@ -5,7 +5,8 @@ one from the other. Running them is one use; the benchmarks read the same descri
 shape of the recipe without a GPU, and to count the bytes that each moves.
 
 Block sizes come from ``launch.json``, keyed by kernel and shape class, never from timing at run time: they set the
-order of a reduction, and so the last bits of its result.
+order of a reduction, and so the last bits of its result. Those checked in are predicted, by what the code compiled for
+compute capability 9.0 issues and moves (``python -m benchmarks tune --predict``); no GPU has timed them.
 """
 
 from __future__ import annotations
