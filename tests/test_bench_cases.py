@@ -9,8 +9,8 @@ from benchmarks.cases import Augmentation, Norm, Wrong, check, check_replay, inp
 from benchmarks.parts import measure_kernel
 from cifar_fast import Recipe
 from cifar_fast.recipe import Block
+from tests.conftest import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = Recipe(batch_size=6, widths=(4, 8, 8))
 
 

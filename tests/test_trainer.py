@@ -9,16 +9,13 @@ from cifar_fast.backends import Compiled, Eager
 from cifar_fast.plan import Plan, cpu_has_bfloat16
 from cifar_fast.trainer import fit_plan
 from tests.conftest import NARROW, small_dataset
+from tests.trainings import HOW
 
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
 
 
 def train(dataset, **how):
-    return fit(
-        how.pop("recipe", RECIPE),
-        dataset,
-        **{"backend": "eager", "device": "cpu", "dtype": "float32", "log": None} | how,
-    )
+    return fit(how.pop("recipe", RECIPE), dataset, **HOW | how)
 
 
 def untimed(rows):
