@@ -28,6 +28,7 @@ from cifar_fast.recipe import IMAGE_SIZE, Block
 
 IMAGES = 50_000
 IMPLEMENTATIONS = ("fused", "compiled", "eager")
+DIRECTIONS = ("forward", "backward", "inference")
 # Of ||result - expected|| / ||expected||. Eager's float16 rounds what enters CELU's steep exponential: 1.8e-3 was seen.
 TOLERANCES = {torch.float16: 5e-3, torch.bfloat16: 1.5e-2, torch.float32: 1e-4}
 Tensors = dict[str, torch.Tensor]
@@ -94,7 +95,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Norm:
-    """(Max-pool,) batch norm and CELU of a block. ``direction``: forward or backward in training; inference."""
+    """(Max-pool,) batch norm and CELU of a block in one of ``DIRECTIONS``; forward and backward are of training."""
 
     block: Block
     batch_size: int
@@ -105,6 +106,11 @@ class Norm:
     @property
     def name(self) -> str:
         return f"{self.block.name}, {self.direction}"
+
+    @property
+    def part(self) -> str:
+        """Of what it is a part: a training step, or an evaluation."""
+        return "evaluation" if self.direction == "inference" else "step"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -203,13 +209,17 @@ Case = Augmentation | Norm
 
 def kernel_cases(recipe: Recipe, dtype: torch.dtype) -> list[Case]:
     """Every distinct shape at which ``recipe`` augments and norms, in each direction."""
-    shapes = {block.name: block for block in recipe.blocks()}.values()
-    norms = [
-        Norm(block, recipe.batch_size, recipe.celu_alpha, dtype, direction)
-        for block in shapes
-        for direction in ("forward", "backward", "inference")
-    ]
-    return [*(Augmentation(recipe, dtype, channels) for channels in (3, 4, 8)), *norms]
+    return [*(Augmentation(recipe, dtype, channels) for channels in (3, 4, 8)), *norm_cases(recipe, dtype)]
+
+
+def norm_cases(recipe: Recipe, dtype: torch.dtype) -> dict[Norm, int]:
+    """The norms of :func:`kernel_cases`, and how many of the blocks have that shape."""
+    names = [block.name for block in recipe.blocks()]
+    return {
+        Norm(block, recipe.batch_size, recipe.celu_alpha, dtype, direction): names.count(name)
+        for name, block in {block.name: block for block in recipe.blocks()}.items()
+        for direction in DIRECTIONS
+    }
 
 
 def moved(launches: Sequence[Launch]) -> int:
