@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -23,13 +24,13 @@ from benchmarks.compile import TARGETS, compile_all
 from benchmarks.compile import table as compile_table
 from benchmarks.floors import floor_rows
 from benchmarks.floors import table as floor_table
-from benchmarks.instructions import H200, count_all, record
+from benchmarks.instructions import CARDS, count_all, record
 from benchmarks.instructions import table as instructions_table
 from benchmarks.launches import listing, logged, profiled
 from benchmarks.parts import PARTS, Bench
 from benchmarks.report import RESULTS, pivot, write_report
 from benchmarks.run import run
-from benchmarks.tune import tune
+from benchmarks.tune import predict_case, tune
 from cifar_fast import InputError, Recipe, load_dataset
 from cifar_fast.backends import keep_freed_memory
 from cifar_fast.files import atomic_write, writing
@@ -73,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = commands.add_parser("tune", help="choose the launch parameters of kernels/launch.json on this GPU")
     tune.add_argument("--dtype", default="float16", choices=DTYPES)
+    tune.add_argument(
+        "--predict", choices=CARDS, metavar="ARCH", help=f"for a card that need not be here: {', '.join(CARDS)}"
+    )
     tune.add_argument("--write", action="store_true", help="write the best entries to kernels/launch.json")
 
     compile_ = commands.add_parser("compile", help="compile every kernel for GPUs that need not be here")
@@ -84,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     instructions.add_argument("--arch", default="sm_90", choices=TARGETS, help="compile for it (default: sm_90)")
     instructions.add_argument("--batch-size", type=int, default=Recipe().batch_size, metavar="N", help="default: 512")
     instructions.add_argument(
-        "--card", dest="name", metavar="NAME", help="whose figures follow (default: H200, and its figures)"
+        "--card", dest="name", metavar="NAME", help="whose figures follow (default: A100, H200 or B200, by --arch)"
     )
     instructions.add_argument("--multiprocessors", type=int, metavar="N")
     instructions.add_argument("--clock", type=rate, metavar="X", help="Hz")
@@ -145,10 +149,11 @@ def _compiling() -> None:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    if not torch.cuda.is_available():
-        raise InputError("tuning needs a CUDA GPU")
+    if not (args.predict or torch.cuda.is_available()):
+        raise InputError("tuning needs a CUDA GPU; --predict goes by the compiled code instead")
     _compiling()
-    tune(getattr(torch, args.dtype), args.write)
+    how = {"time_case": functools.partial(predict_case, target=args.predict)} if args.predict else {}
+    tune(getattr(torch, args.dtype), args.write, **how)
     return 0
 
 
@@ -164,7 +169,9 @@ def _compile(args: argparse.Namespace) -> int:
 def _instructions(args: argparse.Namespace) -> int:
     _compiling()
     given = {name: getattr(args, name) for name in ("name", "multiprocessors", "clock", "bandwidth", "cache")}
-    card = dataclasses.replace(H200, **{name: value for name, value in given.items() if value})
+    card = dataclasses.replace(
+        CARDS.get(args.arch, CARDS["sm_90"]), **{name: value for name, value in given.items() if value}
+    )
     rows = count_all(Recipe(batch_size=args.batch_size), getattr(torch, args.dtype), args.arch)
     print("predicted: counted in compiled code, no GPU ran")
     print(f"triton {triton.__version__}, {args.arch}, {args.dtype}, batch {args.batch_size}; {card}")

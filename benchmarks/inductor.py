@@ -21,9 +21,11 @@ import torch._inductor.config
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner, GridExpr
 
 from benchmarks.cases import Norm, norm_cases
-from benchmarks.instructions import H200, Counted, count_compiled, count_launch
+from benchmarks.instructions import CARDS, Counted, count_compiled, count_launch
 from benchmarks.rows import markdown
 from cifar_fast import Recipe
+
+CARD = CARDS["sm_90"]
 
 
 def uses(source: str, name: str) -> set[str]:
@@ -78,7 +80,7 @@ def inductor(case: Norm) -> list[Counted]:
 
 def times(launches: list[Counted]) -> tuple[float, float, float]:
     """us of bytes, of issue, and of the longer of both launch by launch."""
-    found = [one.times(H200) for one in launches]
+    found = [one.times(CARD) for one in launches]
     pairs = [(one["byte"] * 1e6, one["issue"] * 1e6) for one in found]
     return sum(a for a, _ in pairs), sum(b for _, b in pairs), sum(map(max, pairs))
 
@@ -103,7 +105,7 @@ def main() -> int:
             facts = f"{one.bytes / 1e6:.1f}", f"{whole:.1f}", str(one.registers), f"{one.resident:.0%}"
             kernels.append((case.name, one.kernel, *facts, *(f"{us:.1f}" for us in times([one]))))
     figures = ("launches", "bytes us", "issue us", "longer us")
-    print(f"predicted: counted in compiled code, no GPU ran\ntorch {torch.__version__}, {arch}, {dtype}; {H200}\n")
+    print(f"predicted: counted in compiled code, no GPU ran\ntorch {torch.__version__}, {arch}, {dtype}; {CARD}\n")
     print(markdown(("case", "count", *figures, *(f"inductor: {one}" for one in figures), "inductor / ours"), lines))
     for part in ("step", "evaluation"):
         print(f"\n{part}: ours {sums[part, 0]:.1f} us, Inductor's {sums[part, 1]:.1f} us, of the longer of both")

@@ -33,6 +33,7 @@ selections and the shifts by which bfloat16 is widened.
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -86,7 +87,14 @@ class Card:
         return instructions / (self.multiprocessors * 4 * self.clock)
 
 
-H200 = Card("H200", multiprocessors=132, clock=1.755e9, bandwidth=4.3e12, cache=50e6)
+# The bandwidth is 0.9 of the data sheets', which is what a copy gets on an H200; clocks are the highest.
+CARDS = {
+    "sm_80": Card("A100", multiprocessors=108, clock=1.41e9, bandwidth=1.83e12, cache=40e6),
+    "sm_90": Card("H200", multiprocessors=132, clock=1.755e9, bandwidth=4.3e12, cache=50e6),
+    "sm_100": Card("B200", multiprocessors=148, clock=1.965e9, bandwidth=7.2e12, cache=126e6),
+}
+ALU_LATENCY = 4
+"""Cycles from an instruction to one that needs its result (Jia et al., Dissecting the Volta Architecture, 2018)."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +139,23 @@ class Counted:
         """Of the 64 warps of a multiprocessor those that fit 65,536 registers, given out by 8 a thread, and 227 KiB of
         shared memory, of which each program takes 1 KiB more (CUDA Programming Guide, compute capability 9.0).
         """
+        return self.resident_programs * self.warps / 64
+
+    @property
+    def resident_programs(self) -> int:
+        """Of a multiprocessor."""
         by_registers = 4 * (65536 // 4 // (WARP * 8 * -(-self.registers // 8)))
-        programs = min(min(64, by_registers) // self.warps, 32, 227 * 1024 // (self.shared + 1024))
-        return programs * self.warps / 64
+        return min(min(64, by_registers) // self.warps, 32, 227 * 1024 // (self.shared + 1024))
+
+    def seconds(self, card: Card) -> float:
+        """What the launch takes at the least: to issue or to move, whichever is longer, with the last wave of programs
+        as long as a full one; or the instructions of a thread, one after the other, each wave.
+        """
+        waves = self.programs / (card.multiprocessors * self.resident_programs)
+        of_each = self.programs / card.multiprocessors
+        uneven = math.ceil(waves) / waves if waves > 1 else math.ceil(of_each) / of_each
+        chain = math.ceil(waves) * sum(self.instructions.values()) * ALU_LATENCY / card.clock
+        return max(uneven * max(card.issue(self.warp_instructions), self.bytes / card.bandwidth), chain)
 
 
 def classify(instruction: str) -> str:

@@ -1,8 +1,10 @@
-"""``python -m benchmarks tune``: the entries of ``kernels/launch.json``, tuned on this GPU.
+"""``python -m benchmarks tune``: the entries of ``kernels/launch.json``, tuned on this GPU, or predicted for another.
 
 For offline use: what runs reads the table and times nothing. For each entry a few others are tried at the recipe's
 shapes that take it; the sum of the operators' times decides. Entries are tried in the file's order, each with the best
-of those before it. A candidate must agree with plain torch and spill nothing.
+of those before it. A candidate must agree with plain torch and spill nothing. With ``--predict`` the times are those
+that the compiled code takes at the least (:meth:`benchmarks.instructions.Counted.seconds`), and half of a
+multiprocessor's warps must fit.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import copy
 import json
 import math
 import re
+from collections.abc import Callable
 
 import torch
 from triton.errors import TritonError
 
 from benchmarks.cases import Case, Wrong, kernel_cases
 from benchmarks.compile import compile_launch
+from benchmarks.instructions import CARDS, count_launch
 from benchmarks.parts import measure_kernel
 from benchmarks.rows import markdown
 from cifar_fast import Recipe
@@ -83,7 +87,18 @@ def time_case(case: Case, trial: Table) -> float:
     return time.median
 
 
-def tune(dtype: torch.dtype, write: bool) -> None:
+def predict_case(case: Case, trial: Table, target: str) -> float:
+    """As :func:`time_case`, on ``target``'s card, from what is compiled for it."""
+    with using(trial):
+        launches = case.launches()
+    rows = [count_launch("", case.name, 1, launch, target) for launch in launches]
+    for row in rows:
+        if row.spills or row.resident < 0.5:
+            raise Wrong(f"{row.kernel} spills {row.spills} bytes; {row.resident:.0%} of the warps fit")
+    return 1e6 * sum(row.seconds(CARDS[target]) for row in rows)
+
+
+def tune(dtype: torch.dtype, write: bool, time_case: Callable[[Case, Table], float] = time_case) -> None:
     """Tune every entry of the table and print what was timed; ``write`` the best to ``kernels/launch.json``."""
     entries, cases = copy.deepcopy(table()), kernel_cases(Recipe(), dtype)
     for key, shape_class in [(key, name) for key, of in entries.items() for name in of]:

@@ -150,11 +150,7 @@ def set_up(plan: Plan, recipe: Recipe, dataset: Dataset, log: Log) -> tuple[Back
         except InputError:
             raise
         except Exception as error:  # compiler, driver, memory: each layer below raises its own
-            cause = first_cause(error)
-            why = f"{type(cause).__name__}: {first_line(cause)}"
-            if out_of_memory(cause):
-                why = f"out of memory at --batch-size {recipe.batch_size}"
-            failure = f"the {name} backend cannot be set up here ({why})"
+            failure = f"the {name} backend cannot be set up here ({_why(error, recipe.batch_size)})"
             if following is None:
                 raise InputError(f"{failure}; see --backend for others, --traceback for where it failed") from error
             LOGGER.info("%s", failure, exc_info=error)
@@ -168,6 +164,14 @@ def set_up(plan: Plan, recipe: Recipe, dataset: Dataset, log: Log) -> tuple[Back
         if plan.device.type == "cuda":
             torch.cuda.empty_cache()
     raise AssertionError("a plan has at least one backend")
+
+
+def _why(error: BaseException, batch_size: int) -> str:
+    """The reason in a line. No variable of the caller's may hold the cause, whose frames hold the backend's memory."""
+    cause = first_cause(error)
+    if out_of_memory(cause):
+        return f"out of memory at --batch-size {batch_size}"
+    return f"{type(cause).__name__}: {first_line(cause)}"
 
 
 def backend_class(name: str) -> Callable[..., Backend]:

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 
 import cifar_fast.fused
 from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
-from cifar_fast.backends import Eager
+from cifar_fast.backends import Compiled, Eager
 from cifar_fast.fused import CHANNELS, Fused, GlobalMaxPool2d, fastest_deterministic_convolutions, fuse
 from cifar_fast.kernels.bookkeeping import record_reference
 from cifar_fast.plan import resolve
-from tests.conftest import DEVICE, NARROW, small_dataset
+from cifar_fast.train import main
+from tests.conftest import DEVICE, NARROW, save_npz, small_dataset
 
 GPU_RECIPE = Recipe(epochs=2, batch_size=4, widths=(4, 8, 8, 16))
 """As that of test_replay.py: on a stand-in for a GPU each kernel of another shape takes seconds the first time."""
@@ -390,6 +391,73 @@ def test_a_capture_that_fails_leaves_the_process_usable_and_auto_goes_on(monkeyp
     monkeypatch.undo()
     again = fit(GPU_RECIPE, small_dataset(train=10, test=7), backend="fused", device="cuda", dtype="float16", log=None)
     assert again.backend == "fused"
+
+
+@pytest.mark.gpu
+def test_what_a_failed_backend_held_is_given_back_before_the_next_is_tried(monkeypatch):
+    failed, held = [], []
+
+    def broken(self):
+        failed.append(weakref.ref(self))
+        raise ValueError("a mistake in the step")
+
+    def set_up(self, *given):
+        held.append(failed[0]() is not None)
+        make(self, *given)
+
+    make = Compiled.__init__
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(Fused, "_step", broken)
+    monkeypatch.setattr(Compiled, "__init__", set_up)
+    result = fit(GPU_RECIPE, small_dataset(train=10, test=7), device="cuda", dtype="float16", log=None)
+    assert result.backend == "compiled" and held == [False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("where", "backend"), [("setting up", "auto"), ("training", "eager")])
+def test_a_gpu_whose_memory_runs_out_is_told_in_a_line_with_the_batch_size(
+    tmp_path, capsys, monkeypatch, where, backend
+):
+    npz = save_npz(tmp_path / "small.npz", small_dataset(train=2000, test=600))
+
+    def take_the_rest(*given, **how):
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(0.0)
+        return draw_epoch(*given, **how)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr("cifar_fast.trainer.draw_epoch", take_the_rest)
+    try:
+        if where == "setting up":
+            take_the_rest(1, device="cpu")
+        flags = f"--dataset npz --data-dir {npz} --batch-size 1000 --widths 16 16 --device cuda --dtype float16"
+        assert main([*flags.split(), "--backend", backend, "--output", f"{tmp_path}/out"]) == 2
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "out of memory" in error and error.count("\n") == 1
+    assert "--batch-size 1000" in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+def test_a_training_that_was_stopped_goes_on_in_new_graphs_to_the_same_bits(tmp_path):
+    dataset = small_dataset(train=10, test=7)
+    how = dict(backend="fused", device="cuda", dtype="float16", runs=2)
+    lines = []
+
+    def stop_in_the_last_epoch(line):
+        lines.append(line)
+        if sum(line.startswith("epoch") for line in lines) == 2 * GPU_RECIPE.epochs:
+            raise KeyboardInterrupt
+
+    whole = fit(GPU_RECIPE, dataset, log=None, **how)
+    with pytest.raises(KeyboardInterrupt):
+        fit(GPU_RECIPE, dataset, output=tmp_path / "out", log=stop_in_the_last_epoch, **how)
+    parts = fit(GPU_RECIPE, dataset, resume=tmp_path / "out", log=lines.append, **how)
+    assert "going on after epoch 1" in lines
+    assert [row.train_loss for row in parts.rows] == [row.train_loss for row in whole.rows]
+    assert [row.test_accuracy for row in parts.rows] == [row.test_accuracy for row in whole.rows]
+    assert all(torch.equal(parts.state_dict[name], tensor) for name, tensor in whole.state_dict.items())
 
 
 @pytest.mark.gpu
