@@ -420,10 +420,7 @@ def _compare(args: argparse.Namespace) -> int:
         raise InputError(f"--tolerance must be above 0, not {args.tolerance:g}")
     check_json(args.json)
 
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    _interpret_without_a_gpu(args.device)
 
     from cifar_fast.compare import Comparison, compare, write_report
     from cifar_fast.plan import resolve
@@ -442,6 +439,14 @@ def _compare(args: argparse.Namespace) -> int:
         write_report(args.json, comparison, recipe, dataset, seed=args.seed, drift=args.drift)
     say(comparison.verdict())
     return 0 if comparison.within else 1
+
+
+def _interpret_without_a_gpu(device: str) -> None:
+    """Have Triton interpret kernels where ``--device`` is no GPU; before anything imports it."""
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def check_json(path: Path | None) -> None:
@@ -473,10 +478,7 @@ def check_parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> int:
     check_json(args.json)
 
-    import torch
-
-    if args.device == "cpu" or not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    _interpret_without_a_gpu(args.device)
 
     from cifar_fast.augment import Seeds
     from cifar_fast.backends import keep_freed_memory
