@@ -17,6 +17,7 @@ import torch._functorch.config
 
 from cifar_fast import Recipe
 from cifar_fast.backends import fresh_code
+from cifar_fast.check import DIRECTIONS, parameter_dtype
 from cifar_fast.kernels.augment import augment, augment_reference
 from cifar_fast.kernels.augment import example_launches as augment_launches
 from cifar_fast.kernels.batch_norm_celu import batch_norm_celu, batch_norm_celu_reference
@@ -28,7 +29,6 @@ from cifar_fast.recipe import IMAGE_SIZE, Block
 
 IMAGES = 50_000
 IMPLEMENTATIONS = ("fused", "compiled", "eager")
-DIRECTIONS = ("forward", "backward", "inference")
 # Of ||result - expected|| / ||expected||. Eager's float16 rounds what enters CELU's steep exponential: 1.8e-3 was seen.
 TOLERANCES = {torch.float16: 5e-3, torch.bfloat16: 1.5e-2, torch.float32: 1e-4}
 Tensors = dict[str, torch.Tensor]
@@ -117,18 +117,13 @@ class Norm:
         return self.batch_size, self.block.c_out, self.block.size, self.block.size
 
     @property
-    def parameter_dtype(self) -> torch.dtype:
-        """As in training: bfloat16 has float32 weights."""
-        return torch.float32 if self.dtype == torch.bfloat16 else self.dtype
-
-    @property
     def settings(self) -> dict[str, float]:
         """What the operator is told beside tensors."""
         return dict(alpha=self.alpha, pool=self.block.pool)
 
     def launches(self) -> list[Launch]:
         """Our launches of this direction, on tensors without memory."""
-        types = dict(dtype=self.dtype, parameter_dtype=self.parameter_dtype)
+        types = dict(dtype=self.dtype, parameter_dtype=parameter_dtype(self.dtype))
         return norm_launches(self.shape, direction=self.direction, **types, **self.settings)
 
     def inputs(self, sets: int, device: torch.device) -> list[Tensors]:
@@ -140,7 +135,7 @@ class Norm:
             return tensor.normal_(mean, 2).permute(0, 3, 1, 2)
 
         def values(mean: float, deviation: float) -> torch.Tensor:
-            return torch.empty(channels, dtype=self.parameter_dtype, device=device).normal_(mean, deviation)
+            return torch.empty(channels, dtype=parameter_dtype(self.dtype), device=device).normal_(mean, deviation)
 
         found = []
         for _ in range(sets):

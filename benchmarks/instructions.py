@@ -45,10 +45,11 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.cases import DIRECTIONS, Augmentation, Head, norm_cases
+from benchmarks.cases import Augmentation, Head, norm_cases
 from benchmarks.compile import compiled_kernel, resources
 from benchmarks.rows import markdown, show
 from cifar_fast import Recipe
+from cifar_fast.check import DIRECTIONS
 from cifar_fast.fused import CHANNELS
 from cifar_fast.kernels.launch import Launch
 
