@@ -237,9 +237,9 @@ def _predict(args: argparse.Namespace) -> int:
         print(f"error: {reason}", file=sys.stderr)
 
     told = []
-    how = dict(batch_size=args.batch_size, flip_average=args.flip_average)
-    with naming_the_batch_size("prediction", args.batch_size):
-        for one in predictions(model, images, on_broken=on_broken, **how):
+    size, flip = args.batch_size, args.flip_average
+    with naming_the_batch_size("prediction", size):
+        for one in predictions(model, images, batch_size=size, flip_average=flip, on_broken=on_broken):
             told.append(one)
             best = one.probabilities.topk(args.top)
             classes = (f"{names[i]} {100 * p:.2f} %" for p, i in zip(best.values.tolist(), best.indices.tolist()))

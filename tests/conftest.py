@@ -52,7 +52,7 @@ def shared():
 
 
 def small_dataset(train=96, test=40, classes=3, seed=0):
-    """Random pictures whose labels can be learnt: class k is brighter than class k - 1."""
+    """Random images whose labels can be learnt: class k is brighter than class k - 1."""
     random = np.random.RandomState(seed)
 
     def split(n):

@@ -8,7 +8,7 @@ import pytest
 import benchmarks.run
 from benchmarks.__main__ import main
 from benchmarks.parts import Bench, Skip, Wrong, time_steps
-from benchmarks.report import RESULTS, pivot, report, write_report
+from benchmarks.report import RESULTS, pivot, write_report
 from benchmarks.rows import Row, ratio, rows_of
 from benchmarks.run import run
 from benchmarks.timing import interleave
@@ -167,7 +167,6 @@ def test_the_stored_reports_are_what_the_stored_rows_say(tmp_path):
     files = sorted(RESULTS.glob("*/results.json"))
     assert files
     for file in files:
-        results = json.loads(file.read_text())
-        assert (file.parent / "results.md").read_text() == report(results) + "\n", file
         (tmp_path / "results.json").write_text(file.read_text())
         write_report(tmp_path)
+        assert (tmp_path / "results.md").read_text() == (file.parent / "results.md").read_text(), file

@@ -149,7 +149,7 @@ def make_folder(root, splits=(("train", 6), ("test", 2)), classes=("ant", "bee")
     return root
 
 
-def test_a_folder_gives_its_pictures_in_the_order_of_their_names(tmp_path):
+def test_a_folder_gives_its_images_in_the_order_of_their_names(tmp_path):
     root = make_folder(tmp_path / "set")
     dataset = load_dataset("folder", root, log=None)
     assert dataset.class_names == ("ant", "bee")
@@ -217,7 +217,7 @@ def test_a_file_of_several_images_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1"])
-def test_a_picture_of_another_mode_becomes_rgb(tmp_path, mode):
+def test_an_image_of_another_mode_becomes_rgb(tmp_path, mode):
     root = make_folder(tmp_path / "set")
     file = root / "train/ant/000.png"
     expected = Image.open(file).convert(mode)
@@ -339,12 +339,12 @@ def test_a_place_where_cifar10_cannot_go_is_named(cifar10, tmp_path):
         load_dataset("cifar10", tmp_path / "file" / "data", log=None)
 
 
-# -- real pictures
+# -- real images
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_all_sixty_thousand_real_pictures_load(shared, tmp_path):
+def test_all_sixty_thousand_real_images_load(shared, tmp_path):
     with tarfile.open(shared("data/cifar10-jpeg.tar.xz")) as archive:
         archive.extractall(tmp_path / "set", filter="data")
     dataset = load_dataset("folder", tmp_path / "set", log=None)

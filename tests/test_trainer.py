@@ -138,7 +138,7 @@ def test_compiled_trains_as_eager_does_and_its_set_up_leaves_no_trace(small, com
     """
     recipe = dataclasses.replace(
         RECIPE, batch_size=30, lr_values=(0.1, 0.2, 0)
-    )  # 10 test pictures in the last, short batch
+    )  # 10 test images in the last, short batch
     eager = train(small, recipe=recipe, runs=2)
     compiled = train(small, recipe=recipe, runs=2, backend="compiled")
     for mine, its in zip(compiled.rows, eager.rows, strict=True):
