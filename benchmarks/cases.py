@@ -17,6 +17,7 @@ import torch._functorch.config
 
 from cifar_fast import Recipe
 from cifar_fast.backends import fresh_code
+from cifar_fast.check import DIRECTIONS, parameter_dtype
 from cifar_fast.kernels.augment import augment, augment_reference
 from cifar_fast.kernels.augment import example_launches as augment_launches
 from cifar_fast.kernels.batch_norm_celu import batch_norm_celu, batch_norm_celu_reference
@@ -94,7 +95,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Norm:
-    """(Max-pool,) batch norm and CELU of a block. ``direction``: forward or backward in training; inference."""
+    """(Max-pool,) batch norm and CELU of a block in one of ``DIRECTIONS``; forward and backward are of training."""
 
     block: Block
     batch_size: int
@@ -107,13 +108,13 @@ class Norm:
         return f"{self.block.name}, {self.direction}"
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return self.batch_size, self.block.c_out, self.block.size, self.block.size
+    def part(self) -> str:
+        """Of what it is a part: a training step, or an evaluation."""
+        return "evaluation" if self.direction == "inference" else "step"
 
     @property
-    def parameter_dtype(self) -> torch.dtype:
-        """As in training: bfloat16 has float32 weights."""
-        return torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch_size, self.block.c_out, self.block.size, self.block.size
 
     @property
     def settings(self) -> dict[str, float]:
@@ -122,7 +123,7 @@ class Norm:
 
     def launches(self) -> list[Launch]:
         """Our launches of this direction, on tensors without memory."""
-        types = dict(dtype=self.dtype, parameter_dtype=self.parameter_dtype)
+        types = dict(dtype=self.dtype, parameter_dtype=parameter_dtype(self.dtype))
         return norm_launches(self.shape, direction=self.direction, **types, **self.settings)
 
     def inputs(self, sets: int, device: torch.device) -> list[Tensors]:
@@ -134,7 +135,7 @@ class Norm:
             return tensor.normal_(mean, 2).permute(0, 3, 1, 2)
 
         def values(mean: float, deviation: float) -> torch.Tensor:
-            return torch.empty(channels, dtype=self.parameter_dtype, device=device).normal_(mean, deviation)
+            return torch.empty(channels, dtype=parameter_dtype(self.dtype), device=device).normal_(mean, deviation)
 
         found = []
         for _ in range(sets):
@@ -203,13 +204,17 @@ Case = Augmentation | Norm
 
 def kernel_cases(recipe: Recipe, dtype: torch.dtype) -> list[Case]:
     """Every distinct shape at which ``recipe`` augments and norms, in each direction."""
-    shapes = {block.name: block for block in recipe.blocks()}.values()
-    norms = [
-        Norm(block, recipe.batch_size, recipe.celu_alpha, dtype, direction)
-        for block in shapes
-        for direction in ("forward", "backward", "inference")
-    ]
-    return [*(Augmentation(recipe, dtype, channels) for channels in (3, 4, 8)), *norms]
+    return [*(Augmentation(recipe, dtype, channels) for channels in (3, 4, 8)), *norm_cases(recipe, dtype)]
+
+
+def norm_cases(recipe: Recipe, dtype: torch.dtype) -> dict[Norm, int]:
+    """The norms of :func:`kernel_cases`, and how many of the blocks have that shape."""
+    names = [block.name for block in recipe.blocks()]
+    return {
+        Norm(block, recipe.batch_size, recipe.celu_alpha, dtype, direction): names.count(name)
+        for name, block in {block.name: block for block in recipe.blocks()}.items()
+        for direction in DIRECTIONS
+    }
 
 
 def moved(launches: Sequence[Launch]) -> int:
@@ -234,9 +239,8 @@ def check(case: Case, outputs: Tensors, expected: Tensors) -> None:
             raise Wrong(f"{case.name}: {name} is {result.dtype} and not {case.dtype}")
         result, right = result.double(), right.detach().double()
         error = ((result - right).norm() / right.norm()).item()
-        if not error <= (
-            TOLERANCES[case.dtype] if isinstance(case, Norm) else 0
-        ):  # not (error > tolerance): unwritten, poisoned outputs hold NaN
+        limit = TOLERANCES[case.dtype] if isinstance(case, Norm) else 0
+        if not error <= limit:  # which also refuses the NaN that outputs hold where nothing wrote over the poison
             raise Wrong(f"{case.name}: {name} is off by {error:.1e}")
 
 

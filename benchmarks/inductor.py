@@ -20,7 +20,7 @@ import torch
 import torch._inductor.config
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner, GridExpr
 
-from benchmarks.cases import Norm
+from benchmarks.cases import Norm, norm_cases
 from benchmarks.instructions import CARDS, Counted, count_compiled, count_launch
 from benchmarks.rows import markdown
 from cifar_fast import Recipe
@@ -80,7 +80,8 @@ def inductor(case: Norm) -> list[Counted]:
 
 def times(launches: list[Counted]) -> tuple[float, float, float]:
     """us of bytes, of issue, and of the longer of both launch by launch."""
-    pairs = [(one.bytes / CARD.bandwidth * 1e6, CARD.issue(one.warp_instructions) * 1e6) for one in launches]
+    found = [one.times(CARD) for one in launches]
+    pairs = [(one["byte"] * 1e6, one["issue"] * 1e6) for one in found]
     return sum(a for a, _ in pairs), sum(b for _, b in pairs), sum(map(max, pairs))
 
 
@@ -91,25 +92,18 @@ def main() -> int:
     recipe, dtype = Recipe(), torch.float16
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
     lines, kernels, sums = [], [], {}
-    blocks = list(recipe.blocks())
-    for block in {block.name: block for block in blocks}.values():
-        for direction in ("forward", "backward", "inference"):
-            case = Norm(block, recipe.batch_size, recipe.celu_alpha, dtype, direction)
-            ours = [count_launch("ours", direction, 1, launch, arch) for launch in case.launches()]
-            theirs = inductor(case)
-            count = sum(one.name == block.name for one in blocks)
-            a, b = times(ours), times(theirs)
-            part = "evaluation" if direction == "inference" else "step"
-            for side, one in enumerate((a, b)):
-                sums[part, side] = sums.get((part, side), 0) + count * one[2]
-            sides = [[str(len(some)), *(f"{us:.1f}" for us in one)] for some, one in ((ours, a), (theirs, b))]
-            lines.append((f"{block.name}, {direction}", str(count), *sides[0], *sides[1], f"{b[2] / a[2]:.2f}"))
-            for one in theirs:
-                whole = one.per_element(sum(one.instructions.values()))
-                facts = f"{one.bytes / 1e6:.1f}", f"{whole:.1f}", str(one.registers), f"{one.resident:.0%}"
-                kernels.append(
-                    (f"{block.name}, {direction}", one.kernel, *facts, *(f"{us:.1f}" for us in times([one])))
-                )
+    for case, count in norm_cases(recipe, dtype).items():
+        ours = [count_launch("ours", case.direction, 1, launch, arch) for launch in case.launches()]
+        theirs = inductor(case)
+        a, b = times(ours), times(theirs)
+        for side, one in enumerate((a, b)):
+            sums[case.part, side] = sums.get((case.part, side), 0) + count * one[2]
+        sides = [[str(len(some)), *(f"{us:.1f}" for us in one)] for some, one in ((ours, a), (theirs, b))]
+        lines.append((case.name, str(count), *sides[0], *sides[1], f"{b[2] / a[2]:.2f}"))
+        for one in theirs:
+            whole = one.per_element(sum(one.instructions.values()))
+            facts = f"{one.bytes / 1e6:.1f}", f"{whole:.1f}", str(one.registers), f"{one.resident:.0%}"
+            kernels.append((case.name, one.kernel, *facts, *(f"{us:.1f}" for us in times([one]))))
     figures = ("launches", "bytes us", "issue us", "longer us")
     print(f"predicted: counted in compiled code, no GPU ran\ntorch {torch.__version__}, {arch}, {dtype}; {CARD}\n")
     print(markdown(("case", "count", *figures, *(f"inductor: {one}" for one in figures), "inductor / ours"), lines))

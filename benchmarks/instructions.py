@@ -37,7 +37,6 @@ import math
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -46,10 +45,11 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.cases import Augmentation, Head, Norm
+from benchmarks.cases import Augmentation, Head, norm_cases
 from benchmarks.compile import compiled_kernel, resources
 from benchmarks.rows import markdown, show
 from cifar_fast import Recipe
+from cifar_fast.check import DIRECTIONS
 from cifar_fast.fused import CHANNELS
 from cifar_fast.kernels.launch import Launch
 
@@ -129,6 +129,11 @@ class Counted:
     def per_element(self, instructions: int) -> float:
         """Thread instructions per element, of so many of a thread."""
         return instructions * WARP * self.warps * self.programs / self.elements
+
+    def times(self, card: Card) -> dict[str, float]:
+        """Seconds of issue, of the bytes, and of those alone that the cache has not kept."""
+        issue, warm = card.issue(self.warp_instructions), self.from_memory(card.cache)
+        return {"issue": issue, "byte": self.bytes / card.bandwidth, "byte_warm": warm / card.bandwidth}
 
     @property
     def resident(self) -> float:
@@ -285,18 +290,14 @@ def recipe_launches(recipe: Recipe, dtype: torch.dtype) -> list[tuple[str, str, 
     """The launches of a step and of an evaluation: part, case, how often, launch, and the pass before a second one;
     those alike once.
     """
-    batch = recipe.batch_size
     augmentation = Augmentation(recipe, dtype, CHANNELS)
     found: list[Any] = [("step", augmentation.name, 1, launch, None) for launch in augmentation.launches()]
     found += [("step", Head.name, 1, launch, None) for launch in Head(recipe, dtype).launches()]
-    shapes = Counter(block.name for block in recipe.blocks())
-    blocks = {block.name: block for block in recipe.blocks()}
-    for direction, part in (("forward", "step"), ("backward", "step"), ("inference", "evaluation")):
-        for name, often in shapes.items():
-            case = Norm(blocks[name], batch, recipe.celu_alpha, dtype, direction)
-            launches = case.launches()  # pass, merge, pass; of an evaluation one pass
-            for i, launch in enumerate(launches):
-                found.append((part, f"{name}, {direction}", often, launch, launches[0] if i == 2 else None))
+    norms = norm_cases(recipe, dtype)
+    for case in sorted(norms, key=lambda case: DIRECTIONS.index(case.direction)):
+        launches = case.launches()  # pass, merge, pass; of an evaluation one pass
+        for i, launch in enumerate(launches):
+            found.append((case.part, case.name, norms[case], launch, launches[0] if i == 2 else None))
     return found
 
 
@@ -307,9 +308,7 @@ def count_all(recipe: Recipe, dtype: torch.dtype, arch: str) -> list[Counted]:
 
 def record(row: Counted, card: Card) -> dict[str, Any]:
     """Every figure of a launch; times in s."""
-    warm = row.from_memory(card.cache) / card.bandwidth
-    times = {"issue": card.issue(row.warp_instructions), "byte": row.bytes / card.bandwidth, "byte_warm": warm}
-    return asdict(row) | {"warp_instructions": row.warp_instructions, "resident": row.resident} | times
+    return asdict(row) | {"warp_instructions": row.warp_instructions, "resident": row.resident} | row.times(card)
 
 
 def table(rows: Sequence[Counted], card: Card) -> str:
@@ -319,19 +318,15 @@ def table(rows: Sequence[Counted], card: Card) -> str:
     for row in rows:
         each = [f"{row.per_element(row.instructions[name]):.1f}" for name in CLASSES]
         whole = f"{row.per_element(sum(row.instructions.values())):.1f}"
-        issue, moved = card.issue(row.warp_instructions) * 1e6, row.bytes / card.bandwidth * 1e6
-        warm = row.from_memory(card.cache) / card.bandwidth * 1e6
-        times = f"{issue:.2f}", f"{moved:.2f}", f"{warm:.2f}", show(issue / moved)
-        facts = str(row.registers), f"{row.resident:.0%}", str(row.spills)
-        lines.append((row.case, row.kernel, str(row.count), *each, whole, *times, *facts))
+        times = row.times(card)
+        us = [f"{seconds * 1e6:.2f}" for seconds in times.values()]
+        facts = show(times["issue"] / times["byte"]), str(row.registers), f"{row.resident:.0%}", str(row.spills)
+        lines.append((row.case, row.kernel, str(row.count), *each, whole, *us, *facts))
     sums = []
     for part in dict.fromkeys(row.part for row in rows):
-        some = [row for row in rows if row.part == part]
-        pairs = [
-            (row.count * card.issue(row.warp_instructions), row.count * row.bytes / card.bandwidth) for row in some
-        ]
-        warm = sum(row.count * row.from_memory(card.cache) / card.bandwidth for row in some)
-        totals = sum(a for a, _ in pairs), sum(b for _, b in pairs), warm, sum(map(max, pairs))
-        sums.append((part, str(sum(row.count for row in some)), *(f"{one * 1e6:.1f}" for one in totals)))
+        some = [(row.count, row.times(card)) for row in rows if row.part == part]
+        totals = [sum(count * times[name] for count, times in some) for name in ("issue", "byte", "byte_warm")]
+        totals.append(sum(count * max(times["issue"], times["byte"]) for count, times in some))
+        sums.append((part, str(sum(count for count, _ in some)), *(f"{one * 1e6:.1f}" for one in totals)))
     of_parts = markdown(("part", "launches", "issue us", "bytes us", "warm", "the longer of both, us"), sums)
     return f"{markdown((*header, 'registers', 'warps', 'bytes spilled'), lines)}\n\n{of_parts}"

@@ -122,7 +122,7 @@ class Training:
             yield images[part], labels[part]
 
     def epoch(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-        """Train one epoch; gives its mean loss and accuracy in per cent."""
+        """Train one epoch; gives its mean loss and accuracy in %."""
         steps = len(images) // self.batch_size
         results = [self.step(*batch, steps) for batch in self.batches(images, labels)]
         return tuple(torch.cat(values).float().mean().item() for values in zip(*results))

@@ -389,7 +389,7 @@ def compare_times(backend: Backend, classes: int, times: list[float]) -> str:
     floor = floors(passes(backend.recipe, classes, dtype), bandwidth, rate)["overlapped"]
     step = statistics.median(times)
     return (
-        f"{step * 1e3:,.2f} ms a step of {backend.recipe.batch_size} images; floor {floor * 1e3:,.2f} ms, "
+        f"{step * 1e3:,.2f} ms/step of {backend.recipe.batch_size} images; floor {floor * 1e3:,.2f} ms, "
         f"at {bandwidth / 1e9:,.0f} GB/s and {rate / 1e9:,.0f} GFLOP/s"
     )
 

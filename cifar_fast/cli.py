@@ -31,24 +31,14 @@ from cifar_fast.flags import (
 )
 from cifar_fast.recipe import Recipe
 
-USAGE = """usage: cifar-fast COMMAND [flags]
-
-  train     train the recipe, and write down what came of it
-  predict   tell what a trained network takes images for
-  sweep     train several variants of the recipe in turn, as a file states them
-  report    set trainings beside each other: means, intervals, differences
-  compare   run two backends in lockstep, and tell how far apart each layer is
-  profile   train a few steps, and tell where their time goes
-  check     tell whether all that training needs works on this machine
-
-cifar-fast COMMAND --help lists the flags; --version tells the version."""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command with ``argv`` (default: the process's own); gives its exit code, 2 for bad input."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
-        print(USAGE)
+        lines = [f"  {name:9} {what}" for name, (_, what) in COMMANDS.items()]
+        end = "\ncifar-fast COMMAND --help lists the flags; --version tells the version."
+        print("usage: cifar-fast COMMAND [flags]\n", *lines, end, sep="\n")
         return 0
     if command == "--version":
         print(f"cifar-fast {__version__}")
@@ -56,7 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"error: there is no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return COMMANDS[command](rest)
+    return COMMANDS[command][0](rest)
+
+
+def _parser(command: str) -> Parser:
+    _, what = COMMANDS[command]
+    return Parser(prog=f"cifar-fast {command}", description=f"{what[0].upper()}{what[1:]}.")
 
 
 # -- train
@@ -68,7 +63,7 @@ def train(argv: list[str] | None = None) -> int:
 
 
 def train_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="cifar-fast train", description="Train the reference CIFAR-10 recipe.", allow_abbrev=False)
+    parser = _parser("train")
     add_run_flags(parser)
     parser.add_argument(
         "--runs", type=int, default=1, help="train that often; run i has the seed of the first, plus i (default: 1)"
@@ -202,11 +197,7 @@ def predict(argv: list[str] | None = None) -> int:
 
 
 def predict_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="cifar-fast predict",
-        description="Tell what a trained network takes images for: a line each, with the class and its probability.",
-        allow_abbrev=False,
-    )
+    parser = _parser("predict")
     parser.add_argument("model", metavar="MODEL", help="model.pt of a training, or the training's folder")
     parser.add_argument(
         "images",
@@ -246,9 +237,9 @@ def _predict(args: argparse.Namespace) -> int:
         print(f"error: {reason}", file=sys.stderr)
 
     told = []
-    how = dict(batch_size=args.batch_size, flip_average=args.flip_average)
-    with naming_the_batch_size("prediction", args.batch_size):
-        for one in predictions(model, images, on_broken=on_broken, **how):
+    size, flip = args.batch_size, args.flip_average
+    with naming_the_batch_size("prediction", size):
+        for one in predictions(model, images, batch_size=size, flip_average=flip, on_broken=on_broken):
             told.append(one)
             best = one.probabilities.topk(args.top)
             classes = (f"{names[i]} {100 * p:.2f} %" for p, i in zip(best.values.tolist(), best.indices.tolist()))
@@ -274,12 +265,7 @@ def sweep(argv: list[str] | None = None) -> int:
 
 
 def sweep_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="cifar-fast sweep",
-        description="Train several variants of the recipe, their runs in turn; the same command again goes on where it "
-        "stopped.",
-        allow_abbrev=False,
-    )
+    parser = _parser("sweep")
     parser.add_argument("spec", metavar="SPEC", help="TOML file that states the variants, see docs/experiments.md")
     parser.add_argument("--dry-run", action="store_true", help="list the variants, and where each run stands, and stop")
     add_traceback_flag(parser)
@@ -319,11 +305,7 @@ def report(argv: list[str] | None = None) -> int:
 
 
 def report_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="cifar-fast report",
-        description="Set trainings beside each other: means with intervals, and differences to one of them.",
-        allow_abbrev=False,
-    )
+    parser = _parser("report")
     parser.add_argument(
         "folders", metavar="DIR", nargs="+", help="folder that train --output wrote, or sweep, for all its variants"
     )
@@ -370,11 +352,7 @@ def profile(argv: list[str] | None = None) -> int:
 
 
 def profile_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="cifar-fast profile",
-        description="Trace a few training steps, and write the trace and a table of where their time goes.",
-        allow_abbrev=False,
-    )
+    parser = _parser("profile")
     add_run_flags(parser)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for trace.json and profile.json")
     return parser
@@ -416,11 +394,7 @@ def compare(argv: list[str] | None = None) -> int:
 
 
 def compare_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="cifar-fast compare",
-        description="Run two backends in lockstep and tell how far apart each layer is.",
-        allow_abbrev=False,
-    )
+    parser = _parser("compare")
     add_run_flags(parser)
     parser.set_defaults(backend="fused")
     group = parser.add_argument_group("the comparison")
@@ -446,10 +420,7 @@ def _compare(args: argparse.Namespace) -> int:
         raise InputError(f"--tolerance must be above 0, not {args.tolerance:g}")
     check_json(args.json)
 
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    _interpret_without_a_gpu(args.device)
 
     from cifar_fast.compare import Comparison, compare, write_report
     from cifar_fast.plan import resolve
@@ -470,6 +441,14 @@ def _compare(args: argparse.Namespace) -> int:
     return 0 if comparison.within else 1
 
 
+def _interpret_without_a_gpu(device: str) -> None:
+    """Have Triton interpret kernels where ``--device`` is no GPU; before anything imports it."""
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def check_json(path: Path | None) -> None:
     """Raise :class:`InputError` where ``--json`` names a file that cannot be written."""
     if path:
@@ -487,11 +466,7 @@ def check(argv: list[str] | None = None) -> int:
 
 
 def check_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="cifar-fast check",
-        description="Tell whether all that training needs works on this machine: in two minutes, a line each.",
-        allow_abbrev=False,
-    )
+    parser = _parser("check")
     add_device_flags(parser)
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="images per step (default: 64 on a GPU, 8 on a CPU)"
@@ -503,10 +478,7 @@ def check_parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> int:
     check_json(args.json)
 
-    import torch
-
-    if args.device == "cpu" or not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    _interpret_without_a_gpu(args.device)
 
     from cifar_fast.augment import Seeds
     from cifar_fast.backends import keep_freed_memory
@@ -531,15 +503,16 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if found.fine else 1
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train,
-    "predict": predict,
-    "sweep": sweep,
-    "report": report,
-    "compare": compare,
-    "profile": profile,
-    "check": check,
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (train, "train the recipe, and write down what came of it"),
+    "predict": (predict, "tell what a trained network takes images for: a line each, class and probability"),
+    "sweep": (sweep, "train several variants of the recipe in turn, as a file states them, or go on with them"),
+    "report": (report, "set trainings beside each other: means, intervals, differences"),
+    "compare": (compare, "run two backends in lockstep, and tell how far apart each layer is"),
+    "profile": (profile, "train a few steps, and write a trace and a table of where their time goes"),
+    "check": (check, "tell whether all that training needs works on this machine, in two minutes"),
 }
+"""Each command and what it does, in the order of --help."""
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from cifar_fast.augment import draw_epoch, seeded
 from cifar_fast.backends import Backend, Eager, device_guard
 from cifar_fast.data import Dataset
 from cifar_fast.environment import environment
+from cifar_fast.errors import InputError
 from cifar_fast.files import atomic_write, writing
 from cifar_fast.isolation import convolutions_in_tf32, isolated
 from cifar_fast.model import CNN
@@ -83,8 +84,8 @@ def compare(
     drift: bool = False,
     log: Log | None = None,
 ) -> Iterator[list[Row]]:
-    """Run the two plans, of one device and dtype, in lockstep for ``steps`` steps; gives each step's rows as it is
-    done.
+    """Run the two plans in lockstep for ``steps`` steps; gives each step's rows as it is done. :class:`InputError`
+    where they are of different devices or dtypes.
 
     Convolutions in float32 are IEEE's here, without TF32, which torch else takes on a GPU.
     """
@@ -101,6 +102,11 @@ def _compare(
     recipe: Recipe, dataset: Dataset, first: Plan, second: Plan, seed: int, steps: int, drift: bool, log: Log
 ) -> Iterator[list[Row]]:
     device, dtype = first.device, first.dtype
+    if (second.device, second.dtype) != (device, dtype):
+        raise InputError(
+            f"a comparison is of one device and dtype, not of {device} in {short_name(dtype)} against {second.device} "
+            f"in {short_name(second.dtype)}; give both plans the same"
+        )
     dataset = dataset.for_recipe(recipe)
     steps_per_epoch = dataset.steps_per_epoch(recipe.batch_size)
     dataset = dataclasses.replace(

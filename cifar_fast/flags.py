@@ -22,7 +22,10 @@ from cifar_fast.recipe import Recipe
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises :class:`InputError` for flags that are wrong."""
+    """Raises :class:`InputError` for flags that are wrong, and takes none by its beginning alone."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists the flags")

@@ -174,7 +174,8 @@ def decode_image(
     square = (IMAGE_SIZE, IMAGE_SIZE)
     frames, pixels = 1, None
     try:
-        with Image.open(file) as image:
+        with Image.open(file) as opened:
+            image: Image.Image = opened
             mode, size, frames = image.mode, image.size, getattr(image, "n_frames", 1)
             if (fit or size == square) and mode in MODES and frames == 1:
                 if "A" in image.getbands() or "transparency" in image.info:

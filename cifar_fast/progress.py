@@ -46,6 +46,13 @@ def progress_bar(total: int | None, what: str, unit: str, log: Log) -> tqdm:
     """
     hidden = True if log is silent else False if NOTEBOOK else None  # None: tqdm asks whether it writes to a terminal
     file = sys.stdout if NOTEBOOK else sys.stderr  # a notebook shows standard error as an error
-    scale = unit == "B"
-    how = dict(disable=hidden, file=file, leave=False, dynamic_ncols=True)
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=scale, **how)
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=unit == "B",
+        disable=hidden,
+        file=file,
+        leave=False,
+        dynamic_ncols=True,
+    )

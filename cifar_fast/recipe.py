@@ -122,50 +122,50 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _as_type_of(field.default, getattr(self, field.name), field.name, field.metadata["item"])
+            value = _coerce(field.default, getattr(self, field.name), field.name, field.metadata["item"])
             object.__setattr__(self, field.name, value)
 
-        def need(condition: bool, name: str, must: str) -> None:
+        def require(condition: bool, name: str, must: str) -> None:
             if not condition:
                 value = getattr(self, name)
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
                 raise InputError(f"{name} must {must}, not {shown}")
 
-        need(self.epochs >= 1, "epochs", "be at least 1")
-        need(self.batch_size >= 1, "batch_size", "be at least 1")
-        need(len(self.widths) >= 1 and min(self.widths) >= 1, "widths", "be one or more positive numbers")
-        need(
+        require(self.epochs >= 1, "epochs", "be at least 1")
+        require(self.batch_size >= 1, "batch_size", "be at least 1")
+        require(len(self.widths) >= 1 and min(self.widths) >= 1, "widths", "be one or more positive numbers")
+        require(
             self.final_size >= 1,
             "widths",
             f"double at most {IMAGE_SIZE.bit_length() - 1} times, from the 3 input channels on",
         )
         smallest = min(self.blocks(), key=lambda block: block.out_size)
-        need(
+        require(
             not self.batch_norm or self.batch_size * smallest.out_size**2 > 1,
             "batch_size",
             f"be at least 2 where a map has one pixel, as block {smallest.index}'s with these widths (batch norm "
-            "needs more than one value a channel)",
+            "needs more than one value per channel)",
         )
-        need(self.celu_alpha > 0, "celu_alpha", "be above 0")
-        need(self.output_scale > 0, "output_scale", "be above 0")
-        need(0 <= self.label_smoothing <= 1, "label_smoothing", "lie in 0 to 1")
-        need(0 < self.momentum < 1, "momentum", "lie between 0 and 1")
-        need(self.weight_decay >= 0, "weight_decay", "be at least 0")
+        require(self.celu_alpha > 0, "celu_alpha", "be above 0")
+        require(self.output_scale > 0, "output_scale", "be above 0")
+        require(0 <= self.label_smoothing <= 1, "label_smoothing", "lie in 0 to 1")
+        require(0 < self.momentum < 1, "momentum", "lie between 0 and 1")
+        require(self.weight_decay >= 0, "weight_decay", "be at least 0")
         knots = self.lr_knots
-        need(len(knots) >= 2 and knots[0] == 0, "lr_knots", "be two or more numbers, the first of them 0")
-        need(all(a < b for a, b in zip(knots, knots[1:])), "lr_knots", "rise from each to the next")
-        need(len(self.lr_values) == len(knots), "lr_values", f"be {len(knots)} numbers, one a knot")
-        need(min(self.lr_values) >= 0, "lr_values", "be at least 0")
-        need(0 <= self.crop_padding < IMAGE_SIZE, "crop_padding", f"lie in 0 to {IMAGE_SIZE - 1}")
-        need(0 <= self.cutout_size <= IMAGE_SIZE, "cutout_size", f"lie in 0 to {IMAGE_SIZE}")
-        need(self.activation in ACTIVATIONS, "activation", f"be one of {', '.join(ACTIVATIONS)}")
-        need(self.init_scale > 0, "init_scale", "be above 0")
-        need(0 <= self.label_noise <= 1, "label_noise", "lie in 0 to 1")
-        need(self.label_noise_seed >= 0, "label_noise_seed", "be at least 0")
-        need(self.train_subset >= 0, "train_subset", "be at least 0")
+        require(len(knots) >= 2 and knots[0] == 0, "lr_knots", "be two or more numbers, the first of them 0")
+        require(all(a < b for a, b in zip(knots, knots[1:])), "lr_knots", "rise from each to the next")
+        require(len(self.lr_values) == len(knots), "lr_values", f"be {len(knots)} numbers, one a knot")
+        require(min(self.lr_values) >= 0, "lr_values", "be at least 0")
+        require(0 <= self.crop_padding < IMAGE_SIZE, "crop_padding", f"lie in 0 to {IMAGE_SIZE - 1}")
+        require(0 <= self.cutout_size <= IMAGE_SIZE, "cutout_size", f"lie in 0 to {IMAGE_SIZE}")
+        require(self.activation in ACTIVATIONS, "activation", f"be one of {', '.join(ACTIVATIONS)}")
+        require(self.init_scale > 0, "init_scale", "be above 0")
+        require(0 <= self.label_noise <= 1, "label_noise", "lie in 0 to 1")
+        require(self.label_noise_seed >= 0, "label_noise_seed", "be at least 0")
+        require(self.train_subset >= 0, "train_subset", "be at least 0")
         classes = self.classes
-        need(min(classes, default=0) >= 0 and len(classes) != 1, "classes", "be two or more numbers from 0")
-        need(len(set(classes)) == len(classes), "classes", "be different numbers")
+        require(min(classes, default=0) >= 0 and len(classes) != 1, "classes", "be two or more numbers from 0")
+        require(len(set(classes)) == len(classes), "classes", "be different numbers")
 
     def blocks(self) -> tuple[Block, ...]:
         """The convolution blocks in order; a max-pool follows the convolutions that double the channels."""
@@ -218,11 +218,11 @@ class Recipe:
             raise InputError(f"{path}: {error}") from None
 
 
-def _as_type_of(default: Any, value: Any, name: str, item: Any = None) -> Any:
+def _coerce(default: Any, value: Any, name: str, item: Any = None) -> Any:
     """``value`` as the type of the field's default: int, float, bool, str, or a tuple of what ``item`` is one of."""
     if isinstance(default, tuple):
         if isinstance(value, (list, tuple)):
-            return tuple(_as_type_of(item, one, name) for one in value)
+            return tuple(_coerce(item, one, name) for one in value)
         kind = "a list of numbers"
     elif isinstance(default, bool):
         if isinstance(value, bool):

@@ -1,8 +1,8 @@
 """The embedded data set: ten textures, drawn rather than downloaded.
 
-A picture's class is its pattern (stripes, rings, bricks, ...). Scale, position, the two colours,
+An image's class is its pattern (stripes, rings, bricks, ...). Scale, position, the two colours,
 their contrast, a slow change of brightness and noise are random and say nothing about it, so that
-neither a mean picture nor a colour tells the classes apart, while a mirror, a small shift or a
+neither a mean image nor a colour tells the classes apart, while a mirror, a small shift or a
 missing square leaves the pattern what it was.
 
 Every operation is on whole numbers, and the random numbers come from numpy's frozen
@@ -42,7 +42,7 @@ PATTERNS: dict[str, Pattern] = {
 
 
 def textures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` pictures, uint8 ``[count, 32, 32, 3]``, and their labels, int64 ``[count]``, balanced and shuffled."""
+    """``count`` images, uint8 ``[count, 32, 32, 3]``, and their labels, int64 ``[count]``, balanced and shuffled."""
     random = np.random.RandomState(seed)
 
     def integers(low: int, high: int, *shape: int) -> np.ndarray:

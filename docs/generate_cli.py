@@ -5,15 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cifar_fast.cli import (
-    check_parser,
-    compare_parser,
-    predict_parser,
-    profile_parser,
-    report_parser,
-    sweep_parser,
-    train_parser,
-)
+from cifar_fast import cli
 
 PAGE = Path(__file__).with_name("cli.md")
 
@@ -21,16 +13,18 @@ HEAD = """<!-- Written by docs/generate_cli.py out of the commands' own flags: e
 
 # Commands
 
-| command | what it does | also as |
+| `cifar-fast` | does what | also as |
 |---|---|---|
-| `cifar-fast train` | trains the recipe, and writes its results down | `python -m cifar_fast.train` |
-| `cifar-fast predict` | tells what a trained network takes images for | `cifar_fast.load_model(path).predict(images)` |
-| `cifar-fast sweep` | trains several variants in turn, as a file states them ([experiments.md](experiments.md)) | |
-| `cifar-fast report` | sets trainings beside each other | |
-| `cifar-fast compare` | tells how far apart two backends are, layer by layer | `python -m cifar_fast.compare` |
-| `cifar-fast profile` | trains a few steps, and tells where their time goes | `cifar-fast train --profile DIR` |
-| `cifar-fast check` | tells whether all that training needs works on this machine | |
-
+"""
+ALSO = {
+    "train": "`python -m cifar_fast.train`",
+    "predict": "`cifar_fast.load_model(path).predict(images)`",
+    "sweep": "`cifar_fast.fit_sweep`, [experiments.md](experiments.md)",
+    "report": "`cifar_fast.make_report`",
+    "compare": "`python -m cifar_fast.compare`",
+    "profile": "`cifar-fast train --profile DIR`",
+}
+NOTES = """
 `cifar-fast --version` prints the version, `cifar-fast COMMAND --help` the flags below.
 
 Exit codes: 0; 1 where a comparison is past its tolerance, a training diverges, a file cannot be written, an image to
@@ -63,13 +57,14 @@ TAIL = """
 
 def page() -> str:
     """The text of docs/cli.md."""
-    parsers = {"train": train_parser(), "compare": compare_parser(), "profile": profile_parser()}
-    flags = {name: rows(parser) for name, parser in parsers.items()}
+    parsers = {name: getattr(cli, f"{name}_parser")() for name in cli.COMMANDS}
+    flags = {name: rows(parsers.pop(name)) for name in ("train", "compare", "profile")}
     shared = [
         row for row in flags["train"] if all(row[:2] in [other[:2] for other in found] for found in flags.values())
     ]
     names = [row[1] for row in shared]
-    parts = [HEAD]
+    lines = [f"| `{name}` | {what} | {ALSO.get(name, '')} |\n" for name, (_, what) in cli.COMMANDS.items()]
+    parts = [HEAD + "".join(lines).replace("|  |", "| |") + NOTES]
     for title in dict.fromkeys(row[0] for row in shared):
         parts.append(table(f"### {title[0].upper()}{title[1:]}", [row for row in shared if row[0] == title]))
     for name, found in flags.items():
@@ -78,8 +73,7 @@ def page() -> str:
                 parts.append(f"The default of `{name}` for {flag.split()[0]} is `{default}`.\n")
     for name, found in flags.items():
         parts.append(table(f"## Flags of `{name}` alone", [row for row in found if row[1] not in names]))
-    others = {"predict": predict_parser(), "sweep": sweep_parser(), "report": report_parser(), "check": check_parser()}
-    for name, parser in others.items():
+    for name, parser in parsers.items():
         parts.append(table(f"## Flags of `{name}`", rows(parser)))
     return "\n".join(parts) + TAIL
 

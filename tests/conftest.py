@@ -1,5 +1,7 @@
 import getpass
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from cifar_fast.synthetic import PATTERNS, textures
 from tests.archives import KINDS, write_archive
 
 SHARED = Path(os.environ.get("CIFAR_FAST_SHARED", Path(__file__).parents[2] / "shared"))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NARROW = (4, 8, 8, 8, 16, 32, 32, 32)
 
 
@@ -49,7 +52,7 @@ def shared():
 
 
 def small_dataset(train=96, test=40, classes=3, seed=0):
-    """Random pictures whose labels can be learnt: class k is brighter than class k - 1."""
+    """Random images whose labels can be learnt: class k is brighter than class k - 1."""
     random = np.random.RandomState(seed)
 
     def split(n):
@@ -66,11 +69,31 @@ def small():
     return small_dataset()
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    """Of three classes, 32 images to train on and 16 to test."""
+    return small_dataset(train=32, test=16)
+
+
 def save_npz(path, dataset, **changes):
     """Write the four arrays of ``dataset`` to ``path``, changed or, where None, left out."""
     arrays = {name: getattr(dataset, name) for name in ARRAYS} | changes
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory, tiny):
+    """A file with ``tiny``, or with what a module has by that name."""
+    return save_npz(tmp_path_factory.mktemp("data") / "tiny.npz", tiny)
+
+
+@pytest.fixture(scope="module")
+def no_curves():
+    """Draws no curves, which take longest: curves.png is empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cifar_fast.output.draw_curves", lambda result, path: path.touch())
+        yield
 
 
 def published(name, dataset, root, monkeypatch):
@@ -79,6 +102,20 @@ def published(name, dataset, root, monkeypatch):
     for attribute, value in write_archive(root, name, dataset).items():
         monkeypatch.setattr(kind, attribute, value)
     return root
+
+
+def compiler(*arguments):
+    """A Python process with ``arguments``, in which kernels are compiled and not interpreted; it must succeed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:] or done.stdout[-1000:]
+    return done
+
+
+def cells(lines):
+    """The cells of each line of a Markdown table, of the ``lines`` that are of one."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
 
 
 @pytest.fixture(autouse=True)

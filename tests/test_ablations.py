@@ -15,12 +15,12 @@ from cifar_fast.compare import main as compare
 from cifar_fast.results import Result
 from cifar_fast.train import main as train
 from tests.conftest import save_npz, small_dataset
+from tests.trainings import HOW
 
-pytestmark = pytest.mark.slow  # whole trainings, by the command and from Python
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings, by the command and from Python
 
 RECIPE = Recipe(epochs=1, batch_size=8, widths=(4, 8, 8, 8))
 FLAGS = "--epochs 1 --batch-size 8 --widths 4 8 8 8 --device cpu --dtype float32"
-HOW = dict(backend="eager", device="cpu", dtype="float32", log=None)
 BEFORE = (
     *("epochs", "batch_size", "widths", "celu_alpha", "output_scale", "label_smoothing", "momentum", "weight_decay"),
     *("lr_knots", "lr_values", "crop_padding", "flip", "cutout_size"),
@@ -43,17 +43,8 @@ ABLATIONS = {
 
 @pytest.fixture(scope="module")
 def tiny():
+    """As many images of each class."""
     return small_dataset(train=24, test=9)
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory, tiny):
-    return save_npz(tmp_path_factory.mktemp("data") / "tiny.npz", tiny)
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr("cifar_fast.output.draw_curves", lambda result, path: path.touch())  # which take longest
 
 
 def run(npz, folder, flags):

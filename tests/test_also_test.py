@@ -5,11 +5,10 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from cifar_fast import InputError, Recipe, fit
 from cifar_fast.train import main
-from tests.conftest import NARROW, save_npz, small_dataset
+from tests.conftest import DEVICE, NARROW, save_npz, small_dataset
 
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
 FLAGS = "--widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu --backend eager"
@@ -60,7 +59,7 @@ def test_the_command_reports_the_published_sets(published, small, capsys):
 def test_the_own_test_set_under_another_name_has_the_own_accuracy(tmp_path, backend, dtype, uncompiled, few_programs):
     dataset = small_dataset(train=32)
     path = save_npz(tmp_path / "x.npz", dataset)
-    how = dict(backend=backend, device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype, log=None)
+    how = dict(backend=backend, device=DEVICE.type, dtype=dtype, log=None)
     (run,) = fit(dataclasses.replace(RECIPE, epochs=1), dataset, also_test={"same": path}, **how).runs
     image = 0 if backend == "eager" else 100 / 40  # the plain model scores; rounding may tip an image of fused's
     assert run.also_test["same"] == pytest.approx(run.test_accuracy, abs=image + 1e-4)

@@ -13,22 +13,22 @@ SIZE = 32
 
 
 def one_by_one(images, draws, padding, cutout):
-    """The reference's transformations in their order, a picture at a time, on [N, S, S, C]; gives [B, C, S, S]."""
+    """The reference's transformations in their order, an image at a time, on [N, S, S, C]; gives [B, C, S, S]."""
     result = []
     for k in range(len(draws)):
-        picture = images[draws.permutation[k]].permute(2, 0, 1)[None]
+        image = images[draws.permutation[k]].permute(2, 0, 1)[None]
         x, y = divmod(int(draws.crop[k]), padding + 1)
-        picture = F.pad(picture, (padding,) * 4, mode="reflect")[..., y : y + SIZE, x : x + SIZE]
+        image = F.pad(image, (padding,) * 4, mode="reflect")[..., y : y + SIZE, x : x + SIZE]
         if draws.flip[k] == 0:
-            picture = picture.flip(-1)
+            image = image.flip(-1)
         x, y = divmod(int(draws.cutout[k]), SIZE - cutout + 1)
-        picture = picture.clone()
-        picture[..., y : y + cutout, x : x + cutout] = 0
-        result.append(picture)
+        image = image.clone()
+        image[..., y : y + cutout, x : x + cutout] = 0
+        result.append(image)
     return torch.cat(result)
 
 
-def pictures(n, channels=3, seed=0):
+def random_images(n, channels=3, seed=0):
     return torch.randn(n, SIZE, SIZE, channels, generator=torch.Generator().manual_seed(seed))
 
 
@@ -40,7 +40,7 @@ def test_every_choice_agrees_with_the_reference_pairwise():
     pairs += [(c, f, k) for c, f, k in itertools.product(range(25), range(2), range(0, 625, 13))]
     pairs += [((f + k) % 25, f, k) for f, k in itertools.product(range(2), range(625))]
     crop, flip, cutout = torch.tensor(pairs).T.contiguous()
-    images = pictures(50)
+    images = random_images(50)
     draws = Draws(torch.stack((torch.randint(50, (len(pairs),), generator=generator), crop, flip, cutout)))
     for i in range(0, len(pairs), 2000):
         part = draws.slice(i, i + 2000)
@@ -53,22 +53,22 @@ def test_any_padding_cutout_and_number_of_channels(padding, cutout, channels, se
     torch.manual_seed(seed)
     recipe = Recipe(crop_padding=padding, cutout_size=cutout)
     draws = draw_epoch(9, device="cpu", recipe=recipe)
-    images = pictures(9, channels, seed)
+    images = random_images(9, channels, seed)
     batch = augment(images, draws, recipe)
     assert torch.equal(batch, one_by_one(images, draws, padding, cutout))
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_data_set_is_not_written_to():
-    images = pictures(20)
+    images = random_images(20)
     before = images.clone()
     augment(images, draw_epoch(20, device="cpu"), Recipe())
     assert torch.equal(images, before)
 
 
-def test_without_crop_flip_and_cutout_the_pictures_are_only_shuffled():
+def test_without_crop_flip_and_cutout_the_images_are_only_shuffled():
     recipe = Recipe(crop_padding=0, flip=False, cutout_size=0)
-    images = pictures(20)
+    images = random_images(20)
     draws = draw_epoch(20, device="cpu", recipe=recipe)
     assert torch.equal(augment(images, draws, recipe), images[draws.permutation].permute(0, 3, 1, 2))
 
@@ -86,5 +86,5 @@ def test_the_draws_are_the_references_four_calls():
 def test_on_a_gpu_the_batch_is_the_cpus():
     draws = draw_epoch(64, device="cuda")
     on_cpu = Draws(draws.tensor.cpu())
-    images = pictures(64)
+    images = random_images(64)
     assert torch.equal(augment(images.cuda(), draws, Recipe()).cpu(), augment(images, on_cpu, Recipe()))

@@ -8,9 +8,10 @@ import torch
 from benchmarks.cases import Augmentation, Norm, Wrong, check, check_replay, input_sets, kernel_cases, moved
 from benchmarks.parts import measure_kernel
 from cifar_fast import Recipe
+from cifar_fast.check import DIRECTIONS
 from cifar_fast.recipe import Block
+from tests.conftest import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = Recipe(batch_size=6, widths=(4, 8, 8))
 
 
@@ -21,8 +22,7 @@ def case(name, dtype=torch.float32, direction="forward"):
     return Norm(Block(2, 3, 4, 6, 2 if name == "pool" else 1), 5, 0.075, dtype, direction)
 
 
-WAYS = ("forward", "backward", "inference")
-ALL = ["augmentation", *((name, way) for name in ("norm", "pool") for way in WAYS)]
+ALL = ["augmentation", *((name, direction) for name in ("norm", "pool") for direction in DIRECTIONS)]
 
 
 def made(which, dtype=torch.float32):
@@ -103,7 +103,7 @@ def test_every_norm_of_the_recipe_is_a_case():
     assert {"augment to 8 channels, forward", "128x32x32, pool, backward", "512x4x4, inference"} <= set(names)
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward", "inference"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("pool", [1, 2])
 def test_our_kernels_read_and_write_large_tensors_once_a_pass(direction, pool):
     one = Norm(Block(1, 3, 64, 16, pool), 64, 0.075, torch.float16, direction)

@@ -1,11 +1,7 @@
 """The instruction counter: listings written by hand, kernels whose counts are known, and a table of the recipe's."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +20,8 @@ from benchmarks.instructions import (
     table,
 )
 from cifar_fast import Recipe
+from tests.conftest import cells, compiler
 
-ROOT = Path(__file__).parents[1]
 # A trip of the loop loads and stores 16 bytes; the division's slow path calls.
 LISTING = """
 kernel:
@@ -109,13 +105,6 @@ print(json.dumps(dict([
 """
 
 
-def compiler(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 def of(**expected):
     return dict.fromkeys(CLASSES, 0) | expected
 
@@ -193,11 +182,11 @@ def row(**changes):
     return Counted(**given | changes)
 
 
-def test_flags_that_name_no_target_or_card_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks.__main__._compiling", lambda: None)
+def test_flags_that_name_no_target_or_card_are_refused(capsys):
     assert main(["instructions", "--arch", "sm_1"]) == 2
     assert "invalid choice: 'sm_1' (choose from 'sm_75'" in capsys.readouterr().err
     assert main(["instructions", "--clock", "0"]) == 2
+    assert "must be a number above 0, not 0" in capsys.readouterr().err
 
 
 def test_times_and_sums_of_a_part():
@@ -207,7 +196,7 @@ def test_times_and_sums_of_a_part():
     assert figures["issue"] == pytest.approx(1600 / (2 * 4 * 1e9)) and figures["byte"] == pytest.approx(8192e-9)
     assert row().per_element(100) == 100 * 32 * 4 * 4 / 4096
     parts = table([row(), row(case="d", count=1, bytes=4), row(part="evaluation")], card).splitlines()[-2:]
-    assert [cell.strip() for cell in parts[0].split("|")[1:-1]] == ["step", "3", "0.6", "16.4", "16.4", "16.6"]
+    assert cells(parts)[0] == ["step", "3", "0.6", "16.4", "16.4", "16.6"]
 
 
 def least_recently_used(size, rows, first, second):
@@ -283,7 +272,9 @@ def test_what_inductors_kernels_do_with_a_tensor():
 @pytest.mark.slow  # a compiler
 def test_counts_of_kernels_that_are_known(tmp_path):
     (tmp_path / "known.py").write_text(KERNELS)
-    found = {name: Counted(**facts) for name, facts in json.loads(compiler("-c", COUNTING, str(tmp_path))).items()}
+    found = {
+        name: Counted(**facts) for name, facts in json.loads(compiler("-c", COUNTING, str(tmp_path)).stdout).items()
+    }
     each = {
         name: {kind: counted.per_element(n) for kind, n in counted.instructions.items()}
         for name, counted in found.items()

@@ -67,17 +67,8 @@ def test_a_step_and_an_evaluation_take_no_more_launches_than_they_did(shared, tm
         pytest.skip("the stand-in needs gcc")
     small_dataset(Recipe().batch_size, 10_000, 10).save(tmp_path / "images.npz")
     flags = f"--dataset npz --data-dir {tmp_path}/images.npz --backend fused --device cuda --dtype float16 --epochs 1"
-    command = [
-        sys.executable,
-        stand_in,
-        "--log",
-        log,
-        "-m",
-        "cifar_fast.train",
-        *flags.split(),
-        "--output",
-        tmp_path / "x",
-    ]
+    flags += f" --output {tmp_path}/x"
+    command = [sys.executable, stand_in, "--log", log, "-m", "cifar_fast.train", *flags.split()]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]
     step, evaluation = map(len, logged(log))

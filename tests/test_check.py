@@ -2,8 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from cifar_fast.cli import main
 from cifar_fast.floors import COPY_BYTES
 from cifar_fast.kernels import launch
 from cifar_fast.plan import Plan
-from tests.conftest import NARROW
+from tests.conftest import NARROW, compiler
 
 ROOT = Path(__file__).parents[1]
 without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here")
@@ -75,10 +73,8 @@ def test_without_a_gpu_all_that_auto_needs_is_a_yes(tmp_path, narrow, capsys):
 @pytest.mark.long
 def test_as_a_person_types_it():
     """In a process of its own, which nobody has told to interpret kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "cifar_fast", "check"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    done = compiler("-m", "cifar_fast", "check")
+    assert not done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if " no " in line[:40]] == [line for line in lines if "auto does without" in line]
     assert any(line.startswith("norm 16x32x32, forward ") for line in lines)

@@ -6,10 +6,12 @@ import math
 
 import pytest
 
+import cifar_fast.compare
 import cifar_fast.fused
-from cifar_fast import load_dataset
+from cifar_fast import InputError, Recipe, load_dataset
 from cifar_fast.compare import Row, main, past_tolerance
 from cifar_fast.fused import Fused
+from cifar_fast.plan import resolve
 from cifar_fast.synthetic import textures
 from tests.conftest import save_npz, small_dataset
 
@@ -156,6 +158,12 @@ def test_a_small_mistake_is_past_the_tolerance(npz, uncompiled, few_programs, mo
     )
 
 
+def test_plans_of_two_dtypes_are_not_compared(small):
+    plans = [resolve("eager", "cpu", dtype) for dtype in ("float32", "bfloat16")]
+    with pytest.raises(InputError, match="not of cpu in float32 against cpu in bfloat16"):
+        next(cifar_fast.compare.compare(Recipe(batch_size=8), small, *plans))
+
+
 def test_eager_against_itself_differs_by_nothing(npz, capsys, tmp_path):
     assert compare(npz, f"--backend eager --steps 2 --dtype float32 --drift --json {tmp_path}/r.json") == 0
     assert all(row["difference"] == 0 for row in json.loads((tmp_path / "r.json").read_text())["rows"])
@@ -219,7 +227,7 @@ def test_both_are_eager_on_a_gpu(tmp_path, backend, dtype, classes):
     thousand so few tie that whether a side's gradient shows one is luck, and differs from machine to machine.
     """
     given = small_dataset(150, 7, classes)
-    if classes <= 10:  # fewer ties in pictures than in noise
+    if classes <= 10:  # fewer ties in textures than in noise
         images, labels = textures(150, 0)
         given = dataclasses.replace(given, train_images=images, train_labels=labels % classes)
     npz = save_npz(tmp_path / "small.npz", given)

@@ -18,12 +18,10 @@ from cifar_fast.fused import CHANNELS, Fused, GlobalMaxPool2d, fastest_determini
 from cifar_fast.kernels.bookkeeping import record_reference
 from cifar_fast.plan import resolve
 from cifar_fast.train import main
-from tests.conftest import NARROW, save_npz, small_dataset
+from tests.conftest import DEVICE, NARROW, save_npz, small_dataset
 
 GPU_RECIPE = Recipe(epochs=2, batch_size=4, widths=(4, 8, 8, 16))
 """As that of test_replay.py: on a stand-in for a GPU each kernel of another shape takes seconds the first time."""
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 RECIPE = Recipe(epochs=2, batch_size=4, widths=NARROW)
 
 
@@ -107,11 +105,11 @@ def test_set_up_leaves_no_trace(uncompiled, few_programs):
     torch.manual_seed(0)
     model = CNN(RECIPE, dataset.num_classes)
     state = torch.get_rng_state()
-    device_state = torch.cuda.get_rng_state() if CUDA else None
+    device_state = torch.cuda.get_rng_state() if DEVICE.type == "cuda" else None
     backend = Fused(RECIPE, dataset, DEVICE, torch.float32, torch.channels_last)
     backend.reset(model)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not CUDA or torch.equal(torch.cuda.get_rng_state(), device_state)
+    assert DEVICE.type == "cpu" or torch.equal(torch.cuda.get_rng_state(), device_state)
     plain = CNN(RECIPE, dataset.num_classes)
     plain.load_state_dict(backend.state_dict())
     assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())

@@ -22,8 +22,8 @@ from cifar_fast.kernels.augment import (
     example_launches,
     normalization_table,
 )
+from tests.conftest import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -358,6 +358,7 @@ norm = BatchNormCELU2d(2, alpha=0.1)
 import kernels.launch, kernels
 from kernels import augment
 import cifar_fast.kernels.launch
+from tests.conftest import DEVICE
 assert kernels.BatchNormCELU2d is BatchNormCELU2d and kernels.launch is cifar_fast.kernels.launch
 print(norm(torch.zeros(2, 2, 2, 2)).sum().item())
 """

@@ -26,8 +26,8 @@ from cifar_fast.kernels.batch_norm_celu import (
     statistics_op,
 )
 from cifar_fast.kernels.launch import TABLE
+from tests.conftest import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 arithmetic is wrong and its rounding cuts off: to pass under it a kernel must do no
 # arithmetic in bfloat16, and stays within the unit in the last place that every comparison here allows.
 DTYPES = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.bfloat16))]
@@ -36,7 +36,7 @@ DTYPES = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype
 @pytest.fixture(autouse=True)
 def blocks(request):
     """The interpreter takes a millisecond and more a program; compiled kernels take the checked-in table's blocks."""
-    if DEVICE == "cpu":
+    if DEVICE.type == "cpu":
         request.getfixturevalue("few_programs")
 
 
@@ -603,7 +603,7 @@ def test_wrong_arguments_of_the_norm_are_refused(changes, error, words):
         wrong(**changes)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="for a machine without a GPU")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="for a machine without a GPU")
 def test_without_gpu_and_interpreter_the_error_says_what_to_do(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match=r"need tensors on a GPU.*TRITON_INTERPRET=1"):

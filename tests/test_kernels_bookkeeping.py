@@ -5,8 +5,7 @@ import torch
 
 from cifar_fast.kernels import record
 from cifar_fast.kernels.bookkeeping import record_reference
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.conftest import DEVICE
 
 
 def tensors(size=5, steps=3, dtype=torch.float32, epochs=2):

@@ -5,8 +5,8 @@ import torch
 
 from cifar_fast.kernels import cross_entropy
 from cifar_fast.kernels.cross_entropy import cross_entropy_reference
+from tests.conftest import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 

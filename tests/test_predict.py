@@ -10,21 +10,15 @@ from PIL import Image
 from cifar_fast import CNN, InputError, Recipe, fit, load_model
 from cifar_fast.cli import main
 from cifar_fast.results import Result
-from tests.conftest import save_npz, small_dataset
-from tests.test_resume import stop_after
+from tests.conftest import DEVICE, save_npz, small_dataset
+from tests.trainings import HOW, stop_after
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 NAMES = ("cat", "dog", "truck")
 WIDTHS = (4, 8, 8, 16)
 RECIPE = Recipe(epochs=2, batch_size=16, widths=WIDTHS)
 FLAGS = "--widths 4 8 8 16 --epochs 2 --batch-size 16 --device cpu --dtype float32 --backend eager"
-HOW = dict(backend="eager", device="cpu", dtype="float32", log=None)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_curves():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cifar_fast.output.draw_curves", lambda result, path: path.touch())  # which take longest
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -322,8 +316,7 @@ def test_runs_that_are_added_after_the_end_are_added_to_the_logits(tmp_path, npz
 def test_each_backend_gives_a_result_its_logits(backend, dtype, uncompiled, few_programs):
     few = small_dataset(train=4, test=4)
     recipe = Recipe(epochs=1, batch_size=4, widths=(4, 8))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    how = dict(backend=backend, device=device, dtype=dtype, log=None)
+    how = dict(backend=backend, device=DEVICE.type, dtype=dtype, log=None)
     result = fit(recipe, few, save_logits=True, **how)
     (logits,) = result.logits
     model = CNN(recipe, 3)

@@ -85,19 +85,19 @@ def test_training_on_cifar10_is_the_references_bit_for_bit(cifar10):
 @pytest.mark.parametrize(
     "count", [pytest.param(128, marks=pytest.mark.slow), pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.long])]
 )
-def test_metrics_on_real_pictures_are_those_of_the_references_script(shared, tmp_path, monkeypatch, count):
-    """Pictures as CIFAR-10 is published, batch 64, 2 epochs, full width, by both commands."""
+def test_metrics_on_real_images_are_those_of_the_references_script(shared, tmp_path, monkeypatch, count):
+    """Images as CIFAR-10 is published, batch 64, 2 epochs, full width, by both commands."""
     dataset, script = load_dataset("npz", shared("data/cifar10-mini.npz")), shared("reference/cifar94.py")
     arrays = {name: getattr(dataset, name)[:count] for name in ARRAYS}
-    dataset, pictures = dataclasses.replace(dataset, **arrays), tmp_path / "pictures.npz"
-    dataset.save(pictures)
+    dataset, npz = dataclasses.replace(dataset, **arrays), tmp_path / "images.npz"
+    dataset.save(npz)
     root = published("cifar10", dataset, tmp_path / "data", monkeypatch)
     flags = "--backend eager --device cpu --dtype float32 --epochs 2 --batch-size 64 --seed 0"
     assert main(f"--dataset cifar10 --data-dir {root} --output {tmp_path}/out {flags}".split()) == 0
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     ours = [(row["train_loss"], row["train_accuracy"], row["test_accuracy"]) for row in rows]
     file = tmp_path / "metrics.jsonl"
-    flags = f"--data {pictures} --device cpu --dtype float32 --epochs 2 --batch-size 64 --seed 0 --metrics {file}"
+    flags = f"--data {npz} --device cpu --dtype float32 --epochs 2 --batch-size 64 --seed 0 --metrics {file}"
     subprocess.run([sys.executable, str(script), *flags.split()], check=True, capture_output=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     theirs = [(row["train_loss"], row["train_accuracy"], row["test_accuracy"]) for row in rows]

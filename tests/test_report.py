@@ -16,7 +16,10 @@ from cifar_fast.cli import main
 from cifar_fast.output import Output
 from cifar_fast.results import EpochRow, Result, Run
 from cifar_fast.synthetic import PATTERNS, textures
-from tests.test_resume import contents
+from tests.conftest import cells
+from tests.trainings import contents
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 ACCURACIES = {"a": [93.1, 93.7, 93.4, 93.9], "b": [94.2, 94.0, 94.9], "c": [93.0]}
 
@@ -36,11 +39,6 @@ def made_up(accuracies, *, epochs=2, dataset="cifar10", device="A10", also=None,
         Recipe(epochs=epochs, **recipe), {"device_name": device}, "eager", "float32", "contiguous_format", [], facts,
         {"runs": len(runs)}, rows, runs, [0.0], [1.0], {"w": torch.zeros(1)},
     )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr("cifar_fast.output.draw_curves", lambda result, path: path.touch())
 
 
 def write(folder, result):
@@ -98,13 +96,13 @@ def test_the_figures_are_scipys(tmp_path, folders, no_pictures, baseline):
 def test_the_table_has_a_line_for_each_variant_and_a_dash_for_what_does_not_exist(folders, capfd):
     assert main(["report", *folders]) == 0
     lines = capfd.readouterr().out.splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
-    assert [len(line) for line in cells] == [10] * 5 and set("".join(cells[1])) == {"-", ":"}
+    rows = cells(lines[:5])
+    assert [len(line) for line in rows] == [10] * 5 and set("".join(rows[1])) == {"-", ":"}
     welch = stats.ttest_ind(ACCURACIES["b"], ACCURACIES["a"], equal_var=False)
     low, high = welch.confidence_interval()
-    assert cells[2] == ["a", "-", "4", "93.53", "0.35", "92.97 to 94.08", "-", "-", "-", "12.50"]
-    assert cells[3][6:9] == ["+0.84", f"{low:+.2f} to {high:+.2f}", f"{welch.pvalue:.2g}"]
-    assert cells[4] == ["c", "-", "1", "93.00", "-", "-", "-0.53", "-", "-", "10.00"]
+    assert rows[2] == ["a", "-", "4", "93.53", "0.35", "92.97 to 94.08", "-", "-", "-", "12.50"]
+    assert rows[3][6:9] == ["+0.84", f"{low:+.2f} to {high:+.2f}", f"{welch.pvalue:.2g}"]
+    assert rows[4] == ["c", "-", "1", "93.00", "-", "-", "-0.53", "-", "-", "10.00"]
     assert not any(line.startswith("Warning") for line in lines)
 
 

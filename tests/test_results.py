@@ -20,9 +20,9 @@ from cifar_fast import CNN, Diverged, InputError, Recipe, fit
 from cifar_fast.output import Output
 from cifar_fast.results import confidence_interval_95
 from tests.conftest import NARROW
+from tests.trainings import HOW
 
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
-HOW = dict(backend="eager", device="cpu", dtype="float32", log=None)
 
 
 def test_the_files_of_a_training(tmp_path, small):

@@ -18,61 +18,14 @@ from cifar_fast.flags import interruptible
 from cifar_fast.fused import Fused
 from cifar_fast.results import Result
 from cifar_fast.train import main
-from tests.conftest import save_npz, small_dataset
+from tests.conftest import DEVICE, save_npz, small_dataset
+from tests.trainings import HOW, contents, stop_after
 
-pytestmark = pytest.mark.slow  # whole trainings, by the command and from Python
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings, by the command and from Python
 
 RECIPE = Recipe(epochs=3, batch_size=16, widths=(4, 8, 8, 16))
-HOW = dict(backend="eager", device="cpu", dtype="float32", log=None)
 FLAGS = "--dataset npz --widths 4 8 8 16 --epochs 3 --batch-size 16 --device cpu --dtype float32 --seed 3"
 FUSED = Recipe(epochs=2, batch_size=4, widths=(4, 8, 8, 16))
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TIMES = ("train_seconds", "evaluation_seconds", "setup_seconds")
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return small_dataset(train=32, test=16)
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory, tiny):
-    return save_npz(tmp_path_factory.mktemp("data") / "tiny.npz", tiny)
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr("cifar_fast.output.draw_curves", lambda result, path: path.touch())  # which take longest
-
-
-def untimed(values):
-    return {name: value for name, value in values.items() if not name.startswith("train_seconds") and name not in TIMES}
-
-
-def contents(folder, *left_out):
-    """Everything in ``folder`` that does not depend on the clock."""
-    rows = [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    summary = untimed(json.loads((folder / "summary.json").read_text()))
-    summary["runs"] = [untimed(run) for run in summary["runs"]]
-    summary["settings"] = {name: value for name, value in summary["settings"].items() if name not in left_out}
-    saved = torch.load(folder / "model.pt", weights_only=True)
-    saved["state_dict"] = {name: tensor.tolist() for name, tensor in saved["state_dict"].items()}
-    return sorted(path.name for path in folder.iterdir()), rows, summary, saved
-
-
-def stop_after(*told):
-    """A log that ends a training at each of ``told``, run and epoch, after its row and before its checkpoint."""
-    left = list(told)
-
-    def log(line):
-        if line.startswith("run "):
-            log.run = int(line.split()[1]) - 1
-        if left and line.startswith("epoch") and (log.run, int(line.split()[1])) == left[0]:
-            left.pop(0)
-            raise KeyboardInterrupt
-
-    log.run = 0
-    return log
 
 
 def stopped_and_resumed(recipe, dataset, folder, stops, **how):
@@ -97,7 +50,7 @@ def test_the_bits_are_those_of_an_uninterrupted_training(tmp_path, tiny, uncompi
 
 @pytest.mark.slow  # the interpreter
 def test_the_bits_of_fused_are_those_of_an_uninterrupted_training(tmp_path, uncompiled, few_programs):
-    dataset, how = small_dataset(train=8, test=4), HOW | dict(backend="fused", device=DEVICE)
+    dataset, how = small_dataset(train=8, test=4), HOW | dict(backend="fused", device=DEVICE.type)
     fit(FUSED, dataset, output=tmp_path / "whole", **how)
     stopped_and_resumed(FUSED, dataset, tmp_path / "parts", [(0, 2)], **how)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
@@ -109,7 +62,7 @@ def test_a_state_is_copied_to_where_the_graphs_of_fused_have_captured_it(uncompi
         momenta = [state["momentum_buffer"] for state in backend.optimizer.state.values()]
         return [tensor.data_ptr() for tensor in (*backend.model.parameters(), *backend.model.buffers(), *momenta)]
 
-    backend = Fused(FUSED, small_dataset(train=4, test=4), torch.device(DEVICE), torch.float32, torch.channels_last)
+    backend = Fused(FUSED, small_dataset(train=4, test=4), DEVICE, torch.float32, torch.channels_last)
     backend.reset(CNN(FUSED, 3))
     before = addresses()
     backend.load_training_state(backend.training_state())

@@ -9,16 +9,15 @@ import cifar_fast.trainer
 from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
 from cifar_fast.augment import Seeds
 from cifar_fast.train import main
-from tests.conftest import NARROW, save_npz, small_dataset
+from tests.conftest import NARROW
 
 FLAGS = "--dataset npz --widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu --backend eager"
 SOURCES = ("weights", "permutation", "crop", "flip", "cutout")
 
 
 @pytest.fixture
-def drawn(tmp_path, monkeypatch):
+def drawn(tmp_path, npz, monkeypatch, no_curves):
     """Gives what the command draws with these flags: of each run the weights and the draws of its two epochs."""
-    npz = save_npz(tmp_path / "small.npz", small_dataset())
 
     def draw(flags):
         models, epochs = [], []
@@ -35,7 +34,6 @@ def drawn(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(cifar_fast.trainer, "CNN", model)
             patch.setattr(cifar_fast.trainer, "draw_epoch", epoch)
-            patch.setattr("cifar_fast.output.draw_curves", lambda result, path: path.touch())  # which take longest
             assert main(f"{FLAGS} --data-dir {npz} --output {tmp_path}/out --overwrite {flags}".split()) == 0
         pairs = [torch.stack([draws.tensor for draws in epochs[i : i + 2]]) for i in range(0, len(epochs), 2)]
         return [dict(weights=weights, **dict(zip(SOURCES[1:], pair.unbind(1)))) for weights, pair in zip(models, pairs)]
@@ -74,10 +72,10 @@ def test_an_init_seed_gives_the_weights_of_that_seed(drawn):
     assert torch.equal(apart["weights"], together["weights"])
 
 
-def test_with_none_apart_all_numbers_come_from_one_stream_as_the_references(drawn, tmp_path):
+def test_with_none_apart_all_numbers_come_from_one_stream_as_the_references(drawn, tmp_path, tiny):
     torch.manual_seed(5)
     weights = torch.cat([parameter.flatten() for parameter in CNN(Recipe(widths=NARROW), 3).parameters()])
-    epochs = torch.stack([draw_epoch(96, device="cpu").tensor for _ in range(2)])
+    epochs = torch.stack([draw_epoch(len(tiny.train_images), device="cpu").tensor for _ in range(2)])
     (run,) = drawn("--seed 5")
     assert not differing(run, dict(weights=weights.detach(), **dict(zip(SOURCES[1:], epochs.unbind(1)))))
     (run,) = json.loads((tmp_path / "out/summary.json").read_text())["runs"]

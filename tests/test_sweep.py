@@ -10,9 +10,9 @@ import pytest
 from cifar_fast import Recipe, Sweep, fit, fit_sweep
 from cifar_fast.cli import main
 from tests.conftest import save_npz, small_dataset
-from tests.test_resume import contents
+from tests.trainings import HOW, contents
 
-pytestmark = pytest.mark.slow  # whole trainings, by the command and from Python
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings, by the command and from Python
 
 SPEC = """
 dataset = "npz"
@@ -37,22 +37,7 @@ RECIPES = {
     "momentum-0.8": Recipe(**vars(BASE) | {"momentum": 0.8}),
     "momentum-0.85": Recipe(**vars(BASE) | {"momentum": 0.85}),
 }
-HOW = dict(backend="eager", device="cpu", dtype="float32", seed=3, log=None)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return small_dataset(train=32, test=16)
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory, tiny):
-    return save_npz(tmp_path_factory.mktemp("data") / "tiny.npz", tiny)
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr("cifar_fast.output.draw_curves", lambda result, path: path.touch())  # which take longest
+SEEDED = HOW | {"seed": 3}
 
 
 @pytest.fixture
@@ -71,13 +56,11 @@ def spec(tmp_path, npz):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, tiny):
+def alone(tmp_path_factory, tiny, no_curves):
     """What each variant leaves that is trained by itself, its runs in one go."""
     folder = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cifar_fast.output.draw_curves", lambda result, path: path.touch())
-        for name, recipe in RECIPES.items():
-            fit(recipe, tiny, runs=2, output=folder / name, **HOW)
+    for name, recipe in RECIPES.items():
+        fit(recipe, tiny, runs=2, output=folder / name, **SEEDED)
     return {name: contents(folder / name, "data_source") for name in RECIPES}
 
 
@@ -312,13 +295,13 @@ def test_a_variant_that_diverges_is_told_and_left_out(tmp_path, spec, alone, cap
     assert len(json.loads((tmp_path / "sweep/last/summary.json").read_text())["runs"]) == 2
 
 
-def test_what_is_compiled_is_set_up_once_for_each_variant(tmp_path, spec, uncompiled, capfd):
+def test_what_is_compiled_is_set_up_once_for_each_variant(tmp_path, tiny, spec, uncompiled, capfd):
     assert main(["sweep", spec(('"eager"', '"compiled"'))]) == 0
     lines = capfd.readouterr().out.splitlines()
     set_up = [line.split(":")[0] for line in lines if "setting up the compiled backend" in line]
     assert set_up == list(RECIPES)
     recipe = RECIPES["momentum-0.8"]
-    again = fit(recipe, small_dataset(train=32, test=16), runs=2, **HOW | {"backend": "compiled"})
+    again = fit(recipe, tiny, runs=2, **SEEDED | {"backend": "compiled"})
     summary = json.loads((tmp_path / "sweep/momentum-0.8/summary.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "sweep/momentum-0.8/metrics.jsonl").read_text().splitlines()]
     assert [row["train_loss"] for row in rows] == [row.train_loss for row in again.rows]
@@ -351,7 +334,9 @@ def test_a_folder_in_which_a_sweep_is_at_work_is_refused(spec, capfd, monkeypatc
 
 
 def test_a_sweep_of_ones_own_in_python(tmp_path, npz, alone):
-    sweep = Sweep(RECIPES, str(tmp_path / "sweep"), "npz", str(npz), runs=2, **{k: HOW[k] for k in HOW if k != "log"})
+    sweep = Sweep(
+        RECIPES, str(tmp_path / "sweep"), "npz", str(npz), runs=2, **{k: SEEDED[k] for k in SEEDED if k != "log"}
+    )
     results = fit_sweep(sweep, log=None)
     assert list(results) == list(RECIPES) and [len(result.runs) for result in results.values()] == [2, 2, 2]
     assert trained(tmp_path / "sweep") == alone

@@ -14,7 +14,7 @@ def test_the_same_seed_gives_the_same_bytes_everywhere():
     assert load_dataset("synthetic").digest == "734dcc32b25126b8f07e08d89f026eef1f997579bdc00071a77bfe787d6f45ff"
 
 
-def test_another_seed_gives_other_pictures():
+def test_another_seed_gives_other_images():
     assert not np.array_equal(textures(50, seed=0)[0], textures(50, seed=1)[0])
 
 
@@ -26,7 +26,7 @@ def test_classes_are_balanced_and_named():
 
 
 @pytest.mark.slow
-def test_neither_mean_pictures_nor_colours_nor_neighbours_tell_the_classes():
+def test_neither_mean_images_nor_colours_nor_neighbours_tell_the_classes():
     """Ten classes: chance is 10 %. What these simple rules reach is what would make the set trivial."""
     dataset = load_dataset("synthetic", log=None)
     train, test = (

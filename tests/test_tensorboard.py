@@ -7,8 +7,9 @@ import pytest
 
 from cifar_fast import Recipe
 from cifar_fast.train import main
-from tests.conftest import save_npz, small_dataset
-from tests.test_resume import stop_after
+from tests.trainings import stop_after
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 FLAGS = (
     "--dataset npz --widths 4 8 8 16 --epochs 3 --batch-size 16 --device cpu --dtype float32 --backend eager --seed 3"
@@ -19,16 +20,6 @@ TAGS = {"loss/train": "train_loss", "accuracy/train": "train_accuracy", "accurac
 @pytest.fixture(scope="module")
 def reader():
     return pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory):
-    return save_npz(tmp_path_factory.mktemp("data") / "tiny.npz", small_dataset(train=32, test=16))
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr("cifar_fast.output.draw_curves", lambda result, path: path.touch())  # which take longest
 
 
 def train(npz, flags):

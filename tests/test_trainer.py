@@ -9,16 +9,13 @@ from cifar_fast.backends import Compiled, Eager
 from cifar_fast.plan import Plan, cpu_has_bfloat16
 from cifar_fast.trainer import fit_plan
 from tests.conftest import NARROW, small_dataset
+from tests.trainings import HOW
 
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
 
 
 def train(dataset, **how):
-    return fit(
-        how.pop("recipe", RECIPE),
-        dataset,
-        **{"backend": "eager", "device": "cpu", "dtype": "float32", "log": None} | how,
-    )
+    return fit(how.pop("recipe", RECIPE), dataset, **HOW | how)
 
 
 def untimed(rows):
@@ -141,7 +138,7 @@ def test_compiled_trains_as_eager_does_and_its_set_up_leaves_no_trace(small, com
     """
     recipe = dataclasses.replace(
         RECIPE, batch_size=30, lr_values=(0.1, 0.2, 0)
-    )  # 10 test pictures in the last, short batch
+    )  # 10 test images in the last, short batch
     eager = train(small, recipe=recipe, runs=2)
     compiled = train(small, recipe=recipe, runs=2, backend="compiled")
     for mine, its in zip(compiled.rows, eager.rows, strict=True):
