@@ -19,7 +19,7 @@ from cifar_fast.distributed import World
 from cifar_fast.plan import Plan
 from cifar_fast.train import main
 from tests.conftest import save_npz, small_dataset
-from tests.test_resume import contents
+from tests.test_resume import contents, stop_after
 
 RECIPE = Recipe(epochs=30, batch_size=16, widths=(4, 8))
 FLAGS = "--dataset npz --widths 4 8 --epochs 30 --batch-size 16 --device cpu --dtype float32 --backend eager --seed 3"
@@ -131,7 +131,11 @@ def test_where_a_process_was_killed_one_alone_goes_on_to_the_same_bits(killed, w
 
 
 @pytest.mark.slow  # processes of their own
-def test_a_call_goes_on_with_what_processes_have_left(killed, whole, tiny, no_curves_here):
+def test_a_call_goes_on_with_what_processes_have_left_and_with_their_threads(
+    killed, whole, tiny, no_curves_here, monkeypatch
+):
+    for module in ("parts", "trainer"):
+        monkeypatch.setattr(f"cifar_fast.{module}.THREADS", 2)
     how = dict(seed=3, backend="eager", device="cpu", dtype="float32", save_logits=True, log=None)
     result = fit(RECIPE, tiny, resume=killed, runs=3, **how)
     assert contents(killed, "data_source") == contents(whole, "data_source") and len(result.rows) == 3 * 30
@@ -150,17 +154,38 @@ def test_what_processes_have_left_is_kept_unless_told(npz, killed, capfd, no_cur
     assert sorted(os.listdir(killed)) == ["curves.png", "metrics.jsonl", "model.pt", "summary.json"]
 
 
+@pytest.mark.slow  # whole trainings
+def test_processes_go_on_with_the_epochs_and_runs_that_one_alone_has_left(tmp_path, tiny, npz, capfd, no_curves_here):
+    recipe = Recipe(epochs=3, batch_size=16, widths=(4, 8))
+    how = dict(seed=3, backend="eager", device="cpu", dtype="float32")
+    folder, lines = tmp_path / "shared", []
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, tiny, runs=2, output=folder, log=stop_after((1, 3)), **how)
+    (folder / "parts").mkdir()  # as processes leave it that are killed at once
+    fit(recipe, tiny, runs=2, resume=folder, log=lines.append, **how)
+    assert "going on after epoch 2" in lines and not (folder / "parts").exists()
+    (folder / "parts").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, tiny, runs=4, resume=folder, log=stop_after((2, 2)), **how)
+    assert main(["--resume", str(folder), "--data-dir", str(npz)]) == 0, "which knows how many runs there are to be"
+    assert epochs_in(capfd.readouterr().out.splitlines()) == [2, 3, 1, 2, 3]
+    fit(recipe, tiny, runs=4, output=tmp_path / "whole", log=None, **how)
+    assert contents(folder, "data_source") == contents(tmp_path / "whole", "data_source")
+
+
 @pytest.mark.long  # processes of their own, several times
 def test_other_numbers_of_processes_go_on_and_runs_may_grow(tmp_path, npz, no_curves_here):
     """One process begins, two go on, of which the first is killed, and three do the rest, with another run."""
     flags = f"{FLAGS} --data-dir {npz} --log tensorboard --runs"
     assert main(f"{flags} 5 --output {tmp_path}/whole".split()) == 0
     folder = tmp_path / "parts"
-    process = subprocess.Popen([sys.executable, "-m", "cifar_fast.train", *f"{flags} 4 --output {folder}".split()])
-    while not (folder / "checkpoint.pt").exists() or '"run": 1' not in (folder / "metrics.jsonl").read_text():
-        time.sleep(0.01)
+    alone = [sys.executable, "-m", "cifar_fast.train", *f"{flags} 4 --output {folder}".split()]
+    process = subprocess.Popen(alone, stdout=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("run 2 of 4"):
+        assert process.poll() is None
+    process.stdout.readline()
     process.kill()
-    process.wait()
+    process.communicate()
     process = torchrun(f"--resume {folder}")
     kill_when(process, 0, folder / "parts/run-2/metrics.jsonl")
     assert ended(process)[0] == 1
