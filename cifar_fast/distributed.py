@@ -48,7 +48,10 @@ class World:
         from torch import distributed
 
         try:
-            distributed.init_process_group("gloo", timeout=PATIENCE)
+            store, rank, size = next(distributed.rendezvous("env://"))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one machine, on which a restart finds the same store again
+                store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise InputError(f"rank {self.rank}: cannot join the others at {where} ({first_line(error)})") from error

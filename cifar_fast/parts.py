@@ -88,7 +88,7 @@ def fit_shared(
 
         folder, threads, left = world.from_first(begin)
         if world.size > 1:
-            log(f"{len(left)} runs are left, shared by {world.size} processes; what follows is the first one's")
+            log(f"runs to do: {len(left)}, shared by {world.size} processes; what follows is the first one's")
 
         def train(run: int) -> None:
             part = Part(folder, run)

@@ -66,8 +66,9 @@ def whole(tmp_path_factory, npz, no_curves_here):
     return folder
 
 
-def torchrun(flags, processes=2, module="cifar_fast.train"):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def torchrun(flags, processes=2, module="cifar_fast.train", restarts=0):
+    options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options]
     how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([*launcher, "-m", module, *flags.split()], **how)
 
@@ -204,8 +205,10 @@ def test_a_sweep_is_shared_and_goes_on_by_the_same_command(tmp_path, npz, no_cur
 
     names = ("baseline", "momentum")
     assert command(spec("whole").split()) == 0
-    code, lines, errors = ended(torchrun(spec("shared"), module="cifar_fast"))
-    assert (code, errors) == (0, []) and lines[-1].startswith("written to ")
+    process = torchrun(spec("restarted"), module="cifar_fast", restarts=1)
+    kill_when(process, 1, tmp_path / "restarted/momentum/parts/run-0/metrics.jsonl")
+    code, lines, _ = ended(process)
+    assert code == 0 and lines[-1].startswith("written to ")
     process = torchrun(spec("killed"), module="cifar_fast")
     kill_when(process, 1, tmp_path / "killed/momentum/parts/run-0/metrics.jsonl")
     assert ended(process)[0] == 1
@@ -216,7 +219,7 @@ def test_a_sweep_is_shared_and_goes_on_by_the_same_command(tmp_path, npz, no_cur
     assert command([*spec("alone").split(), "--dry-run"]) == 0
     assert "run 1 of momentum, seed 0: goes on after epoch" in capfd.readouterr().out
     assert command(spec("alone").split()) == 0
-    for folder in ("shared", "killed", "alone"):
+    for folder in ("restarted", "killed", "alone"):
         assert sorted(os.listdir(tmp_path / folder)) == ["baseline", "momentum", "sweep.json"]
         for name in names:
             assert contents(tmp_path / folder / name) == contents(tmp_path / "whole" / name)
