@@ -66,11 +66,12 @@ def whole(tmp_path_factory, npz, no_curves_here):
     return folder
 
 
-def torchrun(flags, processes=2, module="cifar_fast.train", restarts=0):
+def torchrun(flags, processes=2, module="cifar_fast.train", restarts=0, cwd=None):
     options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *options]
-    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*launcher, "-m", module, *flags.split()], **how)
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen([*launcher, "-m", module, *flags.split()], env=environment, **how)
 
 
 def ended(process):
@@ -81,9 +82,9 @@ def ended(process):
     return process.returncode, out.splitlines(), ours
 
 
-def kill_when(process, rank, path):
-    """Kill the process of that rank which torchrun has started, when the file ``path`` is there."""
-    while not path.exists():
+def kill_when(process, rank, rows):
+    """Kill the process of that rank which torchrun has started, when the file ``rows`` has two, one a checkpoint."""
+    while not rows.exists() or rows.read_text().count("\n") < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
@@ -172,6 +173,37 @@ def test_processes_go_on_with_the_epochs_and_runs_that_one_alone_has_left(tmp_pa
     assert epochs_in(capfd.readouterr().out.splitlines()) == [2, 3, 1, 2, 3]
     fit(recipe, tiny, runs=4, output=tmp_path / "whole", log=None, **how)
     assert contents(folder, "data_source") == contents(tmp_path / "whole", "data_source")
+
+
+@pytest.mark.slow  # whole trainings
+def test_runs_by_different_backends_make_no_result(tmp_path, npz, capfd, monkeypatch, no_curves_here):
+    flags = f"{FLAGS} --data-dir {npz} --epochs 2 --runs"
+    folder = tmp_path / "shared"
+    assert main(f"{flags} 1 --output {folder}".split()) == 0
+    (folder / "parts").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("cifar_fast.cli.say", stop_after((2, 1)))
+        assert main(["--resume", str(folder), "--runs", "3"]) == 130
+    saved = torch.load(folder / "parts/run-1/checkpoint.pt", weights_only=True)
+    saved["result"]["backend"] = "compiled"  # as where auto has not found the same in all processes
+    torch.save(saved, folder / "parts/run-1/checkpoint.pt")
+    assert main(["--resume", str(folder)]) == 1
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {folder}: run 2 was trained by compiled, and others by eager; name a --backend")
+    assert len(json.loads((folder / "summary.json").read_text())["runs"]) == 1 and (folder / "parts/run-2").exists()
+
+
+@pytest.mark.long  # processes of their own, several times
+def test_the_first_process_names_the_folder_and_takes_the_place_of_earlier_results(tmp_path, npz):
+    flags = f"{FLAGS} --data-dir {npz} --epochs 2 --runs"
+    code, _, errors = ended(torchrun(f"{flags} 2", cwd=tmp_path))
+    assert (code, errors) == (0, [])
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(json.loads((folder / "summary.json").read_text())["runs"]) == 2
+    code, _, errors = ended(torchrun(f"{flags} 1 --seed 9 --overwrite --output {folder}"))
+    assert (code, errors) == (0, [])
+    assert [run["seed"] for run in json.loads((folder / "summary.json").read_text())["runs"]] == [9]
+    assert sorted(os.listdir(folder)) == ["curves.png", "metrics.jsonl", "model.pt", "summary.json"]
 
 
 @pytest.mark.long  # processes of their own, several times
