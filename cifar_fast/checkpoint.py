@@ -17,9 +17,12 @@ from cifar_fast.data import Dataset
 from cifar_fast.errors import InputError, first_line
 from cifar_fast.plan import Plan, resolve, short_name
 from cifar_fast.recipe import Recipe
-from cifar_fast.results import EpochRow, Result, plain, restored
+from cifar_fast.results import SUMMARY, EpochRow, Result, plain, restored
 
 CHECKPOINT = "checkpoint.pt"
+
+PARTS = "parts"
+"""Folder of a training whose runs are shared: in it a folder for each that has begun, with a checkpoint of its own."""
 
 FORMAT = 1
 """Of ``checkpoint.pt``; raised when what it holds changes its meaning."""
@@ -158,9 +161,41 @@ def _shown(value: Any) -> str:
 
 
 def read_checkpoint(folder: Path, where: str) -> Checkpoint:
-    """Where the training in ``folder`` stands, at its end too; :class:`InputError`, which begins with ``where``, where
-    there is none to read.
+    """Where the training in ``folder`` stands, at its end too, as far as one process alone has taken it;
+    :class:`InputError`, which begins with ``where``, where there is none to read.
     """
+    parts = read_parts(folder, where).values()
+    shared = max((part.result for part in parts), key=lambda result: result.settings["runs"], default=None)
+    if shared is None:
+        return _read(folder, where)
+    if not begun_alone(folder):
+        return Checkpoint(without_runs(shared))
+    found = _read(folder, where)
+    return dataclasses.replace(found, result=dataclasses.replace(found.result, settings=shared.settings))
+
+
+def read_parts(folder: Path, where: str) -> dict[int, Checkpoint]:
+    """Where the runs of the training in ``folder`` stand that processes share, by their numbers, in order."""
+    begun = sorted(int(path.parent.name.partition("-")[2]) for path in folder.glob(f"{PARTS}/run-*/{CHECKPOINT}"))
+    return {run: _read(part_folder(folder, run), where) for run in begun}
+
+
+def part_folder(folder: Path, run: int) -> Path:
+    """Where a process that takes that run alone, from 0, of the training in ``folder`` has it."""
+    return folder / PARTS / f"run-{run}"
+
+
+def begun_alone(folder: Path) -> bool:
+    """Whether a training of one process has left something in ``folder`` to go on from."""
+    return any((folder / name).exists() for name in (CHECKPOINT, SUMMARY))
+
+
+def without_runs(result: Result) -> Result:
+    """``result`` as it was before its first run."""
+    return dataclasses.replace(result, rows=[], runs=[], logits=[], state_dict={})
+
+
+def _read(folder: Path, where: str) -> Checkpoint:
     path = folder / CHECKPOINT
     try:
         if not path.exists():

@@ -16,6 +16,7 @@ from typing import Any
 
 from cifar_fast import __version__
 from cifar_fast.data import load_dataset
+from cifar_fast.distributed import World
 from cifar_fast.errors import InputError
 from cifar_fast.files import check_writable
 from cifar_fast.flags import (
@@ -123,64 +124,78 @@ def train_parser() -> argparse.ArgumentParser:
 
 
 def _train(argv: list[str] | None) -> int:
-    parser = train_parser()
-    args = parser.parse_args(argv)
-    output: Any = None
-    if args.resume:
-        from cifar_fast.output import Output
+    with World.stated().joined() as world:
+        return _train_in(world, argv)
 
-        if args.output or args.overwrite:
-            raise InputError("--resume stands in the place of --output, without --overwrite; give one of them")
-        output = Output(args.resume, resume=True)
-        parser.set_defaults(**output.checkpoint.flags(args))
+
+def _train_in(world: World, argv: list[str] | None) -> int:
+    tell = world.log(say)
+    with world.together():
+        parser = train_parser()
         args = parser.parse_args(argv)
-    recipe = recipe_of(args)
-    if args.print_recipe:
-        say(recipe.to_json())
-        return 0
-    if args.profile:
-        args.output = args.profile
-        return _profile(args)
+        output: Any = None
+        if args.resume:
+            from cifar_fast.output import Output
 
-    from cifar_fast.augment import Seeds
-    from cifar_fast.backends import keep_freed_memory
-    from cifar_fast.output import Output
-    from cifar_fast.plan import resolve
-    from cifar_fast.trainer import check, fit_plan, nothing_to_do
+            if args.output or args.overwrite:
+                raise InputError("--resume stands in the place of --output, without --overwrite; give one of them")
+            output = Output(args.resume, resume=True)
+            parser.set_defaults(**output.checkpoint.flags(args))
+            args = parser.parse_args(argv)
+        recipe = recipe_of(args)
+        if args.print_recipe:
+            tell(recipe.to_json())
+            return 0
+        if args.profile:
+            args.output = args.profile
+            return _profile(args)
 
-    # Whatever can be refused is refused before the data, which may take long to come.
-    plan = (output.checkpoint.plan if output else resolve)(args.backend, args.device, args.dtype, args.memory_format)
-    seeds = Seeds(args.seed, args.init_seed, args.order_seed, args.augment_seed)
-    check(plan, seeds, args.runs, checkpoint_every=args.checkpoint_every)
-    also_test = dict(args.also_test)
-    if len(also_test) < len(args.also_test):
-        raise InputError("--also-test: two test sets have one name; give each its own")
-    if output is None:
-        output = Output(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
-    elif output.checkpoint.nothing_left(output.name, recipe, plan, seeds, args.runs, also_test, args.save_logits):
-        say(nothing_to_do(output))
-        return 0
-    if args.log == "tensorboard":
-        from cifar_fast.tensorboard import TensorBoard
+        from cifar_fast.augment import Seeds
+        from cifar_fast.backends import keep_freed_memory
+        from cifar_fast.output import Output
+        from cifar_fast.parts import fit_shared
+        from cifar_fast.plan import resolve
+        from cifar_fast.trainer import check, nothing_to_do
 
-        output.tensorboard = TensorBoard(recipe)
+        # Whatever can be refused is refused before the data, which may take long to come.
+        plan = (output.checkpoint.plan if output else resolve)(
+            args.backend, args.device, args.dtype, args.memory_format
+        )
+        plan = world.own_device(plan, args.device)
+        seeds = Seeds(args.seed, args.init_seed, args.order_seed, args.augment_seed)
+        check(plan, seeds, args.runs, checkpoint_every=args.checkpoint_every)
+        also_test = dict(args.also_test)
+        if len(also_test) < len(args.also_test):
+            raise InputError("--also-test: two test sets have one name; give each its own")
+        if output is None:
+            output = Output(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
+        elif output.checkpoint.nothing_left(output.name, recipe, plan, seeds, args.runs, also_test, args.save_logits):
+            tell(nothing_to_do(output))
+            return 0
+        if args.log == "tensorboard":
+            from cifar_fast.tensorboard import TensorBoard
+
+            output.tensorboard = TensorBoard(recipe)
     if plan.device.type == "cpu":
         keep_freed_memory()
     with interruptible() as on_step:
         try:
-            dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say)
-            how: dict[str, Any] = dict(checkpoint_every=args.checkpoint_every, also_test=also_test, log=say)
-            how["save_logits"] = args.save_logits
-            result = fit_plan(recipe, dataset, plan, seeds=seeds, runs=args.runs, output=output, on_step=on_step, **how)
+            dataset = world.first_before_others(
+                lambda: load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=tell)
+            )
+            how: dict[str, Any] = dict(checkpoint_every=args.checkpoint_every, also_test=also_test, log=tell)
+            how |= dict(save_logits=args.save_logits, seeds=seeds, runs=args.runs, output=output, on_step=on_step)
+            result = fit_shared(world, recipe, dataset, plan, **how)
         except KeyboardInterrupt:
             if not output.resumable:
                 raise
             go_on = shlex.join(["cifar-fast", "train", "--resume", str(output.path)])
             raise KeyboardInterrupt(f"interrupted; to go on: {go_on}") from None
-    say(f"written to {output.path}")
-    for line in result.unwritten:
+    tell(f"written to {output.path}")
+    unwritten = result.unwritten if result else ()
+    for line in unwritten:
         print(f"error: {line}", file=sys.stderr)
-    return 1 if result.unwritten else 0
+    return 1 if unwritten else 0
 
 
 def default_output(dataset: str) -> str:
@@ -261,7 +276,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 def sweep(argv: list[str] | None = None) -> int:
     """``cifar-fast sweep``; gives 0, 1 where a variant diverged or a file could not be written, 2 for bad input."""
-    return run_command(lambda: _sweep(sweep_parser().parse_args(argv)), argv)
+    return run_command(lambda: _sweep(argv), argv)
 
 
 def sweep_parser() -> argparse.ArgumentParser:
@@ -272,23 +287,35 @@ def sweep_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sweep(args: argparse.Namespace) -> int:
-    from cifar_fast.backends import keep_freed_memory
-    from cifar_fast.sweep import Sweep, fit_sweep, outline, plan_of
+def _sweep(argv: list[str] | None) -> int:
+    with World.stated().joined() as world:
+        return _sweep_in(world, argv)
 
-    wanted = Sweep.load(args.spec)
-    if args.dry_run:
-        for line in outline(wanted):
-            say(line)
-        return 0
-    if plan_of(wanted).device.type == "cpu":
+
+def _sweep_in(world: World, argv: list[str] | None) -> int:
+    tell = world.log(say)
+    with world.together():
+        args = sweep_parser().parse_args(argv)
+
+        from cifar_fast.backends import keep_freed_memory
+        from cifar_fast.sweep import Sweep, fit_sweep, outline, plan_of
+
+        wanted = Sweep.load(args.spec)
+        if args.dry_run:
+            for line in outline(wanted):
+                tell(line)
+            return 0
+        on_cpu = plan_of(wanted).device.type == "cpu"
+    if on_cpu:
         keep_freed_memory()
     with interruptible() as on_step:
         try:
-            results = fit_sweep(wanted, log=say, on_step=on_step)
+            results = fit_sweep(wanted, world=world, log=tell, on_step=on_step)
         except KeyboardInterrupt:
             go_on = shlex.join(["cifar-fast", "sweep", args.spec])
             raise KeyboardInterrupt(f"interrupted; to go on: {go_on}") from None
+    if world.rank:
+        return 0
     unwritten = [line for result in results.values() for line in result.unwritten]
     for line in unwritten:
         print(f"error: {line}", file=sys.stderr)

@@ -12,6 +12,12 @@ class Diverged(ArithmeticError):
     """The loss stopped being finite. Its message names the step; the commands print it and exit with code 1."""
 
 
+class Incomplete(RuntimeError):
+    """Runs that processes share are not all there: one has died, or could not write. The commands print the message and
+    exit with code 1.
+    """
+
+
 def first_cause(error: BaseException) -> BaseException:
     """The error that ``error`` was raised from, at the beginning of the chain; the compiler hides it in its own."""
     while cause := getattr(error, "inner_exception", None) or error.__cause__:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from cifar_fast.data import DATA_URL, DATASETS, is_dataset
-from cifar_fast.errors import Diverged, InputError
+from cifar_fast.distributed import World
+from cifar_fast.errors import Diverged, Incomplete, InputError
 from cifar_fast.names import BACKENDS, DTYPES, MEMORY_FORMATS
 from cifar_fast.recipe import Recipe
 
@@ -32,8 +33,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[], int], argv: list[str] | None, on_interrupt: str = "interrupted") -> int:
-    """The exit code of ``command``: its own; 2 for :class:`InputError` and 1 for :class:`Diverged`, told in a line; 130
-    for Ctrl-C.
+    """The exit code of ``command``: its own; 2 for :class:`InputError`, 1 for :class:`Diverged` and
+    :class:`Incomplete`, told in a line; 130 for Ctrl-C, which of torchrun's processes the first one tells.
 
     With --traceback in ``argv`` (None: the process's own) an error also shows where it came from.
     """
@@ -46,13 +47,14 @@ def run_command(command: Callable[[], int], argv: list[str] | None, on_interrupt
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return command()
-    except (InputError, Diverged) as error:
+    except (InputError, Diverged, Incomplete) as error:
         if show_traceback:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or on_interrupt, file=sys.stderr)
+        if World.stated().rank == 0:
+            print(str(interrupt) or on_interrupt, file=sys.stderr)
         return 130
 
 

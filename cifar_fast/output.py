@@ -7,14 +7,15 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cifar_fast.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
+from cifar_fast.checkpoint import CHECKPOINT, PARTS, Checkpoint, read_checkpoint
 from cifar_fast.curves import draw_curves
 from cifar_fast.errors import InputError, first_line
 from cifar_fast.files import atomic_write, check_writable, locked, remove_drafts, remove_empty, writing
@@ -22,7 +23,7 @@ from cifar_fast.progress import Log, silent
 from cifar_fast.results import LOGITS, MODEL, ROWS, SUMMARY, EpochRow, Result
 from cifar_fast.tensorboard import FOLDER, TensorBoard, remove_events
 
-FILES = (ROWS, SUMMARY, MODEL, LOGITS, "curves.png", CHECKPOINT)
+FILES = (ROWS, SUMMARY, MODEL, LOGITS, "curves.png", CHECKPOINT, PARTS)
 
 
 class Output:
@@ -57,15 +58,21 @@ class Output:
         return f"--{'resume' if self.resume else 'output'} {self.path}"
 
     @property
+    def events(self) -> Path:
+        """The folder that TensorBoard's files go below."""
+        return self.path
+
+    @property
     def resumable(self) -> bool:
         """Whether this training has left something to go on from."""
-        return (self.resume or bool(self._rows)) and (self.path / CHECKPOINT).exists()
+        alone = (self.resume or bool(self._rows)) and (self.path / CHECKPOINT).exists()
+        return alone or (PARTS not in self._earlier and (self.path / PARTS).exists())
 
     def _refuse_results(self) -> None:
         with writing(self.name):
             self._earlier = [name for name in FILES if (self.path / name).exists()]
         if self._earlier and not self.overwrite:
-            go_on = "--resume to go on with it, " if CHECKPOINT in self._earlier else ""
+            go_on = "--resume to go on with it, " if {CHECKPOINT, PARTS} & set(self._earlier) else ""
             raise InputError(
                 f"{self.path} already holds results ({self._earlier[0]}); choose another --output, or give {go_on}"
                 "--overwrite to replace them"
@@ -73,9 +80,7 @@ class Output:
 
     def _go_on(self) -> None:
         self.checkpoint = read_checkpoint(self.path, self.name)  # another command may have gone on in the meantime
-        self._rows = [_line(row) for row in self.checkpoint.result.rows]
-        if self._rows:
-            self._write(ROWS, self._write_rows)
+        self.set_rows(self.checkpoint.result.rows)
 
     def __enter__(self) -> Output:
         self._stack = contextlib.ExitStack()
@@ -131,14 +136,28 @@ class Output:
         if first or ROWS in self.failures:
             self._write(ROWS, self._write_rows)
             if first and ROWS not in self.failures:
-                for name in self._earlier:
-                    if name != ROWS:
-                        (self.path / name).unlink(missing_ok=True)
-                self._try(FOLDER, lambda: remove_events(self.path))
+                self._earlier = [name for name in self._earlier if name != ROWS]
+                self.delete_earlier()
         else:
             self._try(ROWS, self._append_row)
         if tensorboard := self.tensorboard:
-            self._try(FOLDER, lambda: tensorboard.add(self.path, row))
+            self._try(FOLDER, lambda: tensorboard.add(self.events, row))
+
+    def set_rows(self, rows: Iterable[EpochRow]) -> None:
+        """Write ``rows`` in the place of those that are there."""
+        self._rows = [_line(row) for row in rows]
+        if self._rows:
+            self._write(ROWS, self._write_rows)
+
+    def delete_earlier(self) -> None:
+        """Delete the results that are to be replaced."""
+        self._try(FOLDER, lambda: remove_events(self.path))
+        for name in self._earlier:
+            if name == PARTS:
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            else:
+                (self.path / name).unlink(missing_ok=True)
+        self._earlier = []
 
     def _write_rows(self, draft: Path) -> None:
         draft.write_text("".join(self._rows))

@@ -19,15 +19,18 @@ import torch
 
 from cifar_fast.augment import Seeds
 from cifar_fast.backends import Backend
-from cifar_fast.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
+from cifar_fast.checkpoint import PARTS, Checkpoint, begun_alone, read_checkpoint, read_parts
 from cifar_fast.data import Dataset, check_named, load_dataset
+from cifar_fast.distributed import World
 from cifar_fast.errors import Diverged, InputError, first_line
 from cifar_fast.files import atomic_write, check_writable, locked, remove_drafts, remove_empty, writing
+from cifar_fast.isolation import THREADS
 from cifar_fast.output import Output
+from cifar_fast.parts import Part, gather, runs_left
 from cifar_fast.plan import Plan, SetUp, resolve, set_up
 from cifar_fast.progress import Log, encodable, print_line
 from cifar_fast.recipe import Recipe
-from cifar_fast.results import SUMMARY, Result
+from cifar_fast.results import Result
 from cifar_fast.trainer import check, fit_plan
 
 if sys.version_info >= (3, 11):
@@ -197,6 +200,7 @@ def fit_sweep(
     *,
     log: Log | None = print_line,
     on_step: Callable[[], None] = lambda: None,
+    world: World = World(),  # noqa: B008  (frozen)
 ) -> dict[str, Result]:
     """Train each variant of ``sweep`` once, then each a second time, and so on, so that what changes on a machine with
     time is met by all alike; goes on where the same sweep was stopped, and ends with the same bits.
@@ -208,43 +212,75 @@ def fit_sweep(
     Args:
         log: takes the lines that a person reads, the variant's name before them; None is silent.
         on_step: called after each step; what it raises ends the sweep.
+        world: processes that share the runs in the same order; a folder is then whole at the end alone.
 
     Returns:
-        The results by the variants' names, those that diverged left out.
+        The results by the variants' names, those that diverged left out; none but in the first process of ``world``.
     """
     log = encodable(log)
-    stands = standing(sweep)
-    plans = plans_of(sweep, stands)
-    dataset = load_dataset(sweep.dataset, sweep.data_dir, data_url=sweep.data_url, log=log)
-    for name, checkpoint in stands.items():
-        checkpoint.refuse_other_data(str(sweep.folder(name)), dataset)
+    with world.together():
+        stands = standing(sweep)
+        plans = {name: world.own_device(plan, sweep.device) for name, plan in plans_of(sweep, stands).items()}
+    dataset = world.first_before_others(
+        lambda: load_dataset(sweep.dataset, sweep.data_dir, data_url=sweep.data_url, log=log)
+    )
+    with world.together():
+        for name, checkpoint in stands.items():
+            checkpoint.refuse_other_data(str(sweep.folder(name)), dataset.for_recipe(sweep.variants[name]))
     results = {name: checkpoint.result for name, checkpoint in stands.items()}
     threads = next((result.settings["threads"] for result in results.values()), None)  # the last bits depend on them
-    make_backend, diverged = keeping(), set()
-    with held(sweep):
-        for run in range(sweep.runs):
-            log(f"round {run + 1} of {sweep.runs}")
-            for name, recipe in sweep.variants.items():
-                if name in diverged or (name in results and len(results[name].runs) > run):
-                    continue
-                try:
-                    results[name] = fit_plan(
-                        recipe,
-                        dataset,
-                        plans[name],
-                        seeds=sweep.seeds,
-                        runs=run + 1,
-                        output=Output(sweep.folder(name), resume=begun(sweep.folder(name))),
-                        checkpoint_every=sweep.checkpoint_every,
-                        also_test=sweep.also_test,
-                        threads=threads,
-                        log=naming(name, log),
-                        on_step=on_step,
-                        make_backend=make_backend,
-                    )
-                except Diverged as error:
-                    log(f"{name}: {error}; it is left out from here on")
-                    diverged.add(name)
+    diverged: dict[str, str] = {}
+    how: dict[str, Any] = dict(seeds=sweep.seeds, checkpoint_every=sweep.checkpoint_every, also_test=sweep.also_test)
+    how |= dict(on_step=on_step, make_backend=keeping())
+
+    if world.size == 1 and not any((sweep.folder(name) / PARTS).exists() for name in sweep.variants):
+        how["threads"] = threads
+        with held(sweep):
+            for run in range(sweep.runs):
+                log(f"round {run + 1} of {sweep.runs}")
+                for name, recipe in sweep.variants.items():
+                    if name in diverged or (name in results and len(results[name].runs) > run):
+                        continue
+                    output = Output(sweep.folder(name), resume=begun(sweep.folder(name)))
+                    how |= dict(runs=run + 1, output=output, log=naming(name, log))
+                    try:
+                        results[name] = fit_plan(recipe, dataset, plans[name], **how)
+                    except Diverged as error:
+                        log(f"{name}: {error}; it is left out from here on")
+                        diverged[name] = str(error)
+        return {name: results[name] for name in sweep.variants if name not in diverged}
+
+    def begin() -> tuple[int, list[tuple[str, int]]]:
+        stack.enter_context(held(sweep))
+        left = {name: runs_left(sweep.folder(name), stands.get(name), sweep.runs) for name in sweep.variants}
+        in_turn = [(name, run) for run in range(sweep.runs) for name in sweep.variants if run in left[name]]
+        return threads or THREADS, in_turn
+
+    def train(name_and_run: tuple[str, int]) -> None:
+        name, run = name_and_run
+        if name not in diverged:
+            part = Part(sweep.folder(name), run)
+            try:
+                fit_plan(
+                    sweep.variants[name], dataset, plans[name], only=run, output=part, log=naming(name, log), **how
+                )
+            except Diverged as error:
+                diverged[name] = str(error)
+
+    with contextlib.ExitStack() as stack:
+        how["threads"], in_turn = world.from_first(begin)
+        how["runs"] = sweep.runs
+        world.share(in_turn, train)
+        for found in world.gather(diverged):
+            diverged |= found
+        if world.rank:
+            return {}
+        for name in sweep.variants:
+            if name in diverged:
+                log(f"{name}: {diverged[name]}; it is left out")
+            elif name not in results or len(results[name].runs) < sweep.runs:
+                with Output(sweep.folder(name), resume=True) as output:
+                    results[name] = gather(output, sweep.runs, dataset.test_labels, naming(name, log))
     return {name: results[name] for name in sweep.variants if name not in diverged}
 
 
@@ -262,17 +298,19 @@ def outline(sweep: Sweep) -> Iterable[str]:
     yield f"{len(sweep.variants)} variants, {sweep.runs} runs each, on {sweep.dataset}, to {sweep.output}"
     for name, recipe in sweep.variants.items():
         yield f"{name}: {plans[name]}; {changes(recipe, Recipe()) or 'the recipe as published'}"
+    parts = {name: read_parts(sweep.folder(name), str(sweep.folder(name))) for name in stands}
     for run in range(sweep.runs):
         for name in sweep.variants:
-            runs, rows = ((found := stands[name].result).runs, found.rows) if name in stands else ([], [])
-            after = max((row.epoch for row in rows if row.run == run), default=0)
-            state = "has ended" if run < len(runs) else f"goes on after epoch {after}" if after else "to do"
+            found = [stands[name].result, *(part.result for part in parts[name].values())] if name in stands else []
+            ended = any(one.run == run for result in found for one in result.runs)
+            after = max((row.epoch for result in found for row in result.rows if row.run == run), default=0)
+            state = "has ended" if ended else f"goes on after epoch {after}" if after else "to do"
             yield f"run {run + 1} of {name}, seed {sweep.seed + run}: {state}"
 
 
 def begun(folder: Path) -> bool:
     """Whether a training has left something in ``folder`` to go on from."""
-    return any((folder / name).exists() for name in (CHECKPOINT, SUMMARY))
+    return begun_alone(folder) or (folder / PARTS).exists()
 
 
 def standing(sweep: Sweep) -> dict[str, Checkpoint]:

@@ -17,6 +17,7 @@ from cifar_fast.augment import Seeds, draw_epoch
 from cifar_fast.backends import Backend, channel_statistics, device_guard
 from cifar_fast.checkpoint import Checkpoint
 from cifar_fast.data import Dataset
+from cifar_fast.distributed import World
 from cifar_fast.environment import environment
 from cifar_fast.errors import Diverged, InputError, out_of_memory
 from cifar_fast.isolation import THREADS, isolated
@@ -56,7 +57,8 @@ def fit(
     torch's settings that a result depends on are at their defaults meanwhile (:mod:`cifar_fast.isolation`), and random
     numbers come from generators of the run's own, so that those of the caller are left as they were. On a CPU a step
     takes 15 to 30 % less time after :func:`cifar_fast.backends.keep_freed_memory`, which the command calls. In workers
-    of one's own, start processes with ``spawn``: torch's threads do not survive a fork.
+    of one's own, start processes with ``spawn``: torch's threads do not survive a fork. torchrun shares out the runs of
+    the commands; this function trains all in each process.
 
     Args:
         backend: auto, eager, compiled, fused.
@@ -88,6 +90,8 @@ def fit(
     """
     if resume is not None and (output is not None or overwrite):
         raise InputError("resume stands in the place of output, without overwrite; give one of them")
+    from cifar_fast.parts import fit_shared  # which needs this module
+
     place = output if resume is None else resume
     folder = Output(place, overwrite, resume=resume is not None) if place is not None else None
     standing = folder.checkpoint if folder else None
@@ -97,9 +101,10 @@ def fit(
         encodable(log)(nothing_to_do(folder))
         return standing.result
     how: dict[str, Any] = dict(also_test=also_test, save_logits=save_logits, threads=threads, log=log)
-    return fit_plan(
-        recipe, dataset, plan, seeds=seeds, runs=runs, output=folder, checkpoint_every=checkpoint_every, **how
-    )
+    how |= dict(seeds=seeds, runs=runs, output=folder, checkpoint_every=checkpoint_every)
+    result = fit_shared(World(), recipe, dataset, plan, **how)
+    assert result is not None
+    return result
 
 
 def fit_plan(
@@ -109,6 +114,7 @@ def fit_plan(
     *,
     seeds: Seeds = Seeds(),  # noqa: B008  (frozen)
     runs: int = 1,
+    only: int | None = None,
     output: Output | None = None,
     checkpoint_every: int = 1,
     also_test: Mapping[str, str | Path] | None = None,
@@ -120,7 +126,8 @@ def fit_plan(
 ) -> Result:
     """As :func:`fit`, with device, dtype and backend settled by :func:`cifar_fast.plan.resolve`; goes on from the
     checkpoint of ``output`` where it has one. ``on_step`` is called after each step; what it raises ends the training.
-    ``make_backend`` may give one that was used before.
+    ``make_backend`` may give one that was used before. ``only`` is the number of the one run of ``runs`` that is
+    trained, to an ``output`` of its own.
     """
     log = encodable(log)
     seeds, runs = check(plan, seeds, runs, threads, checkpoint_every)
@@ -180,7 +187,7 @@ def fit_plan(
         standing = standing or Checkpoint(result)
         if output and not standing.state:
             output.save(Checkpoint(result))
-        for run in range(len(result.runs), runs):
+        for run in range(len(result.runs), runs) if only is None else [only]:
             if runs > 1:
                 log(f"run {run + 1} of {runs}, seed {seeds.seed + run}")
             own = seeds.of_run(run)

@@ -27,10 +27,11 @@ ALSO = {
 NOTES = """
 `cifar-fast --version` prints the version, `cifar-fast COMMAND --help` the flags below.
 
-Exit codes: 0; 1 where a comparison is past its tolerance, a training diverges, a file cannot be written, an image to
-predict is broken, or something that `auto` needs does not pass its check; 2 for input that cannot work, with one line
-on standard error that says what is wrong and what to do; 130 after Ctrl-C or SIGTERM, the first of which lets `train`
-and `sweep` end their step, and a line then says how to go on. `--traceback` shows where an error came from.
+Exit codes: 0; 1 where a comparison is past its tolerance, a training diverges, a process that shares its runs has died,
+a file cannot be written, an image to predict is broken, or something that `auto` needs does not pass its check; 2 for
+input that cannot work, with one line on standard error that says what is wrong and what to do; 130 after Ctrl-C or
+SIGTERM, the first of which lets `train` and `sweep` end their step, and a line then says how to go on. `--traceback`
+shows where an error came from.
 
 ## Flags of `train`, `compare` and `profile`
 """
