@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cifar_fast.classifier import Classifier, load_model
     from cifar_fast.data import Dataset, load_dataset
     from cifar_fast.errors import Diverged, InputError
+    from cifar_fast.loader import Loader
     from cifar_fast.model import CNN
     from cifar_fast.recipe import Recipe
     from cifar_fast.report import make_report
@@ -36,6 +37,7 @@ _MODULE_OF = {
     "Diverged": "errors",
     "Draws": "augment",
     "InputError": "errors",
+    "Loader": "loader",
     "Recipe": "recipe",
     "Result": "results",
     "Sweep": "sweep",
