@@ -69,9 +69,9 @@ class Loader:
         recipe = augment if isinstance(augment, Recipe) else Recipe() if augment else PLAIN
         self.recipe = dataclasses.replace(recipe, batch_size=batch_size)
         plan = resolve("eager", str(device), short_name(dtype) if isinstance(dtype, torch.dtype) else dtype)
-        self.device, self.dtype = plan.device, plan.dtype
+        self.images = torch.tensor(getattr(dataset, f"{split}_images"), device=plan.device)
+        self.device, self.dtype = self.images.device, plan.dtype  # with its number, where it is a GPU
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.images = torch.tensor(getattr(dataset, f"{split}_images"), device=self.device)
         self.labels = torch.tensor(getattr(dataset, f"{split}_labels"), device=self.device)
         self.mean, self.std = channel_statistics(torch.tensor(dataset.train_images, device=self.device))
         self._fused = fused_unavailable_reason(self.device) is None
@@ -128,10 +128,10 @@ class Loader:
             ("std", self.std, torch.float32, (IMAGE_CHANNELS,)),
         ):
             given = (tensor.dtype, tuple(tensor.shape), tensor.device, tensor.is_contiguous())
-            if given != (dtype, wanted, self.generator.device, True):
+            if given != (dtype, wanted, self.device, True):
                 raise InputError(
                     f"{name} of a loader must be contiguous {short_name(dtype)} of shape {wanted} on "
-                    f"{self.generator.device}, not {short_name(tensor.dtype)} of shape {given[1]} on {tensor.device}"
+                    f"{self.device}, not {short_name(tensor.dtype)} of shape {given[1]} on {tensor.device}"
                 )
         if not self.std.all():
             raise InputError("a channel of train_images has the same value everywhere; it cannot be normalized")

@@ -22,6 +22,7 @@ from cifar_fast.errors import Diverged, InputError, out_of_memory
 from cifar_fast.isolation import THREADS, isolated
 from cifar_fast.model import CNN
 from cifar_fast.output import Output
+from cifar_fast.own_model import Model, OwnModel
 from cifar_fast.plan import Plan, SetUp, resolve, set_up, short_name
 from cifar_fast.progress import Log, encodable, print_line, progress_bar, silent
 from cifar_fast.recipe import Recipe
@@ -32,6 +33,7 @@ def fit(
     recipe: Recipe,
     dataset: Dataset,
     *,
+    model: Model | None = None,
     backend: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
@@ -59,6 +61,11 @@ def fit(
     of one's own, start processes with ``spawn``: torch's threads do not survive a fork.
 
     Args:
+        model: in the place of the recipe's network, a module from images ``[B, 3, 32, 32]`` to logits ``[B, classes]``.
+            Each run starts from its weights, in a copy; for fresh ones give what makes a module, ``MyNet`` or a
+            function, called for each run under the run's seed. What the recipe says of the network, its output scale
+            too, does not hold for it. What it draws while it trains, for dropout, goes with the run's seed, from
+            torch's own generators, which are given back as they were. What a step changes must be in its state dict.
         backend: auto, eager, compiled, fused.
         device: auto, cpu, cuda, cuda:N.
         dtype: auto, float16, bfloat16, float32.
@@ -93,13 +100,17 @@ def fit(
     standing = folder.checkpoint if folder else None
     plan = (standing.plan if standing else resolve)(backend, device, dtype, memory_format)
     seeds = Seeds(seed, init_seed, order_seed, augment_seed)
-    if folder and standing and standing.nothing_left(folder.name, recipe, plan, seeds, runs, also_test, save_logits):
+    own = None if model is None else OwnModel(model)
+    asked: Any = (recipe, plan, seeds, runs, also_test, save_logits, own.name if own else None)
+    if folder and standing and standing.nothing_left(folder.name, *asked):
         encodable(log)(nothing_to_do(folder))
         return standing.result
     how: dict[str, Any] = dict(also_test=also_test, save_logits=save_logits, threads=threads, log=log)
-    return fit_plan(
-        recipe, dataset, plan, seeds=seeds, runs=runs, output=folder, checkpoint_every=checkpoint_every, **how
-    )
+    how |= dict(seeds=seeds, runs=runs, output=folder, checkpoint_every=checkpoint_every)
+    if own is None:
+        return fit_plan(recipe, dataset, plan, **how)
+    with own.forked(plan.device):
+        return fit_plan(recipe, dataset, plan, make_backend=own.set_up, **how)
 
 
 def fit_plan(
@@ -151,6 +162,7 @@ def fit_plan(
         backend, failures = make_backend(plan, recipe, dataset, log)
         normalization = channel_statistics(torch.from_numpy(dataset.train_images).to(plan.device))
         mean, std = (statistic.tolist() for statistic in normalization)
+        own_model, weights_now = backend.own_model, backend.state_dict()
         result = Result(
             recipe=recipe,
             environment=facts,
@@ -175,6 +187,8 @@ def fit_plan(
             mean=mean,
             std=std,
             state_dict={},
+            model=own_model.name if own_model else None,
+            parameters=sum(weights_now[name].numel() for name, _ in backend.model.named_parameters()),
             remarks=[*dataset.remarks, *backend.remarks],
         )
         standing = standing or Checkpoint(result)
@@ -184,9 +198,11 @@ def fit_plan(
             if runs > 1:
                 log(f"run {run + 1} of {runs}, seed {seeds.seed + run}")
             own = seeds.of_run(run)
-            weights, order, augmentation = own.generators(plan.device)
-            backend.reset(CNN(recipe, dataset.num_classes, weights))
-            after = standing.restore(backend, (order, augmentation))
+            weights, *drawing = own.generators(plan.device)
+            order, augmentation = drawing
+            drawing += own_model.generators(plan.device, own.seed) if own_model else []
+            backend.reset((own_model or CNN)(recipe, dataset.num_classes, weights))
+            after = standing.restore(backend, drawing)
             if after:
                 log(f"going on after epoch {after.epoch}")
             setup_seconds = standing.setup_seconds + clock() - start
@@ -200,7 +216,7 @@ def fit_plan(
                     log(str(row))
                     due = checkpoint_every and row.epoch % checkpoint_every == 0
                     if output and (due or row.epoch == recipe.epochs):
-                        states = [generator.get_state() for generator in (order, augmentation)]
+                        states = [generator.get_state() for generator in drawing]
                         output.save(Checkpoint(result, setup_seconds, backend.training_state(), states))
             also = {}
             for test in test_sets:
