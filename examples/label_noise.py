@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6], help="of wrong labels")
-    parser.add_argument("--images", type=int, default=4000, help="train on so many; 0: all (default: 4000)")
+    parser.add_argument("--images", type=int, default=10_000, help="train on so many; 0: all (default: 10,000)")
     parser.add_argument("--full", action="store_true", help="the published network, batch size and number of images")
     args = parser.parse_args()
 

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="synthetic")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--images", type=int, default=4000, help="train on so many; 0: all (default: 4000)")
+    parser.add_argument("--images", type=int, default=10_000, help="train on so many; 0: all (default: 10,000)")
     parser.add_argument("--full", action="store_true", help="the published network, batch size and number of images")
     parser.add_argument("--output", help="keep the results there, and go on from them (default: nowhere)")
     args = parser.parse_args()
