@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from cifar_fast.classifier import Classifier, load_model
     from cifar_fast.data import Dataset, load_dataset
     from cifar_fast.errors import Diverged, InputError
+    from cifar_fast.loader import Loader
     from cifar_fast.model import CNN
     from cifar_fast.recipe import Recipe
     from cifar_fast.report import make_report
     from cifar_fast.results import Result
+    from cifar_fast.runs import fit
     from cifar_fast.sweep import Sweep, fit_sweep
-    from cifar_fast.trainer import fit
 
 __version__ = "0.1.0"
 
@@ -36,11 +37,12 @@ _MODULE_OF = {
     "Diverged": "errors",
     "Draws": "augment",
     "InputError": "errors",
+    "Loader": "loader",
     "Recipe": "recipe",
     "Result": "results",
     "Sweep": "sweep",
     "draw_epoch": "augment",
-    "fit": "trainer",
+    "fit": "runs",
     "fit_sweep": "sweep",
     "load_dataset": "data",
     "load_model": "classifier",

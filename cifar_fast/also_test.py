@@ -142,7 +142,7 @@ def plain_logits(
     ``normalization``: mean and deviation of the training images, as :func:`cifar_fast.backends.channel_statistics`.
     """
     recipe, device, dtype = backend.recipe, backend.device, backend.dtype
-    model = make_model(recipe, dataset, device, dtype).to(memory_format=backend.memory_format)
+    model = make_model(recipe, dataset, device, dtype, backend.own_model).to(memory_format=backend.memory_format)
     model.load_state_dict(backend.state_dict())
     model.eval()
     mean, std = normalization

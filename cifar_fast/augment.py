@@ -60,13 +60,14 @@ class Seeds:
             weights, draws = seeded(self.seed, device)
             return weights, draws, draws
         order, augmentation = (
-            torch.Generator(device).manual_seed(_mixed(seed, stream))
+            torch.Generator(device).manual_seed(mixed(seed, stream))
             for stream, seed in enumerate((self.order_seed, self.augment_seed), 1)
         )
         return torch.Generator().manual_seed(self.init_seed), order, augmentation
 
 
-def _mixed(seed: int, stream: int) -> int:
+def mixed(seed: int, stream: int) -> int:
+    """A seed for the random numbers of another kind, ``stream``, of the same run."""
     return int(np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1, np.uint64)[0])
 
 

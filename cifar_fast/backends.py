@@ -11,15 +11,19 @@ import ctypes
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
+from torch import nn
 
 from cifar_fast.augment import Draws, augment
 from cifar_fast.data import Dataset
 from cifar_fast.errors import InputError
 from cifar_fast.model import CNN, loss_and_correct
 from cifar_fast.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cifar_fast.own_model import OwnModel
 
 Score = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Takes images ``[B, C, S, S]`` and labels ``[B]``; gives losses ``[B]`` and whether each is right, bool ``[B]``."""
@@ -34,7 +38,8 @@ class Backend(Protocol):
     ``dtype`` is that of the activations. float16 and float32 hold everything in that type, as the reference does:
     weights, batch norm, momentum. bfloat16, which has too few bits to add a small step to a weight, is the type of the
     activations and convolutions alone (autocast); weights and their updates are float32. ``remarks``: what a person
-    should know of how this recipe runs here, a line each.
+    should know of how this recipe runs here, a line each. ``own_model``: what stands in the place of the recipe's
+    network, if anything.
     """
 
     name: str
@@ -42,11 +47,12 @@ class Backend(Protocol):
     device: torch.device
     dtype: torch.dtype
     memory_format: torch.memory_format
-    model: CNN
+    model: nn.Module
+    own_model: OwnModel | None
     optimizer: torch.optim.SGD
     remarks: Sequence[str]
 
-    def reset(self, model: CNN) -> None:
+    def reset(self, model: nn.Module) -> None:
         """Start a run: weights and statistics of ``model``, no momentum, the schedule's first step."""
 
     def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -72,23 +78,26 @@ class Backend(Protocol):
 class Resumable:
     """The state of a backend's training, between two epochs: the model's, the optimizer's, and how many have been."""
 
-    model: CNN
+    model: nn.Module
     optimizer: torch.optim.SGD
     epoch: int
     remarks: Sequence[str] = ()
 
     def training_state(self) -> dict[str, Any]:
-        momenta = [self.optimizer.state[parameter]["momentum_buffer"] for parameter in self.model.parameters()]
+        states = [self.optimizer.state.get(parameter, {}) for parameter in self.model.parameters()]
+        momenta = [state.get("momentum_buffer") for state in states]  # None of what has had no gradient
         return {
             "epoch": self.epoch,
             "model": {name: _copied(tensor) for name, tensor in self.model.state_dict().items()},
-            "momentum": [_copied(momentum) for momentum in momenta],
+            "momentum": [None if momentum is None else _copied(momentum) for momentum in momenta],
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         for parameter, momentum in zip(self.model.parameters(), state["momentum"], strict=True):
+            if momentum is None:
+                continue
             own = self.optimizer.state[parameter]
             if "momentum_buffer" in own:
                 own["momentum_buffer"].copy_(momentum)  # where a graph has captured it
@@ -129,14 +138,16 @@ class Eager(Resumable):
         device: torch.device,
         dtype: torch.dtype,
         memory_format: torch.memory_format,
+        own_model: OwnModel | None = None,
     ) -> None:
         self.recipe, self.device, self.dtype, self.memory_format = recipe, device, dtype, memory_format
+        self.own_model = own_model
         self.data = normalized_tensors(dataset, device, dtype, memory_format)
-        self.model = make_model(recipe, dataset, device, dtype)
+        self.model = make_model(recipe, dataset, device, dtype, own_model)
         self.score = make_score(self.model, recipe, device, dtype)
         self.reset(self.model)
 
-    def reset(self, model: CNN) -> None:
+    def reset(self, model: nn.Module) -> None:
         self.epoch = 0
         self.model.load_state_dict(model.state_dict())
         self.optimizer = make_sgd(self.model, self.recipe)
@@ -164,17 +175,20 @@ class Compiled(Resumable):
         device: torch.device,
         dtype: torch.dtype,
         memory_format: torch.memory_format,
+        own_model: OwnModel | None = None,
     ) -> None:
         self.recipe, self.device, self.dtype, self.memory_format = recipe, device, dtype, memory_format
+        self.own_model = own_model
         self.data = normalized_tensors(dataset, device, dtype, memory_format)
         # The compiled code holds this model's tensors; each run copies its weights into them.
-        self.model = make_model(recipe, dataset, device, dtype).to(memory_format=memory_format)
-        self.score = compile_score(make_score(self.model, recipe, device, dtype))
+        self.model = make_model(recipe, dataset, device, dtype, own_model).to(memory_format=memory_format)
+        # Whole, or where it is anybody's, in pieces with Python between them.
+        self.score = compile_score(make_score(self.model, recipe, device, dtype), whole=own_model is None)
         self.reset(self.model)
         next(self.train_epoch(warm_up_draws(len(dataset.train_images), device)))
         self.evaluate()
 
-    def reset(self, model: CNN) -> None:
+    def reset(self, model: nn.Module) -> None:
         self.epoch = 0
         self.model.load_state_dict(model.state_dict())
         self.model.zero_grad()
@@ -209,7 +223,7 @@ def train_by_steps(backend: Eager | Compiled, draws: Draws, epoch: int) -> Itera
 
 
 @torch.no_grad()
-def evaluate_by_batches(model: CNN, score: Score, data: Tensors, batch_size: int) -> torch.Tensor:
+def evaluate_by_batches(model: nn.Module, score: Score, data: Tensors, batch_size: int) -> torch.Tensor:
     """Whether ``model`` is right, for each test image, bool ``[N]``; the last batch may be short."""
     model.eval()
     batches = zip(data.test_images.split(batch_size), data.test_labels.split(batch_size))
@@ -221,14 +235,18 @@ def make_model(
     dataset: Dataset,
     device: torch.device,
     dtype: torch.dtype,
-    change: Callable[[CNN], CNN] = lambda model: model,
-) -> CNN:
-    """A model with throw-away weights, changed by ``change``, its weights of the type that goes with ``dtype``."""
-    model = CNN(recipe, dataset.num_classes, torch.Generator())
-    return change(model).to(torch.float32 if dtype == torch.bfloat16 else dtype).to(device)
+    own_model: OwnModel | None = None,
+    change: Callable[[CNN], nn.Module] = lambda model: model,
+) -> nn.Module:
+    """A model with throw-away weights, the recipe's changed by ``change``, its weights of the type that goes with
+    ``dtype``.
+    """
+    arguments = (recipe, dataset.num_classes, torch.Generator())
+    model = own_model(*arguments) if own_model else change(CNN(*arguments))
+    return model.to(torch.float32 if dtype == torch.bfloat16 else dtype).to(device)
 
 
-def make_score(model: CNN, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Score:
+def make_score(model: nn.Module, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Score:
     """Forward pass and loss of ``model``, under autocast where ``dtype`` is bfloat16."""
     autocast = dtype == torch.bfloat16
 
@@ -240,9 +258,9 @@ def make_score(model: CNN, recipe: Recipe, device: torch.device, dtype: torch.dt
     return score
 
 
-def compile_score(score: Scoring) -> Scoring:
-    """``score`` under torch.compile, whole."""
-    return cast(Scoring, torch.compile(fresh_code(score), dynamic=False, fullgraph=True))
+def compile_score(score: Scoring, whole: bool = True) -> Scoring:
+    """``score`` under torch.compile; ``whole`` refuses what the compiler would leave to Python."""
+    return cast(Scoring, torch.compile(fresh_code(score), dynamic=False, fullgraph=whole))
 
 
 def fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -257,7 +275,7 @@ def fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_sgd(
-    model: CNN, recipe: Recipe, *, fused: bool | None = None, lr: float | torch.Tensor = 0.0
+    model: nn.Module, recipe: Recipe, *, fused: bool | None = None, lr: float | torch.Tensor = 0.0
 ) -> torch.optim.SGD:
     """The recipe's optimizer, whose loss is a sum over the batch: weight decay times the batch size.
 

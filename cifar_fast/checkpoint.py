@@ -14,7 +14,7 @@ import torch
 from cifar_fast.augment import Seeds
 from cifar_fast.backends import Backend
 from cifar_fast.data import Dataset
-from cifar_fast.errors import InputError, first_line
+from cifar_fast.errors import InputError, first_line, out_of_memory
 from cifar_fast.plan import Plan, resolve, short_name
 from cifar_fast.recipe import Recipe
 from cifar_fast.results import SUMMARY, EpochRow, Result, plain, restored
@@ -36,7 +36,8 @@ class Checkpoint:
     """The result so far, and what the run under way needs to go on after its last row.
 
     ``setup_seconds`` are that run's. ``state`` is as :meth:`cifar_fast.backends.Backend.training_state` gives it, None
-    before the run's first epoch; ``generators`` are the states, uint8, of those of the order and the augmentation.
+    before the run's first epoch; ``generators`` are the states, uint8, of those of the order and the augmentation, and
+    of those that an own model draws from.
     """
 
     result: Result
@@ -54,7 +55,14 @@ class Checkpoint:
         """
         if self.state is None:
             return None
-        backend.load_training_state(self.state)
+        try:
+            backend.load_training_state(self.state)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise InputError(
+                "the checkpoint's weights are not those of this model; go on with the one that was trained"
+            ) from error
         for generator, state in zip(generators, self.generators):
             generator.set_state(state)
         return self.result.rows[-1]
@@ -75,12 +83,18 @@ class Checkpoint:
         runs: int,
         also_test: Mapping[str, Any] | None,
         save_logits: bool,
+        model: str | None = None,
     ) -> bool:
         """Whether all ``runs`` have ended; :class:`InputError`, which begins with ``where``, where this is another
         training than the one that is asked for. There may be more runs now.
         """
-        if changed := self.difference(recipe, plan, seeds, also_test, save_logits):
+        if changed := self.difference(recipe, plan, seeds, also_test, save_logits, model):
             name, before, now = changed
+            if name == "model":
+                raise InputError(
+                    f"{where}: the model was {before}, now {now}; go on in Python with the one that was trained, by "
+                    "fit(..., model=, resume=)"
+                )
             raise InputError(
                 f"{where}: --{name.replace('_', '-')} was {before}, not {now}; leave the flag out, or start "
                 "another training with --output"
@@ -96,6 +110,7 @@ class Checkpoint:
         seeds: Seeds,
         also_test: Mapping[str, Any] | None = None,
         save_logits: bool = False,
+        model: str | None = None,
     ) -> tuple[str, str, str] | None:
         """The first of what the bits depend on that was another in this training: its name, what it was, and what it
         is now. None where all is the same.
@@ -109,6 +124,7 @@ class Checkpoint:
             **{name: settings[name] for name in vars(seeds)},
             also_test=tuple(settings["also_test"]),
             save_logits=settings.get("save_logits", False),
+            model=self.result.model,
         )
         now: dict[str, Any] = dataclasses.asdict(recipe) | dict(
             backend=plan.backends[0],
@@ -118,6 +134,7 @@ class Checkpoint:
             **vars(seeds),
             also_test=tuple(also_test or {}),
             save_logits=save_logits,
+            model=model,
         )
         for name, before in was.items():
             if now[name] != before:

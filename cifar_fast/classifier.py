@@ -17,7 +17,7 @@ from cifar_fast.results import FORMAT, MODEL
 
 
 class Classifier(nn.Module):
-    """The plain :class:`CNN`, ``model``, behind the normalization that it was trained with.
+    """A trained ``model``, the plain :class:`CNN` or one's own, behind the normalization that it was trained with.
 
     ``recipe`` and ``class_names`` are the training's; ``mean`` and ``std``, buffers ``[3]``, are those of the training
     images' 0..255 values. As any module it goes to a device by ``to``.
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
     std: torch.Tensor
 
     def __init__(
-        self, model: CNN, recipe: Recipe, class_names: Sequence[str], mean: Sequence[float], std: Sequence[float]
+        self, model: nn.Module, recipe: Recipe, class_names: Sequence[str], mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
         self.model, self.recipe, self.class_names = model, recipe, tuple(class_names)
@@ -65,10 +65,11 @@ class Classifier(nn.Module):
         return torch.cat(found)
 
 
-def load_model(path: str | Path) -> Classifier:
+def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
     """The network of the ``model.pt`` at ``path``, a file or a training's folder: on the CPU in float32, in eval mode.
 
-    Whichever backend and dtype it was trained in. Raises :class:`InputError` where it cannot be had.
+    Whichever backend and dtype it was trained in. Of a training with a model of one's own, ``model`` is such a one; it
+    gets the weights. Raises :class:`InputError` where it cannot be had.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -86,10 +87,17 @@ def load_model(path: str | Path) -> Classifier:
         raise InputError(f"{path}: holds no recipe beside the weights, as before version 0.1; train again, or {cure}")
     if saved["format"] != FORMAT:
         raise InputError(f"{path}: is of format {saved['format']}, not {FORMAT}; use the version that wrote it")
+    name = saved.get("model")  # which files of before lack
+    if (model is None) != (name is None):
+        raise InputError(
+            f"{path}: holds the weights of {name or 'the recipe'}, "
+            + ("a model of one's own: load_model(path, model) with one gives it them" if name else "give no model")
+        )
     try:
         recipe = Recipe(**saved["recipe"])
-        model = CNN(recipe, len(saved["class_names"]), torch.Generator())  # not torch's own, which is the caller's
-        model.load_state_dict(saved["state_dict"])
+        if model is None:  # under a generator that is not torch's own, which is the caller's
+            model = CNN(recipe, len(saved["class_names"]), torch.Generator())
+        model.to("cpu", torch.float32).load_state_dict(saved["state_dict"])
         return Classifier(model, recipe, saved["class_names"], saved["mean"], saved["std"]).eval()
     except Exception as error:  # another project's file, or another file of this one's
         raise InputError(f"{path}: holds no network ({type(error).__name__}: {first_line(error)}); {cure}") from None

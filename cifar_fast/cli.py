@@ -153,9 +153,9 @@ def _train_in(world: World, argv: list[str] | None) -> int:
         from cifar_fast.augment import Seeds
         from cifar_fast.backends import keep_freed_memory
         from cifar_fast.output import Output
-        from cifar_fast.parts import fit_shared
         from cifar_fast.plan import resolve
-        from cifar_fast.trainer import check, nothing_to_do
+        from cifar_fast.runs import fit_shared, nothing_to_do
+        from cifar_fast.trainer import check
 
         # Whatever can be refused is refused before the data, which may take long to come.
         plan = (output.checkpoint.plan if output else resolve)(
@@ -396,17 +396,19 @@ def _profile(args: argparse.Namespace) -> int:
 
     recipe = recipe_of(args)
     plan = resolve(args.backend, args.device, args.dtype, args.memory_format)
-    seeds, _ = check(plan, Seeds(args.seed))
+    apart = [getattr(args, name, None) for name in ("init_seed", "order_seed", "augment_seed")]  # train's alone
+    seeds, _ = check(plan, Seeds(args.seed, *apart))
     check_writable(Path(args.output).expanduser(), f"--output {args.output}")
     if plan.device.type == "cpu":
         keep_freed_memory()
     dataset = load_dataset(args.dataset, args.data_dir, data_url=args.data_url, log=say).for_recipe(recipe)
     dataset.steps_per_epoch(recipe.batch_size)
-    weights, _, generator = seeds.generators(plan.device)
+    weights, order, augmentation = seeds.of_run(0).generators(plan.device)
     with device_guard(plan.device), isolated(plan.device):
         backend, _ = set_up(plan, recipe, dataset, say)
         backend.reset(CNN(recipe, dataset.num_classes, weights))
-        draws = draw_epoch(len(dataset.train_images), device=plan.device, recipe=recipe, generator=generator)
+        n, drawn = len(dataset.train_images), dict(generator=augmentation, order=order)
+        draws = draw_epoch(n, device=plan.device, recipe=recipe, **drawn)
         profile(backend, draws, args.output, log=say)
     say(f"written to {args.output}: trace.json for ui.perfetto.dev, and profile.json")
     return 0

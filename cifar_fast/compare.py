@@ -32,7 +32,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -165,7 +165,7 @@ def _tensors(side: Backend, loss: torch.Tensor) -> dict[tuple[str, str], torch.T
     """What is compared after a step, under layer and quantity."""
     found = {("loss", "of each image"): loss}
     counts: dict[str, int] = {}
-    for module in side.model.seq:
+    for module in cast(CNN, side.model).seq:
         parameters = dict(module.named_parameters())
         if not parameters:
             continue

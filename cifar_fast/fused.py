@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ from cifar_fast.kernels import BatchNormCELU2d, augment, cross_entropy, normaliz
 from cifar_fast.model import CNN
 from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
 
+if TYPE_CHECKING:
+    from cifar_fast.own_model import OwnModel
+
 CHANNELS = 8
 """Channels of a batch: three colors and zeros, so that a pixel in half precision is one 128-bit access, as tensor cores
 want it.
@@ -46,7 +49,11 @@ WARM_UP = 3
 
 
 class Fused(Resumable):
-    """The same network with fused kernels; weights and their names are those of the plain model."""
+    """The same network with fused kernels; weights and their names are those of the plain model.
+
+    ``own_model``, where it is given, stands in its place as it is: with augmentation and loss by our kernels, the
+    compiler's for the rest.
+    """
 
     name = "fused"
 
@@ -57,12 +64,14 @@ class Fused(Resumable):
         device: torch.device,
         dtype: torch.dtype,
         memory_format: torch.memory_format,
+        own_model: OwnModel | None = None,
     ) -> None:
         self.recipe, self.device, self.dtype, self.memory_format = recipe, device, dtype, memory_format
+        self.own_model, self.channels = own_model, CHANNELS if own_model is None else IMAGE_CHANNELS
         n, size = len(dataset.train_images), recipe.batch_size
         self.steps = n // size
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
-        self.data, self.table = byte_tensors(dataset, device, dtype)
+        self.data, self.table = byte_tensors(dataset, device, dtype, self.channels)
         self.draws = warm_up_draws(n, device)
         rates = [recipe.learning_rate(step + 1, self.steps) for step in range(recipe.epochs * self.steps)]
         self.schedule = torch.tensor(rates, dtype=torch.float32, device=device)
@@ -74,12 +83,13 @@ class Fused(Resumable):
         self.test_batch = evaluation_batch(len(dataset.test_images), size)
 
         # The compiled code and the graphs hold this model's tensors; each run copies its weights into them.
-        self.model = make_model(recipe, dataset, device, dtype, fuse).to(memory_format=memory_format)
-        if not any(isinstance(layer, BatchNormCELU2d) for layer in self.model.seq):
+        self.model = make_model(recipe, dataset, device, dtype, own_model, fuse).to(memory_format=memory_format)
+        if own_model is None and not any(isinstance(layer, BatchNormCELU2d) for layer in self.model.modules()):
             self.remarks = [
                 "fused: its norm kernel is for batch norm with CELU; here the compiler's kernels take its place"
             ]
-        self.score = compile_score(make_head(self.model, recipe, device, dtype))
+        outputs, scale = (self.model, 1.0) if own_model else (cast(CNN, self.model).outputs, recipe.output_scale)
+        self.score = compile_score(make_head(outputs, scale, recipe, device, dtype))
         loss_dtype = torch.float16 if dtype == torch.float16 else torch.float32
         self.losses = torch.zeros(self.steps, size, dtype=loss_dtype, device=device)
         # On a CPU torch 2.11's fused SGD is wrong in half precision.
@@ -90,7 +100,7 @@ class Fused(Resumable):
         self._start_at(0)
         self.step_graph, self.evaluation_graph = self._capture(self._step), self._capture(self._evaluate)
 
-    def reset(self, model: CNN) -> None:
+    def reset(self, model: nn.Module) -> None:
         self.epoch = 0
         self.model.load_state_dict(model.state_dict())
         for state in self.optimizer.state.values():
@@ -128,7 +138,7 @@ class Fused(Resumable):
             labels=self.data.train_labels,
             step=self.position,
             batch_size=recipe.batch_size,
-            out_channels=CHANNELS,
+            out_channels=self.channels,
             padding=recipe.crop_padding,
             cutout_size=recipe.cutout_size,
         )
@@ -137,7 +147,7 @@ class Fused(Resumable):
         outputs.backward(gradient)
         self.optimizer.step()
         record(
-            loss,
+            loss.to(self.losses.dtype),  # a model of anybody's may give another
             correct,
             losses=self.losses,
             answers=self.correct,
@@ -208,26 +218,34 @@ def leave_capture(stream: torch.cuda.Stream) -> None:
 Head = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 
-def make_head(model: CNN, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Head:
-    """As :func:`cifar_fast.backends.make_score`, but gives the model's outputs before their scale too, and the
-    gradient of the losses' sum with respect to them.
+def make_head(
+    model: Callable[[torch.Tensor], torch.Tensor],
+    scale: float,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Head:
+    """As :func:`cifar_fast.backends.make_score`, of a ``model`` whose outputs are the logits but for ``scale``; gives
+    the outputs too, and the gradient of the losses' sum with respect to them.
     """
     autocast = dtype == torch.bfloat16
 
     def head(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
-            outputs = model.outputs(images)
-        settings = dict(label_smoothing=recipe.label_smoothing, scale=recipe.output_scale)
+            outputs = model(images).contiguous()
+        settings = dict(label_smoothing=recipe.label_smoothing, scale=scale)
         return outputs, *cross_entropy(outputs, labels, **settings)
 
     return head
 
 
-def byte_tensors(dataset: Dataset, device: torch.device, dtype: torch.dtype) -> tuple[Tensors, torch.Tensor]:
+def byte_tensors(
+    dataset: Dataset, device: torch.device, dtype: torch.dtype, channels: int = CHANNELS
+) -> tuple[Tensors, torch.Tensor]:
     """``dataset`` on ``device``, and the normalization table ``[3, 256]`` in ``dtype``.
 
     The training images stay bytes, which :func:`kernels.augment` normalizes; the test images are normalized by the
-    table too, in channels_last with ``CHANNELS`` channels, of which the last are zeros.
+    table too, in channels_last with ``channels`` channels, of which those after the colors are zeros.
     """
     train_images, train_labels, test_images, test_labels = (
         torch.from_numpy(array).to(device)
@@ -235,7 +253,7 @@ def byte_tensors(dataset: Dataset, device: torch.device, dtype: torch.dtype) -> 
     )
     table = normalization_table(planar(train_images), dtype)
     test_images = table[torch.arange(IMAGE_CHANNELS, device=device), test_images.int()]
-    test_images = F.pad(test_images, (0, CHANNELS - IMAGE_CHANNELS)).permute(0, 3, 1, 2)
+    test_images = F.pad(test_images, (0, channels - IMAGE_CHANNELS)).permute(0, 3, 1, 2)
     return Tensors(train_images, train_labels, test_images, test_labels), table
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from cifar_fast.files import check_writable
 from cifar_fast.names import BACKENDS, DTYPES, MEMORY_FORMATS
 from cifar_fast.progress import Log
 from cifar_fast.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cifar_fast.own_model import OwnModel
 
 SetUp = Callable[["Plan", Recipe, Dataset, Log], "tuple[Backend, list[str]]"]
 """Takes and gives what :func:`set_up` does."""
@@ -134,7 +138,9 @@ def fused_unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def set_up(plan: Plan, recipe: Recipe, dataset: Dataset, log: Log) -> tuple[Backend, list[str]]:
+def set_up(
+    plan: Plan, recipe: Recipe, dataset: Dataset, log: Log, own_model: OwnModel | None = None
+) -> tuple[Backend, list[str]]:
     """The first backend of ``plan`` that works here, set up for every run to come, and what was said of those that
     failed.
 
@@ -146,11 +152,12 @@ def set_up(plan: Plan, recipe: Recipe, dataset: Dataset, log: Log) -> tuple[Back
         if name != "eager":
             log(f"setting up the {name} backend, which compiles: a minute or so, less when it has been done before")
         try:
-            backend = backend_class(name)(recipe, dataset, plan.device, plan.dtype, plan.memory_format)
+            backend = backend_class(name)(recipe, dataset, plan.device, plan.dtype, plan.memory_format, own_model)
         except InputError:
             raise
         except Exception as error:  # compiler, driver, memory: each layer below raises its own
-            failure = f"the {name} backend cannot be set up here ({_why(error, recipe.batch_size)})"
+            cannot = f"take the model {own_model.name}" if own_model else "be set up"
+            failure = f"the {name} backend cannot {cannot} here ({_why(error, recipe.batch_size)})"
             if following is None:
                 raise InputError(f"{failure}; see --backend for others, --traceback for where it failed") from error
             LOGGER.info("%s", failure, exc_info=error)

@@ -76,7 +76,8 @@ class Result:
     with. ``state_dict``: the last run's weights, for a plain ``CNN``. ``unwritten``: a line for each file of
     ``output`` that could not be written. ``logits``: where they were to be kept, of the test images, float16
     ``[N, classes]`` for each run, by the plain model. ``remarks``: what the recipe changes about data or
-    backend, a line each.
+    backend, a line each. ``model``: the class of the caller's own, to which ``state_dict`` then belongs; None is the
+    recipe's network. ``parameters``: how many numbers are trained.
     """
 
     recipe: Recipe
@@ -95,6 +96,8 @@ class Result:
     unwritten: list[str] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    model: str | None = None
+    parameters: int | None = None  # which results of before lack
 
     @classmethod
     def load(cls, folder: str | Path) -> Result:
@@ -146,6 +149,7 @@ class Result:
         """What ``model.pt`` holds: the weights, and all that is needed to use them."""
         return {
             "format": FORMAT,
+            "model": self.model,
             "state_dict": self.state_dict,
             "recipe": dataclasses.asdict(self.recipe),
             "class_names": list(self.dataset["class_names"]),
@@ -159,6 +163,8 @@ class Result:
         seconds = [run.train_seconds for run in self.runs]
         return {
             "recipe": dataclasses.asdict(self.recipe),
+            "model": self.model,
+            "parameters": self.parameters,
             "environment": self.environment,
             "backend": self.backend,
             "dtype": self.dtype,

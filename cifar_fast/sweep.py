@@ -26,11 +26,11 @@ from cifar_fast.errors import Diverged, InputError, first_line
 from cifar_fast.files import atomic_write, check_writable, locked, remove_drafts, remove_empty, writing
 from cifar_fast.isolation import THREADS
 from cifar_fast.output import Output
-from cifar_fast.parts import Part, gather, runs_left
 from cifar_fast.plan import Plan, SetUp, resolve, set_up
 from cifar_fast.progress import Log, encodable, print_line
 from cifar_fast.recipe import Recipe
 from cifar_fast.results import Result
+from cifar_fast.runs import Part, gather, runs_left
 from cifar_fast.trainer import check, fit_plan
 
 if sys.version_info >= (3, 11):

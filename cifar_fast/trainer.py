@@ -1,4 +1,4 @@
-"""The training loop, and :func:`fit`, which runs it as often as wanted."""
+"""The training loop, and :func:`fit_plan`, which runs it as often as wanted."""
 
 from __future__ import annotations
 
@@ -17,94 +17,15 @@ from cifar_fast.augment import Seeds, draw_epoch
 from cifar_fast.backends import Backend, channel_statistics, device_guard
 from cifar_fast.checkpoint import Checkpoint
 from cifar_fast.data import Dataset
-from cifar_fast.distributed import World
 from cifar_fast.environment import environment
 from cifar_fast.errors import Diverged, InputError, out_of_memory
 from cifar_fast.isolation import THREADS, isolated
 from cifar_fast.model import CNN
 from cifar_fast.output import Output
-from cifar_fast.plan import Plan, SetUp, resolve, set_up, short_name
+from cifar_fast.plan import Plan, SetUp, set_up, short_name
 from cifar_fast.progress import Log, encodable, print_line, progress_bar, silent
 from cifar_fast.recipe import Recipe
 from cifar_fast.results import EpochRow, Result, Run
-
-
-def fit(
-    recipe: Recipe,
-    dataset: Dataset,
-    *,
-    backend: str = "auto",
-    device: str = "auto",
-    dtype: str = "auto",
-    memory_format: str = "auto",
-    seed: int = 0,
-    init_seed: int | None = None,
-    order_seed: int | None = None,
-    augment_seed: int | None = None,
-    runs: int = 1,
-    output: str | Path | None = None,
-    overwrite: bool = False,
-    resume: str | Path | None = None,
-    checkpoint_every: int = 1,
-    also_test: Mapping[str, str | Path] | None = None,
-    save_logits: bool = False,
-    threads: int | None = None,
-    log: Log | None = print_line,
-) -> Result:
-    """Train ``recipe`` on ``dataset`` from scratch, ``runs`` times.
-
-    Run i (from 0) is seeded with ``seed + i`` and is the run that this seed gives alone, whatever surrounds the call:
-    torch's settings that a result depends on are at their defaults meanwhile (:mod:`cifar_fast.isolation`), and random
-    numbers come from generators of the run's own, so that those of the caller are left as they were. On a CPU a step
-    takes 15 to 30 % less time after :func:`cifar_fast.backends.keep_freed_memory`, which the command calls. In workers
-    of one's own, start processes with ``spawn``: torch's threads do not survive a fork. torchrun shares out the runs of
-    the commands; this function trains all in each process.
-
-    Args:
-        backend: auto, eager, compiled, fused.
-        device: auto, cpu, cuda, cuda:N.
-        dtype: auto, float16, bfloat16, float32.
-        memory_format: contiguous_format (NCHW, the reference script's), channels_last; auto is the first for
-            eager by name, the second for all others.
-        init_seed, order_seed, augment_seed: of the initial weights, the order and the augmentation alone, the same in
-            each run; see :class:`cifar_fast.augment.Seeds`.
-        output: folder for metrics.jsonl, summary.json, curves.png and model.pt; None writes nothing.
-        overwrite: replace the results that ``output`` holds already.
-        resume: in the place of ``output``, the folder of the same call that was stopped: goes on from its checkpoint
-            and ends with the same bits. ``runs`` may have grown; ``auto`` is what it was. Of a training that has ended
-            the result is read.
-        checkpoint_every: epochs from a checkpoint in ``output`` to the next; each run leaves one when it ends, with 0
-            that one alone.
-        also_test: names and paths of other test sets, see :func:`cifar_fast.also_test.read_test_sets`; their
-            accuracies stand in each run.
-        save_logits: keep each run's logits of the test images in ``Result.logits``, and in logits.npz of ``output``.
-        threads: of the CPU; None takes those that torch had when this package was imported, whatever
-            ``torch.set_num_threads`` said since, because the last bits depend on it.
-        log: takes the lines that a person reads; None is silent, without a progress bar too.
-
-    Raises:
-        InputError: something given cannot work here.
-        Diverged: the loss stopped being finite.
-
-    A file of ``output`` that cannot be written takes nothing else with it: see ``Result.unwritten``.
-    """
-    if resume is not None and (output is not None or overwrite):
-        raise InputError("resume stands in the place of output, without overwrite; give one of them")
-    from cifar_fast.parts import fit_shared  # which needs this module
-
-    place = output if resume is None else resume
-    folder = Output(place, overwrite, resume=resume is not None) if place is not None else None
-    standing = folder.checkpoint if folder else None
-    plan = (standing.plan if standing else resolve)(backend, device, dtype, memory_format)
-    seeds = Seeds(seed, init_seed, order_seed, augment_seed)
-    if folder and standing and standing.nothing_left(folder.name, recipe, plan, seeds, runs, also_test, save_logits):
-        encodable(log)(nothing_to_do(folder))
-        return standing.result
-    how: dict[str, Any] = dict(also_test=also_test, save_logits=save_logits, threads=threads, log=log)
-    how |= dict(seeds=seeds, runs=runs, output=folder, checkpoint_every=checkpoint_every)
-    result = fit_shared(World(), recipe, dataset, plan, **how)
-    assert result is not None
-    return result
 
 
 def fit_plan(
@@ -124,10 +45,10 @@ def fit_plan(
     on_step: Callable[[], None] = lambda: None,
     make_backend: SetUp = set_up,
 ) -> Result:
-    """As :func:`fit`, with device, dtype and backend settled by :func:`cifar_fast.plan.resolve`; goes on from the
-    checkpoint of ``output`` where it has one. ``on_step`` is called after each step; what it raises ends the training.
-    ``make_backend`` may give one that was used before. ``only`` is the number of the one run of ``runs`` that is
-    trained, to an ``output`` of its own.
+    """As :func:`cifar_fast.fit`, with device, dtype and backend settled by :func:`cifar_fast.plan.resolve`; goes on
+    from the checkpoint of ``output`` where it has one. ``on_step`` is called after each step; what it raises ends the
+    training. ``make_backend`` may give one that was used before. ``only`` is the number of the one run of ``runs`` that
+    is trained, to an ``output`` of its own.
     """
     log = encodable(log)
     seeds, runs = check(plan, seeds, runs, threads, checkpoint_every)
@@ -158,6 +79,7 @@ def fit_plan(
         backend, failures = make_backend(plan, recipe, dataset, log)
         normalization = channel_statistics(torch.from_numpy(dataset.train_images).to(plan.device))
         mean, std = (statistic.tolist() for statistic in normalization)
+        own_model, weights_now = backend.own_model, backend.state_dict()
         result = Result(
             recipe=recipe,
             environment=facts,
@@ -182,6 +104,8 @@ def fit_plan(
             mean=mean,
             std=std,
             state_dict={},
+            model=own_model.name if own_model else None,
+            parameters=sum(weights_now[name].numel() for name, _ in backend.model.named_parameters()),
             remarks=[*dataset.remarks, *backend.remarks],
         )
         standing = standing or Checkpoint(result)
@@ -191,9 +115,11 @@ def fit_plan(
             if runs > 1:
                 log(f"run {run + 1} of {runs}, seed {seeds.seed + run}")
             own = seeds.of_run(run)
-            weights, order, augmentation = own.generators(plan.device)
-            backend.reset(CNN(recipe, dataset.num_classes, weights))
-            after = standing.restore(backend, (order, augmentation))
+            weights, *drawing = own.generators(plan.device)
+            order, augmentation = drawing
+            drawing += own_model.generators(plan.device, own.seed) if own_model else []
+            backend.reset((own_model or CNN)(recipe, dataset.num_classes, weights))
+            after = standing.restore(backend, drawing)
             if after:
                 log(f"going on after epoch {after.epoch}")
             setup_seconds = standing.setup_seconds + clock() - start
@@ -207,7 +133,7 @@ def fit_plan(
                     log(str(row))
                     due = checkpoint_every and row.epoch % checkpoint_every == 0
                     if output and (due or row.epoch == recipe.epochs):
-                        states = [generator.get_state() for generator in (order, augmentation)]
+                        states = [generator.get_state() for generator in drawing]
                         output.save(Checkpoint(result, setup_seconds, backend.training_state(), states))
             also = {}
             for test in test_sets:
@@ -238,11 +164,6 @@ def naming_the_batch_size(where: str, batch_size: int) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise InputError(f"out of memory in {where} at --batch-size {batch_size}; try a smaller one") from error
-
-
-def nothing_to_do(output: Output) -> str:
-    """What is said where a training that has ended is told to go on."""
-    return f"nothing to do: all runs in {output.path} have ended; a higher --runs adds to them"
 
 
 def check(

@@ -12,10 +12,13 @@ from cifar_fast import load_dataset
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run_example(name, *flags):
+SMALL = ("--epochs", "1", "--runs", "2", "--images", "320")
+
+
+def run_example(name, *flags, **environment):
     """The lines that an example prints."""
     # One thread: networks this narrow gain nothing from more, and lose much where other processes want the cores.
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run([sys.executable, EXAMPLES / name, *flags], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
@@ -57,3 +60,51 @@ def test_the_fused_norm_trains_another_model_as_the_plain_one_does():
     plain, fused = ([float(loss) for loss in line.split("losses ")[1].split()] for line in lines[:2])
     assert fused == pytest.approx(plain, rel=1e-4) and plain[-1] < plain[0]
     assert all(float(line.split("differ by ")[1].split()[0]) < 1e-3 for line in lines[2:])
+
+
+@pytest.mark.long  # a process of its own
+@pytest.mark.slow
+def test_the_mean_of_runs_comes_with_its_interval():
+    lines = run_example("mean_of_runs.py", *SMALL)
+    assert [line.split(":")[0] for line in lines[:2]] == ["run 1", "run 2"]
+    assert "95 % interval" not in lines[0] and "95 % interval" in lines[1] and "standard deviation" in lines[2]
+
+
+@pytest.mark.long  # a process of its own
+@pytest.mark.slow
+def test_a_table_tells_what_each_trick_is_worth_and_results_can_be_kept(tmp_path):
+    lines = run_example("which_trick_matters.py", *SMALL, "--output", tmp_path / "sweep")
+    names = [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:]
+    tricks = ["batch-norm", "augmentation", "warm-up", "label-smoothing"]
+    assert names[0] == "as-published" and {f"no-{trick}" for trick in tricks} <= set(names) and len(names) == 7
+    assert {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()} == set(names)
+
+
+@pytest.mark.long  # a process of its own
+@pytest.mark.slow
+def test_the_deviation_is_told_for_each_source_of_random_numbers():
+    lines = run_example("variance_by_seed.py", *SMALL)
+    told = [line.split(" varied: standard deviation ")[0] for line in lines]
+    assert told == ["init_seed", "order_seed", "augment_seed", "all three"]
+
+
+@pytest.mark.long  # a process of its own
+@pytest.mark.slow
+def test_label_noise_is_trained_share_by_share():
+    lines = run_example("label_noise.py", *SMALL, "--shares", "0", "0.5")
+    assert [line.split(" of the labels wrong: test accuracy ")[0] for line in lines] == ["0 %", "50 %"]
+
+
+@pytest.mark.long  # a process of its own
+@pytest.mark.slow
+def test_an_own_model_is_trained_and_its_backend_told():
+    lines = run_example("own_model.py", "--epochs", "1", "--runs", "1")
+    assert lines[0].startswith("MyNet, 6,154 parameters, by the ") and lines[-1].startswith("test accuracy ")
+
+
+@pytest.mark.long  # a process of its own
+@pytest.mark.slow
+def test_the_loaders_speed_is_told_beside_torchvisions():
+    lines = run_example("loader_speed.py", "--images", "64", "--rounds", "1", TRITON_INTERPRET="0")
+    sides = ["cifar_fast.Loader", "torchvision, 0 workers", "torchvision, 2 workers"]
+    assert [line.split(": ")[0] for line in lines[1:]] == sides

@@ -92,3 +92,14 @@ def test_equal_seeds_do_not_tie_the_crops_to_the_order():
 def test_a_seed_apart_that_cannot_be_one_is_refused(small, seed, words):
     with pytest.raises(InputError, match=words):
         fit(Recipe(epochs=1, batch_size=32, widths=NARROW), small, device="cpu", order_seed=seed, log=None)
+
+
+def test_a_profile_takes_the_draws_of_the_seeds_that_train_is_given(tmp_path, npz, monkeypatch):
+    taken = []
+    monkeypatch.setattr("cifar_fast.profile.profile", lambda backend, draws, *given, **how: taken.append(draws))
+    flags = f"{FLAGS} --data-dir {npz} --profile {tmp_path}/out"
+    for seeds in ("--order-seed 6", "--order-seed 7", "--order-seed 7 --augment-seed 8"):
+        assert main(f"{flags} {seeds}".split()) == 0
+    first, second, third = taken
+    assert torch.equal(first.crop, second.crop) and not torch.equal(first.permutation, second.permutation)
+    assert torch.equal(second.permutation, third.permutation) and not torch.equal(second.crop, third.crop)

@@ -1,10 +1,13 @@
-"""Runs of a training that several processes share: a part of its folder for each, and one result of all."""
+""":func:`fit`, which trains a recipe as often as wanted, and what several processes share of that: a part of the folder
+for each run, and one result of all.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,106 @@ from cifar_fast.backends import Backend
 from cifar_fast.checkpoint import CHECKPOINT, PARTS, Checkpoint, part_folder, read_parts, without_runs
 from cifar_fast.data import Dataset
 from cifar_fast.distributed import World
-from cifar_fast.errors import Incomplete
+from cifar_fast.errors import Incomplete, InputError
 from cifar_fast.files import atomic_write, remove_empty, writing
 from cifar_fast.isolation import THREADS
 from cifar_fast.output import Output
-from cifar_fast.plan import Plan, SetUp, set_up
-from cifar_fast.progress import Log, encodable
+from cifar_fast.own_model import Model, OwnModel
+from cifar_fast.plan import Plan, SetUp, resolve, set_up
+from cifar_fast.progress import Log, encodable, print_line
 from cifar_fast.recipe import Recipe
 from cifar_fast.results import Result
 from cifar_fast.trainer import fit_plan
+
+
+def fit(
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    model: Model | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_format: str = "auto",
+    seed: int = 0,
+    init_seed: int | None = None,
+    order_seed: int | None = None,
+    augment_seed: int | None = None,
+    runs: int = 1,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: str | Path | None = None,
+    checkpoint_every: int = 1,
+    also_test: Mapping[str, str | Path] | None = None,
+    save_logits: bool = False,
+    threads: int | None = None,
+    log: Log | None = print_line,
+) -> Result:
+    """Train ``recipe`` on ``dataset`` from scratch, ``runs`` times.
+
+    Run i (from 0) is seeded with ``seed + i`` and is the run that this seed gives alone, whatever surrounds the call:
+    torch's settings that a result depends on are at their defaults meanwhile (:mod:`cifar_fast.isolation`), and random
+    numbers come from generators of the run's own, so that those of the caller are left as they were. On a CPU a step
+    takes 15 to 30 % less time after :func:`cifar_fast.backends.keep_freed_memory`, which the command calls. In workers
+    of one's own, start processes with ``spawn``: torch's threads do not survive a fork. torchrun shares out the runs of
+    the commands; this function trains all in each process.
+
+    Args:
+        model: in the place of the recipe's network, a module from images ``[B, 3, 32, 32]`` to logits ``[B, classes]``.
+            Each run starts from its weights, in a copy; for fresh ones give what makes a module, ``MyNet`` or a
+            function, called for each run under the run's seed. What the recipe says of the network, its output scale
+            too, does not hold for it. What it draws while it trains, for dropout, goes with the run's seed, from
+            torch's own generators, which are given back as they were. What a step changes must be in its state dict.
+        backend: auto, eager, compiled, fused.
+        device: auto, cpu, cuda, cuda:N.
+        dtype: auto, float16, bfloat16, float32.
+        memory_format: contiguous_format (NCHW, the reference script's), channels_last; auto is the first for
+            eager by name, the second for all others.
+        init_seed, order_seed, augment_seed: of the initial weights, the order and the augmentation alone, the same in
+            each run; see :class:`cifar_fast.augment.Seeds`.
+        output: folder for metrics.jsonl, summary.json, curves.png and model.pt; None writes nothing.
+        overwrite: replace the results that ``output`` holds already.
+        resume: in the place of ``output``, the folder of the same call that was stopped: goes on from its checkpoint
+            and ends with the same bits. ``runs`` may have grown; ``auto`` is what it was. Of a training that has ended
+            the result is read.
+        checkpoint_every: epochs from a checkpoint in ``output`` to the next; each run leaves one when it ends, with 0
+            that one alone.
+        also_test: names and paths of other test sets, see :func:`cifar_fast.also_test.read_test_sets`; their
+            accuracies stand in each run.
+        save_logits: keep each run's logits of the test images in ``Result.logits``, and in logits.npz of ``output``.
+        threads: of the CPU; None takes those that torch had when this package was imported, whatever
+            ``torch.set_num_threads`` said since, because the last bits depend on it.
+        log: takes the lines that a person reads; None is silent, without a progress bar too.
+
+    Raises:
+        InputError: something given cannot work here.
+        Diverged: the loss stopped being finite.
+
+    A file of ``output`` that cannot be written takes nothing else with it: see ``Result.unwritten``.
+    """
+    if resume is not None and (output is not None or overwrite):
+        raise InputError("resume stands in the place of output, without overwrite; give one of them")
+    place = output if resume is None else resume
+    folder = Output(place, overwrite, resume=resume is not None) if place is not None else None
+    standing = folder.checkpoint if folder else None
+    plan = (standing.plan if standing else resolve)(backend, device, dtype, memory_format)
+    seeds = Seeds(seed, init_seed, order_seed, augment_seed)
+    own = None if model is None else OwnModel(model)
+    asked: Any = (recipe, plan, seeds, runs, also_test, save_logits, own.name if own else None)
+    if folder and standing and standing.nothing_left(folder.name, *asked):
+        encodable(log)(nothing_to_do(folder))
+        return standing.result
+    how: dict[str, Any] = dict(also_test=also_test, save_logits=save_logits, threads=threads, log=log)
+    how |= dict(seeds=seeds, runs=runs, output=folder, checkpoint_every=checkpoint_every)
+    with own.forked(plan.device) if own else contextlib.nullcontext():
+        result = fit_shared(World(), recipe, dataset, plan, make_backend=own.set_up if own else set_up, **how)
+    assert result is not None
+    return result
+
+
+def nothing_to_do(output: Output) -> str:
+    """What is said where a training that has ended is told to go on."""
+    return f"nothing to do: all runs in {output.path} have ended; a higher --runs adds to them"
 
 
 class Part(Output):
@@ -58,6 +152,7 @@ def fit_shared(
     runs: int,
     log: Log | None,
     threads: int | None = None,
+    make_backend: SetUp = set_up,
     **how: Any,
 ) -> Result | None:
     """As :func:`cifar_fast.trainer.fit_plan`, the runs shared by the processes of ``world``: rank r takes every size-th
@@ -66,10 +161,10 @@ def fit_shared(
     """
     if world.size == 1 and not (output and output.resume and (output.path / PARTS).exists()):
         alone: dict[str, Any] = dict(output=output, seeds=seeds, runs=runs, log=log, threads=threads)
-        return fit_plan(recipe, dataset, plan, **alone, **how)
+        return fit_plan(recipe, dataset, plan, make_backend=make_backend, **alone, **how)
     assert output is not None, "what is shared goes over the disk"
     log = encodable(log)
-    make_backend = once()
+    make_backend = once(make_backend)
 
     with contextlib.ExitStack() as stack:
 
@@ -100,8 +195,8 @@ def fit_shared(
         return None if world.rank else gather(output, runs, dataset.for_recipe(recipe).test_labels, log)
 
 
-def once() -> SetUp:
-    """A :func:`cifar_fast.plan.set_up` for one recipe, which is set up at the first call."""
+def once(set_up: SetUp) -> SetUp:
+    """``set_up`` for one recipe, which is set up at the first call."""
     made: list[tuple[Backend, list[str]]] = []
 
     def make(plan: Plan, recipe: Recipe, dataset: Dataset, log: Log) -> tuple[Backend, list[str]]:

@@ -1,0 +1,42 @@
+"""How good is a recipe? One run is an anecdote: take the mean of several, and the interval that it lies in.
+
+    OMP_NUM_THREADS=1 python examples/mean_of_runs.py    # a minute; no threads for so narrow a net
+    python examples/mean_of_runs.py --dataset cifar10 --full --epochs 24 --runs 40    # as published; on a GPU
+
+It prints, run by run, the mean so far with Student's 95 % interval: how many runs does the figure need that you want to
+quote? The interval shrinks with the square root of their number, so that half the width takes four times the runs.
+"""
+
+import argparse
+import statistics
+
+from cifar_fast import Recipe, fit, load_dataset
+from cifar_fast.results import confidence_interval_95
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The mean of several runs with its interval.")
+    parser.add_argument("--dataset", default="synthetic")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--images", type=int, default=10_000, help="train on so many; 0: all (default: 10,000)")
+    parser.add_argument("--full", action="store_true", help="the published network, batch size and number of images")
+    args = parser.parse_args()
+
+    recipe = Recipe(epochs=args.epochs)
+    if not args.full:
+        recipe = Recipe(epochs=args.epochs, batch_size=32, widths=(6, 12, 12, 24), train_subset=args.images)
+    result = fit(recipe, load_dataset(args.dataset), runs=args.runs, log=None)
+
+    accuracies = [run.test_accuracy for run in result.runs]
+    for n in range(1, args.runs + 1):
+        line = f"run {n}: {accuracies[n - 1]:.2f} %, mean so far {statistics.fmean(accuracies[:n]):.2f} %"
+        if interval := confidence_interval_95(accuracies[:n]):
+            line += f", 95 % interval {interval[0]:.2f} to {interval[1]:.2f}"
+        print(line)
+    if args.runs > 1:
+        print(f"the runs' standard deviation is {statistics.stdev(accuracies):.2f} %")
+
+
+if __name__ == "__main__":
+    main()
