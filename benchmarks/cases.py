@@ -16,8 +16,8 @@ import torch
 import torch._functorch.config
 
 from cifar_fast import Recipe
-from cifar_fast.backends import fresh_code
-from cifar_fast.check import DIRECTIONS, parameter_dtype
+from cifar_fast.backends import fresh_code, parameter_dtype
+from cifar_fast.check import DIRECTIONS
 from cifar_fast.kernels.augment import augment, augment_reference
 from cifar_fast.kernels.augment import example_launches as augment_launches
 from cifar_fast.kernels.batch_norm_celu import batch_norm_celu, batch_norm_celu_reference

@@ -54,7 +54,7 @@ def choose(current: Entry, twice: tuple[float, float], others: list[tuple[Entry,
     """
     best, time = min(others, key=lambda other: other[1])
     gain, noise = min(twice) - time, abs(twice[0] - twice[1])  # not a number where the current one cannot be used
-    return current if gain <= 0 or gain < 2 * noise else best
+    return current if gain <= 0 or gain < 2 * noise or math.isinf(time) else best
 
 
 def cases_of(key: str, shape_class: str, cases: list[Case], by: Table) -> list[Case]:

@@ -230,6 +230,11 @@ def evaluate_by_batches(model: nn.Module, score: Score, data: Tensors, batch_siz
     return torch.cat([score(images, labels)[1] for images, labels in batches])
 
 
+def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the weights of a step whose activations are of ``dtype``."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
 def make_model(
     recipe: Recipe,
     dataset: Dataset,
@@ -243,7 +248,7 @@ def make_model(
     """
     arguments = (recipe, dataset.num_classes, torch.Generator())
     model = own_model(*arguments) if own_model else change(CNN(*arguments))
-    return model.to(torch.float32 if dtype == torch.bfloat16 else dtype).to(device)
+    return model.to(parameter_dtype(dtype)).to(device)
 
 
 def make_score(model: nn.Module, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Score:

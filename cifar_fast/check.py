@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from cifar_fast.augment import draw_epoch, seeded
-from cifar_fast.backends import Backend, device_guard
+from cifar_fast.backends import Backend, device_guard, parameter_dtype
 from cifar_fast.compare import Comparison, compare
 from cifar_fast.data import Dataset
 from cifar_fast.environment import environment
@@ -246,11 +247,6 @@ def compile_kernels(recipe: Recipe, dtype: torch.dtype, device: torch.device) ->
     return f"those of {len(recipe.blocks())} norms, in {clock() - start:.0f} s"
 
 
-def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the weights of a step whose activations are of ``dtype``."""
-    return torch.float32 if dtype == torch.bfloat16 else dtype
-
-
 def check_augmentation(recipe: Recipe, dtype: torch.dtype, device: torch.device, dataset: Dataset) -> str:
     """The second batch of an epoch, with its labels, against plain torch."""
     from cifar_fast.fused import CHANNELS, byte_tensors
@@ -338,13 +334,14 @@ def check_loss(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> str:
 
 def judge(exact: Sequence[torch.Tensor], ours: Sequence[torch.Tensor], eager: Sequence[torch.Tensor]) -> str:
     """The errors of the result that is furthest off; :class:`Wrong` where ours is more than twice as large."""
-    worst = 0.0, 0.0, 0.0
+    errors = []
     for truth, own, other in zip(exact, ours, eager):
         error, its = (float((side.double() - truth).norm() / truth.norm()) for side in (own, other))
-        worst = max(worst, (error / (2 * its + torch.finfo(own.dtype).eps), error, its))  # the last bit, in all
-    ratio, error, its = worst
+        ratio = error / (2 * its + torch.finfo(own.dtype).eps)  # the last bit, in all
+        errors.append((math.inf if math.isnan(ratio) else ratio, error, its))
+    ratio, error, its = max(errors)
     text = f"error {error:.1e} against float64, eager's own {its:.1e}"
-    if not ratio <= 1:
+    if ratio > 1:
         raise Wrong(f"{text}: more than twice as large")
     return text
 

@@ -70,7 +70,10 @@ class Checkpoint:
     def plan(self, backend: str, device: str, dtype: str, memory_format: str) -> Plan:
         """As :func:`cifar_fast.plan.resolve`, where ``auto`` is what it was."""
         then = self.result
-        was = (then.backend, then.environment["device"], then.dtype, then.memory_format)
+        own = torch.device(then.environment["device"])
+        # Of several GPUs that shared the runs, one may not be here.
+        there = own.type == "cpu" or (own.index or 0) < torch.cuda.device_count()
+        was = (then.backend, str(own) if there else own.type, then.dtype, then.memory_format)
         now = (backend, device, dtype, memory_format)
         return resolve(*(before if name == "auto" else name for name, before in zip(now, was)))
 

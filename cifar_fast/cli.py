@@ -147,6 +147,8 @@ def _train_in(world: World, argv: list[str] | None) -> int:
             tell(recipe.to_json())
             return 0
         if args.profile:
+            if world.size > 1:
+                raise InputError("--profile is of one process; leave torchrun out")
             args.output = args.profile
             return _profile(args)
 

@@ -36,8 +36,13 @@ class World:
         """What torchrun states in the environment; one process alone where it states nothing."""
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             return cls()
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return cls(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
+        rank = os.environ["RANK"]
+        try:
+            return cls(int(rank), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", rank)))
+        except ValueError as error:
+            raise InputError(
+                f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, as torchrun sets them ({error})"
+            ) from None
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[World]:
@@ -50,7 +55,7 @@ class World:
         try:
             store, rank, size = next(distributed.rendezvous("env://"))
             if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one machine, on which a restart finds the same store again
-                store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+                store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -77,8 +82,8 @@ class World:
             )
         return dataclasses.replace(plan, device=torch.device("cuda", self.local_rank))
 
-    def gather(self, value: T) -> list[T]:
-        """The ``value`` of each process, by rank, when all have come here."""
+    def gather(self, value: T, waiting: Callable[[], None] = lambda: None) -> list[T]:
+        """The ``value`` of each process, by rank, when all have come here; ``waiting`` is called meanwhile."""
         if self.size == 1:
             return [value]
         from torch import distributed
@@ -88,6 +93,7 @@ class World:
             arrived = distributed.barrier(async_op=True)
             while not arrived.is_completed():  # a wait in Python, which a signal ends
                 time.sleep(0.05)
+                waiting()
             arrived.wait()
             distributed.all_gather_object(values, value)
         except RuntimeError as error:
@@ -133,8 +139,10 @@ class World:
                     value = call()
         return value
 
-    def share(self, items: Sequence[T], do: Callable[[T], object]) -> None:
-        """``do`` with every size-th of ``items`` from the one of this rank's number; ends when all processes have."""
+    def share(self, items: Sequence[T], do: Callable[[T], object], waiting: Callable[[], None] = lambda: None) -> None:
+        """``do`` with every size-th of ``items`` from the one of this rank's number; ends when all processes have, and
+        calls ``waiting`` until then.
+        """
         for item in items[self.rank :: self.size]:
             try:
                 do(item)
@@ -142,4 +150,4 @@ class World:
                 if self.size == 1:
                     raise
                 raise type(error)(f"rank {self.rank}: {error}") from error
-        self.gather(None)
+        self.gather(None, waiting)

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cifar_fast.backends import parameter_dtype
 from cifar_fast.errors import InputError
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
 from cifar_fast.trainer import synchronized_clock
@@ -54,7 +55,7 @@ class Pass:
 def passes(recipe: Recipe, classes: int, dtype: torch.dtype) -> list[Pass]:
     """Every pass of a training step over a batch, layer by layer. ``dtype`` is the activations'."""
     batch, element = recipe.batch_size, dtype.itemsize
-    weight_element = 4 if dtype == torch.bfloat16 else element
+    weight_element = parameter_dtype(dtype).itemsize
     found: list[Pass] = []
 
     def add_product(layer: str, x: int, y: int, weights: int, flop: int, first: bool = False) -> None:

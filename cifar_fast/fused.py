@@ -1,7 +1,7 @@
 """The fused backend: our kernels, torch.compile for the rest, and on a GPU a whole step in one CUDA graph.
 
 Everything that a step needs lies on the device: the data set as bytes, the epoch's draws, the learning rate of each
-step of the run, and the number of the step. One call of ``_step`` reads that number, trains on its batch, files the
+step of the run, and the number of the step. One call of ``step`` reads that number, trains on its batch, files the
 losses under it, leaves it one higher and the next rate in its place. It takes nothing from the host and gives nothing
 back, so that it is captured once and an epoch is its draws and a replay a step. Without a GPU, under Triton's
 interpreter, the same function is called instead of replayed.
@@ -97,38 +97,39 @@ class Fused(Resumable):
         for parameter in self.model.parameters():
             # A captured step must not allocate momentum. Starting from zeros equals SGD's lazy start (dampening 0).
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        self._start_at(0)
-        self.step_graph, self.evaluation_graph = self._capture(self._step), self._capture(self._evaluate)
+        self.start_at(0)
+        self.step_graph, self.evaluation_graph = self._capture(self.step), self._capture(self.run_evaluation)
 
     def reset(self, model: nn.Module) -> None:
         self.epoch = 0
         self.model.load_state_dict(model.state_dict())
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()
-        self._start_at(0)
+        self.start_at(0)
 
     def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.draws.tensor.copy_(draws.tensor)
-        self._start_at(self.epoch % self.recipe.epochs * self.steps)
+        self.start_at(self.epoch % self.recipe.epochs * self.steps)
         self.epoch += 1
         for i in range(self.steps):
-            self.step_graph.replay() if self.step_graph else self._step()
+            self.step_graph.replay() if self.step_graph else self.step()
             yield self.losses[i], self.correct[i]
 
     def evaluate(self) -> torch.Tensor:
-        self.evaluation_graph.replay() if self.evaluation_graph else self._evaluate()
+        self.evaluation_graph.replay() if self.evaluation_graph else self.run_evaluation()
         return self.test_correct
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.model.state_dict()
 
-    def _start_at(self, done: int) -> None:
+    def start_at(self, done: int) -> None:
         """Make the step ready that follows ``done`` steps of the run, the first of an epoch."""
         self.done.fill_(done)
         self.position.zero_()
         self.rate.copy_(self.schedule[done : done + 1])
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """The training step whose number lies on the device, as it is captured."""
         recipe = self.recipe
         self.model.train()
         images, labels = augment(
@@ -157,7 +158,9 @@ class Fused(Resumable):
             position=self.position,
         )
 
-    def _evaluate(self) -> None:
+    def run_evaluation(self) -> None:
+        """The evaluation of the test images, as it is captured."""
+
         def score(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             _, loss, correct, _ = self.score(images, labels)
             return loss, correct
@@ -176,7 +179,7 @@ class Fused(Resumable):
             try:
                 with torch.cuda.stream(self.stream):
                     for _ in range(WARM_UP):
-                        self._start_at(0)  # a run may have fewer steps
+                        self.start_at(0)  # a run may have fewer steps
                         function()
                 before.wait_stream(self.stream)
                 # On the warm-up's stream, whose workspaces it shares: the default one belongs to the GPU of the

@@ -127,6 +127,8 @@ class Loader:
             ("mean", self.mean, torch.float32, (IMAGE_CHANNELS,)),
             ("std", self.std, torch.float32, (IMAGE_CHANNELS,)),
         ):
+            if not isinstance(tensor, torch.Tensor):
+                raise InputError(f"{name} of a loader must be a tensor, not {type(tensor).__name__}")
             given = (tensor.dtype, tuple(tensor.shape), tensor.device, tensor.is_contiguous())
             if given != (dtype, wanted, self.device, True):
                 raise InputError(

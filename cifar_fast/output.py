@@ -191,7 +191,7 @@ class Output:
             self._write(LOGITS, lambda draft: _save_logits(result, test_labels, draft))
         self._write("curves.png", lambda draft: draw_curves(result, draft))
         self.failures.pop(CHECKPOINT, None)
-        if not {MODEL, LOGITS} & self.failures.keys():  # else they are in the checkpoint alone
+        if not {ROWS, SUMMARY, MODEL, LOGITS} & self.failures.keys():  # else they are in the checkpoint alone
             (self.path / CHECKPOINT).unlink(missing_ok=True)
         result.unwritten.extend(self.failures.values())
 

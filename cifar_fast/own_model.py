@@ -40,10 +40,16 @@ class OwnModel:
         else:
             raise InputError(f"model must be a torch.nn.Module or a function that makes one, not {given!r}")
         with self.forked(torch.device("cpu")):
-            made = self.make()
+            try:
+                made = self.make()
+            except Exception as error:  # whatever a function of anybody's raises
+                why = f"{type(error).__name__}: {first_line(error)}"
+                raise InputError(f"model cannot be made by calling {given!r} without arguments ({why})") from error
         if not isinstance(made, nn.Module):
             raise InputError(f"model must make a torch.nn.Module, not {type(made).__name__}")
         self.name = type(made).__name__
+        if any(nn.parameter.is_lazy(tensor) for tensor in (*made.parameters(), *made.buffers())):
+            raise InputError(f"model {self.name} has layers whose sizes are open; give it an image first")
         if not any(parameter.requires_grad for parameter in made.parameters()):
             raise InputError(f"model {self.name} has no parameter to train")
 

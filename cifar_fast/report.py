@@ -259,6 +259,7 @@ def _unlike(results: Mapping[str, Result]) -> list[str]:
     lines = []
     for what, of in {
         "data sets": lambda result: f"{result.dataset['name']} ({result.dataset['digest'][:12]})",
+        "models": lambda result: result.model or "the recipe's network",
         "epochs": lambda result: str(result.recipe.epochs),
         "backends": lambda result: f"{result.backend} in {result.dtype}, {result.memory_format}",
         "devices": lambda result: result.environment["device_name"],

@@ -117,7 +117,8 @@ def fit(
 
 
 def nothing_to_do(output: Output) -> str:
-    """What is said where a training that has ended is told to go on."""
+    """What is said where a training that has ended is told to go on; of its parts a kill may have left some."""
+    shutil.rmtree(output.path / PARTS, ignore_errors=True)
     return f"nothing to do: all runs in {output.path} have ended; a higher --runs adds to them"
 
 
@@ -191,7 +192,7 @@ def fit_shared(
             alike: dict[str, Any] = dict(seeds=seeds, runs=runs, threads=threads, log=log, make_backend=make_backend)
             fit_plan(recipe, dataset, plan, only=run, output=part, **alike, **how)
 
-        world.share(left, train)
+        world.share(left, train, how.get("on_step", lambda: None))
         return None if world.rank else gather(output, runs, dataset.for_recipe(recipe).test_labels, log)
 
 

@@ -27,7 +27,7 @@ from cifar_fast.files import atomic_write, check_writable, locked, remove_drafts
 from cifar_fast.isolation import THREADS
 from cifar_fast.output import Output
 from cifar_fast.plan import Plan, SetUp, resolve, set_up
-from cifar_fast.progress import Log, encodable, print_line
+from cifar_fast.progress import Log, encodable, print_line, silent
 from cifar_fast.recipe import Recipe
 from cifar_fast.results import Result
 from cifar_fast.runs import Part, gather, runs_left
@@ -130,7 +130,7 @@ class Sweep:
     def save(self) -> None:
         """Write it to ``sweep.json`` in its folder."""
         with atomic_write(Path(self.output).expanduser() / SWEEP) as draft:
-            draft.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+            draft.write_text(json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n")
 
 
 def changes(recipe: Recipe, base: Recipe) -> str:
@@ -270,7 +270,7 @@ def fit_sweep(
     with contextlib.ExitStack() as stack:
         how["threads"], in_turn = world.from_first(begin)
         how["runs"] = sweep.runs
-        world.share(in_turn, train)
+        world.share(in_turn, train, on_step)
         for found in world.gather(diverged):
             diverged |= found
         if world.rank:
@@ -286,7 +286,7 @@ def fit_sweep(
 
 def naming(name: str, log: Log) -> Log:
     """``log`` with the variant's name before each line."""
-    return lambda line: log(f"{name}: {line}")
+    return silent if log is silent else lambda line: log(f"{name}: {line}")
 
 
 def outline(sweep: Sweep) -> Iterable[str]:

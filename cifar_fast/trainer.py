@@ -58,7 +58,7 @@ def fit_plan(
     if output and output.checkpoint:
         output.checkpoint.refuse_other_data(output.name, dataset)
         threads = output.checkpoint.result.settings["threads"] if threads is None else threads
-    threads = THREADS if threads is None else threads
+    threads = THREADS if threads is None else int(threads)
 
     with contextlib.ExitStack() as stack:
         if output:
@@ -66,6 +66,7 @@ def fit_plan(
         standing = output.checkpoint if output else None
         stack.enter_context(device_guard(plan.device))
         stack.enter_context(isolated(plan.device, threads))
+        stack.enter_context(naming_the_batch_size("training", recipe.batch_size))
         facts = environment(plan.device)
         data_facts = dataset.facts()
         clock = synchronized_clock(plan.device)
@@ -124,17 +125,16 @@ def fit_plan(
                 log(f"going on after epoch {after.epoch}")
             setup_seconds = standing.setup_seconds + clock() - start
             standing = Checkpoint(result)  # of the runs to come
-            with naming_the_batch_size("training", recipe.batch_size):
-                n = len(dataset.train_images)
-                for row in train(backend, n, augmentation, run, clock, log, order=order, after=after, on_step=on_step):
-                    result.rows.append(row)
-                    if output:
-                        output.add(row)
-                    log(str(row))
-                    due = checkpoint_every and row.epoch % checkpoint_every == 0
-                    if output and (due or row.epoch == recipe.epochs):
-                        states = [generator.get_state() for generator in drawing]
-                        output.save(Checkpoint(result, setup_seconds, backend.training_state(), states))
+            n = len(dataset.train_images)
+            for row in train(backend, n, augmentation, run, clock, log, order=order, after=after, on_step=on_step):
+                result.rows.append(row)
+                if output:
+                    output.add(row)
+                log(str(row))
+                due = checkpoint_every and row.epoch % checkpoint_every == 0
+                if output and (due or row.epoch == recipe.epochs):
+                    states = [generator.get_state() for generator in drawing]
+                    output.save(Checkpoint(result, setup_seconds, backend.training_state(), states))
             also = {}
             for test in test_sets:
                 also[test.name] = accuracy(backend, dataset, normalization, test)

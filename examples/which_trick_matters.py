@@ -14,6 +14,7 @@ import dataclasses
 import tempfile
 
 from cifar_fast import Recipe, Sweep, fit_sweep, make_report
+from cifar_fast.report import welch
 
 
 def main() -> None:
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the published network, batch size and number of images")
     parser.add_argument("--output", help="keep the results there, and go on from them (default: nowhere)")
     args = parser.parse_args()
+    welch()  # of scipy, which is asked for before the work
 
     recipe = Recipe(epochs=args.epochs)
     if not args.full:
@@ -42,6 +44,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sweep = Sweep(variants, output=args.output or folder, dataset=args.dataset, runs=args.runs)
         results = fit_sweep(sweep, log=None)
+    if "as-published" not in results:
+        raise SystemExit("as-published diverged; there is nothing to compare with")
     print(make_report(results, baseline="as-published").markdown())
     for name in variants:
         if name not in results:

@@ -88,6 +88,7 @@ def test_candidates_have_the_fields_of_the_current_entry_and_are_neither_it_nor_
         ((10.0, 10.1), [10.5, 11.0], None),
         ((math.inf, math.inf), [12.0, 11.0], 1),
         ((10.0, 10.1), [math.inf, math.inf], None),
+        ((math.inf, math.inf), [math.inf, math.inf], None),
     ],
 )
 def test_the_fastest_entry_is_chosen_where_its_gain_is_no_noise(twice, others, best):

@@ -18,8 +18,7 @@ from cifar_fast.cli import main as command
 from cifar_fast.distributed import World
 from cifar_fast.plan import Plan
 from cifar_fast.train import main
-from tests.conftest import save_npz, small_dataset
-from tests.test_resume import contents, stop_after
+from tests.trainings import contents, stop_after
 
 RECIPE = Recipe(epochs=30, batch_size=16, widths=(4, 8))
 FLAGS = "--dataset npz --widths 4 8 --epochs 30 --batch-size 16 --device cpu --dtype float32 --backend eager --seed 3"
@@ -39,16 +38,6 @@ widths = [4, 8]
 [variants.momentum]
 momentum = 0.8
 """
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return small_dataset(train=32, test=16)
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory, tiny):
-    return save_npz(tmp_path_factory.mktemp("data") / "tiny.npz", tiny)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +125,7 @@ def test_where_a_process_was_killed_one_alone_goes_on_to_the_same_bits(killed, w
 def test_a_call_goes_on_with_what_processes_have_left_and_with_their_threads(
     killed, whole, tiny, no_curves_here, monkeypatch
 ):
-    for module in ("parts", "trainer"):
+    for module in ("runs", "trainer"):
         monkeypatch.setattr(f"cifar_fast.{module}.THREADS", 2)
     how = dict(seed=3, backend="eager", device="cpu", dtype="float32", save_logits=True, log=None)
     result = fit(RECIPE, tiny, resume=killed, runs=3, **how)
@@ -306,11 +295,31 @@ def test_a_process_that_waits_for_one_that_has_died_ends_at_once_and_says_so(tmp
     flags = f"{FLAGS} --data-dir {npz} --epochs 100000 --output {tmp_path}/out"
     first, second = by_hand(flags, 0, port), by_hand(flags, 1, port)
     while not (tmp_path / "out/parts/run-0/metrics.jsonl").exists():
+        assert first.poll() is None and second.poll() is None
         time.sleep(0.01)
     first.kill()
     first.communicate()
     _, error = second.communicate(timeout=20)
     assert (second.returncode, error) == (1, "error: rank 1: another process has ended before its runs had\n")
+
+
+@pytest.mark.long  # processes of their own
+def test_a_signal_ends_a_process_that_has_done_its_runs_and_waits(tmp_path, npz):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    flags = f"{FLAGS} --data-dir {npz} --runs 2 --output {tmp_path}/out"
+    first, second = by_hand(flags, 0, port), by_hand(flags, 1, port)
+    while not (tmp_path / "out/parts/run-1/metrics.jsonl").exists():
+        assert first.poll() is None and second.poll() is None
+        time.sleep(0.01)
+    second.send_signal(signal.SIGSTOP)
+    assert any(line.startswith("epoch 30") for line in first.stdout)
+    time.sleep(1)
+    first.send_signal(signal.SIGINT)
+    _, error = first.communicate(timeout=20)
+    second.kill()
+    second.communicate()
+    assert (first.returncode, error) == (130, f"interrupted; to go on: cifar-fast train --resume {tmp_path}/out\n")
 
 
 def test_more_processes_than_gpus_is_refused_where_they_are(monkeypatch):

@@ -372,13 +372,13 @@ def raises(self):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mistake", [pytest.param(asks_the_host, marks=pytest.mark.slow), raises])
 def test_a_capture_that_fails_leaves_the_process_usable_and_auto_goes_on(monkeypatch, mistake):
-    step, stream = Fused._step, torch.cuda.current_stream()
+    step, stream = Fused.step, torch.cuda.current_stream()
 
     def broken(self):
         step(self)
         mistake(self)
 
-    monkeypatch.setattr(Fused, "_step", broken)
+    monkeypatch.setattr(Fused, "step", broken)
     lines = []
     result = fit(GPU_RECIPE, small_dataset(train=10, test=7), device="cuda", dtype="float16", log=lines.append)
     assert result.backend == "compiled" and len(result.rows) == GPU_RECIPE.epochs
@@ -407,7 +407,7 @@ def test_what_a_failed_backend_held_is_given_back_before_the_next_is_tried(monke
 
     make = Compiled.__init__
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
-    monkeypatch.setattr(Fused, "_step", broken)
+    monkeypatch.setattr(Fused, "step", broken)
     monkeypatch.setattr(Compiled, "__init__", set_up)
     result = fit(GPU_RECIPE, small_dataset(train=10, test=7), device="cuda", dtype="float16", log=None)
     assert result.backend == "compiled" and held == [False]

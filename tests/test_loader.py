@@ -105,6 +105,7 @@ def test_images_of_ones_own_take_the_place_of_the_data_sets_and_len_follows(smal
     ("edit", "words"),
     [
         (dict(labels=torch.zeros(96, device=DEVICE)), "labels of a loader must be contiguous int64 of shape (96,) on"),
+        (dict(labels=np.zeros(96, int)), "labels of a loader must be a tensor, not ndarray"),
         (dict(labels=torch.zeros(9, dtype=torch.int64, device=DEVICE)), "not int64 of shape (9,)"),
         (dict(images=torch.zeros(96, 3, 32, 32, device=DEVICE).byte()), "uint8 of shape (96, 32, 32, 3)"),
         (dict(std=torch.tensor([1.0, 0.0, 1.0], device=DEVICE)), "the same value everywhere"),

@@ -156,7 +156,7 @@ def test_what_is_written_names_the_model_and_its_weights_load_into_one(tmp_path,
     ("model", "words"),
     [
         (None, "the model was MyNet, now not given; go on in Python"),
-        (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "the model was MyNet, now Sequential; go on in Python"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), "the model was MyNet, now Sequential; go on in Python"),
     ],
 )
 def test_another_model_does_not_go_on_where_this_one_stopped(tmp_path, small, model, words):
@@ -181,6 +181,8 @@ class Pair(nn.Linear):
         (lambda: nn.Linear(7, 3), "model Linear cannot take images of shape (2, 3, 32, 32)"),
         (nn.Flatten(), "model Flatten has no parameter to train"),
         (lambda: 3, "model must make a torch.nn.Module, not int"),
+        (Pair, "model cannot be made by calling <class 'tests.test_own_model.Pair'> without arguments (TypeError: "),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "model Sequential has layers whose sizes are open"),
         ("resnet18", "model must be a torch.nn.Module or a function that makes one, not 'resnet18'"),
     ],
 )

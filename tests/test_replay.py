@@ -73,8 +73,8 @@ def fused_sgd(monkeypatch, uncompiled, few_programs):
 
 def recorded(dataset):
     backend = make(dataset)
-    backend._start_at(0)
-    backend.step_graph, backend.evaluation_graph = Recording(backend._step), Recording(backend._evaluate)
+    backend.start_at(0)
+    backend.step_graph, backend.evaluation_graph = Recording(backend.step), Recording(backend.run_evaluation)
     return backend
 
 
@@ -96,7 +96,7 @@ def test_replays_of_two_runs_are_the_calls_bit_for_bit(fused_sgd):
 @pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("mistake", ["the rate is the host's", "a batch is taken twice"])
 def test_a_step_that_a_replay_cannot_repeat_is_told(fused_sgd, monkeypatch, mistake):
-    dataset, step = small_dataset(train=10, test=7), Fused._step
+    dataset, step = small_dataset(train=10, test=7), Fused.step
 
     def broken(self):
         if mistake == "the rate is the host's":
@@ -107,7 +107,7 @@ def test_a_step_that_a_replay_cannot_repeat_is_told(fused_sgd, monkeypatch, mist
             self.position.copy_(torch.tensor([self.position.item() * 0]))
 
     called = runs(make(dataset), dataset, seeds=(0,))
-    monkeypatch.setattr(Fused, "_step", broken)
+    monkeypatch.setattr(Fused, "step", broken)
     assert not same(runs(recorded(dataset), dataset, seeds=(0,)), called)
 
 

@@ -1,5 +1,6 @@
 """A report's figures are scipy's; its table, warnings and pictures say what the results hold."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -130,6 +131,12 @@ def test_an_interval_of_losses_is_not_cut_off_as_one_of_accuracies_is():
 def test_runs_without_any_spread_have_a_difference_and_no_p():
     one = make_report({"a": made_up([100.0, 100.0]), "b": made_up([99.0, 99.0])}).variants[1]
     assert (one.difference, one.difference_ci95, one.welch_p) == (-1.0, None, None)
+
+
+def test_another_model_is_told_in_a_line():
+    other = dataclasses.replace(made_up([90.0]), model="MyNet")
+    report = make_report({"a": made_up([90.0]), "b": other})
+    assert report.warnings == ["different models: the recipe's network (a); MyNet (b)"]
 
 
 @pytest.mark.parametrize(

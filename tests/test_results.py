@@ -185,6 +185,7 @@ def test_a_file_that_cannot_be_written_takes_nothing_with_it(tmp_path, small, mo
         monkeypatch.setattr(target, fail)
     result = fit(RECIPE, small, output=tmp_path / "out", runs=2, **HOW | {"log": lines.append})
     expected = {"curves.png", "metrics.jsonl", "model.pt", "summary.json"} - {lost}
+    expected |= {"checkpoint.pt"} if lost == "summary.json" else set()  # to go on from
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
     (line,) = result.unwritten
     assert lost in line and "could not be written" in line and "\n" not in line

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
+from cifar_fast.checkpoint import read_checkpoint
 from cifar_fast.flags import interruptible
 from cifar_fast.fused import Fused
 from cifar_fast.results import Result
@@ -298,6 +299,15 @@ def test_another_version_or_machine_is_told_and_goes_on(stopped, capfd):
     lines = capfd.readouterr().out.splitlines()
     assert f"torch was 2.0.0, now {torch.__version__}: the last bits may differ" in lines
     assert any(line.startswith("device_name was another, now ") for line in lines)
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (4, "cuda:3")])
+def test_what_one_of_several_gpus_has_begun_goes_on_where_there_are_fewer(stopped, monkeypatch, gpus, device):
+    checkpoint = read_checkpoint(stopped, str(stopped))
+    checkpoint.result.environment["device"] = "cuda:3"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert checkpoint.plan("auto", "auto", "auto", "auto").device == torch.device(device)
 
 
 def test_it_goes_on_with_the_threads_it_began_with(tmp_path, tiny):

@@ -1,5 +1,6 @@
 """A sweep trains its variants in turn, goes on where it stopped, and refuses what does not fit."""
 
+import io
 import json
 import signal
 import subprocess
@@ -333,10 +334,17 @@ def test_a_folder_in_which_a_sweep_is_at_work_is_refused(spec, capfd, monkeypatc
     assert "another sweep is at work there" in error and error.count("\n") == 1
 
 
-def test_a_sweep_of_ones_own_in_python(tmp_path, npz, alone):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_sweep_of_ones_own_in_python_is_silent_without_a_log(tmp_path, npz, alone, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
     sweep = Sweep(
         RECIPES, str(tmp_path / "sweep"), "npz", str(npz), runs=2, **{k: SEEDED[k] for k in SEEDED if k != "log"}
     )
     results = fit_sweep(sweep, log=None)
     assert list(results) == list(RECIPES) and [len(result.runs) for result in results.values()] == [2, 2, 2]
     assert trained(tmp_path / "sweep") == alone
+    assert sys.stderr.getvalue() == "", "no bar, which a terminal would show"
