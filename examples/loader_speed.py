@@ -1,4 +1,4 @@
-"""How many augmented images a second: cifar_fast.Loader beside torchvision's transforms under torch's DataLoader.
+"""How many augmented images/s: cifar_fast.Loader beside torchvision's transforms under torch's DataLoader.
 
     python examples/loader_speed.py                          # 10,000 images, 5 rounds: a minute on two cores
     python examples/loader_speed.py --images 1000 --rounds 2 # some seconds
@@ -73,7 +73,7 @@ def main() -> None:
         for name, batches in sides.items():
             found[name].append(images_per_second(batches, ours.device))
     print(
-        f"{torch.get_num_threads()} threads, {ours.device}, {args.rounds} rounds; images a second, median (min to max)"
+        f"{torch.get_num_threads()} threads, {ours.device}, {args.rounds} rounds; images/s, median (min to max)"
     )
     for name, (_, *rates) in found.items():
         ratios = [mine / its for mine, its in zip(found["cifar_fast.Loader"][1:], rates)]
