@@ -137,26 +137,22 @@ class Counted:
 
     @property
     def resident(self) -> float:
-        """Of the 64 warps of a multiprocessor those that fit 65,536 registers, given out by 8 a thread, and 227 KiB of
-        shared memory, of which each program takes 1 KiB more (CUDA Programming Guide, compute capability 9.0).
+        """Of the 64 warps of a multiprocessor those that fit 65,536 registers, given out by 8 a thread, and 163 KiB of
+        shared memory, of which each program takes 1 KiB more (CUDA Programming Guide, compute capability 8.0; 9.0 and
+        10.0 have more of it).
         """
-        return self.resident_programs * self.warps / 64
-
-    @property
-    def resident_programs(self) -> int:
-        """Of a multiprocessor."""
         by_registers = 4 * (65536 // 4 // (WARP * 8 * -(-self.registers // 8)))
-        return min(min(64, by_registers) // self.warps, 32, 227 * 1024 // (self.shared + 1024))
+        programs = min(min(64, by_registers) // self.warps, 32, 163 * 1024 // (self.shared + 1024))
+        return programs * self.warps / 64
 
     def seconds(self, card: Card) -> float:
-        """What the launch takes at the least: to issue or to move, whichever is longer, with the last wave of programs
-        as long as a full one; or the instructions of a thread, one after the other, each wave.
+        """What the launch takes at the least: to issue or to move all of it, whichever is longer, on multiprocessors of
+        which some have a program more; then one program by itself, instruction by instruction, for those that end last.
         """
-        waves = self.programs / (card.multiprocessors * self.resident_programs)
         of_each = self.programs / card.multiprocessors
-        uneven = math.ceil(waves) / waves if waves > 1 else math.ceil(of_each) / of_each
-        chain = math.ceil(waves) * sum(self.instructions.values()) * ALU_LATENCY / card.clock
-        return max(uneven * max(card.issue(self.warp_instructions), self.bytes / card.bandwidth), chain)
+        issue = card.issue(self.warp_instructions) * math.ceil(of_each) / of_each
+        chain = sum(self.instructions.values()) * ALU_LATENCY / card.clock
+        return max(issue, self.bytes / card.bandwidth) + chain
 
 
 def classify(instruction: str) -> str:

@@ -72,9 +72,7 @@ def main() -> None:
     for _ in range(1 + args.rounds):
         for name, batches in sides.items():
             found[name].append(images_per_second(batches, ours.device))
-    print(
-        f"{torch.get_num_threads()} threads, {ours.device}, {args.rounds} rounds; images/s, median (min to max)"
-    )
+    print(f"{torch.get_num_threads()} threads, {ours.device}, {args.rounds} rounds; images/s, median (min to max)")
     for name, (_, *rates) in found.items():
         ratios = [mine / its for mine, its in zip(found["cifar_fast.Loader"][1:], rates)]
         print(f"{name}: {spread(rates, ',.0f')}; Loader has {spread(ratios, '.1f')} times as many")

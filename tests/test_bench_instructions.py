@@ -199,6 +199,19 @@ def test_times_and_sums_of_a_part():
     assert cells(parts)[0] == ["step", "3", "0.6", "16.4", "16.4", "16.6"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "nanoseconds"),
+    [
+        (dict(bytes=8192), 8192 + 400),  # moves longest; then one program, an instruction in four cycles
+        (dict(bytes=0), 200 + 400),
+        (dict(bytes=0, programs=3), 200 + 400),  # one multiprocessor has two of them
+    ],
+)
+def test_a_launch_takes_what_is_longer_and_then_a_program_by_itself(changes, nanoseconds):
+    card = Card("a card", multiprocessors=2, clock=1e9, bandwidth=1e9, cache=1e6)
+    assert row(**changes).seconds(card) == pytest.approx(nanoseconds * 1e-9)
+
+
 def least_recently_used(size, rows, first, second):
     """Of the lines that the second of two passes reads, a line of each tensor a row, the share that a cache of ``size``
     lines has: a pass is its tensors, and whether it goes from the last row to the first.
@@ -252,7 +265,7 @@ def test_the_second_passes_of_the_recipe_meet_what_the_first_ones_left():
         (64, 8, 0, 32),
         (255, 8, 0, 8),
         (32, 1, 0, 32),
-        (32, 4, 49152, 16),
+        (32, 4, 40960, 12),
     ],
 )
 def test_warps_that_fit_as_nvidias_occupancy_calculator_has_them(registers, warps, shared, resident):
