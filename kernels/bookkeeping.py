@@ -50,12 +50,13 @@ def record_kernel(
     size,  # B
     steps,
     end,
+    BLOCKS: tl.constexpr,  # of BLOCK, for all of B
     BLOCK: tl.constexpr,
 ):
     at = tl.load(position)
     count = tl.load(done) + 1
-    for start in range(0, size, BLOCK):
-        lane = start + tl.arange(0, BLOCK)
+    for block in range(BLOCKS):
+        lane = block * BLOCK + tl.arange(0, BLOCK)
         tl.store(losses + at * size + lane, tl.load(loss + lane, mask=lane < size, other=0.0), mask=lane < size)
         tl.store(answers + at * size + lane, tl.load(correct + lane, mask=lane < size, other=0), mask=lane < size)
     tl.store(rate, tl.load(schedule + tl.minimum(count, end)))
@@ -73,7 +74,7 @@ def plan_record(loss, correct, losses, answers, schedule, rate, done, position) 
             reads=dict(loss=loss, correct=correct.view(torch.uint8), schedule=schedule, done=done, position=position),
             writes=dict(losses=losses, answers=answers.view(torch.uint8), rate=rate, done=done, position=position),
             scalars=dict(size=size, steps=steps, end=len(schedule) - 1),
-            constants=dict(BLOCK=BLOCK),
+            constants=dict(BLOCKS=triton.cdiv(size, BLOCK), BLOCK=BLOCK),
             num_warps=1,
             touched=dict(losses=size, answers=size, schedule=1),
         )
