@@ -1,5 +1,6 @@
 """torchrun shares runs over processes: what one process gives, whichever of them dies, however many go on."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from cifar_fast import InputError, Recipe, fit
+from cifar_fast.checkpoint import read_checkpoint
 from cifar_fast.cli import main as command
 from cifar_fast.distributed import World
 from cifar_fast.plan import Plan
@@ -279,12 +281,12 @@ def test_a_variant_that_diverges_is_told_once_and_left_out(tmp_path, npz):
     assert len(json.loads((tmp_path / "sweep/baseline/summary.json").read_text())["runs"]) == 2
 
 
-def by_hand(flags, rank, port):
+def by_hand(flags, rank, port, program=("-m", "cifar_fast.train")):
     """A process of two, as torchrun would start it."""
     world = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     environment = os.environ | {name: str(value) for name, value in world.items()}
-    return subprocess.Popen([sys.executable, "-m", "cifar_fast.train", *flags.split()], env=environment, **how)
+    return subprocess.Popen([sys.executable, *program, *flags.split()], env=environment, **how)
 
 
 @pytest.mark.long  # processes of their own
@@ -343,4 +345,31 @@ def test_each_process_takes_a_gpu_of_its_own(tmp_path, npz):
         assert (start(arguments.split()) if start else ended(torchrun(arguments))[0]) == 0
         environment[folder] = json.loads((tmp_path / folder / "summary.json").read_text())["environment"]
     assert environment["two"]["device"] == "cuda:0"
+    assert contents(tmp_path / "two")[1] == contents(tmp_path / "one")[1]
+
+
+@pytest.mark.long  # processes of their own, in which what the kernels compute is emulated
+def test_on_a_stand_in_for_two_gpus_each_process_takes_one_and_the_rows_are_those_of_one_process(tmp_path, npz, shared):
+    stand_in = [shared("gpu_stand_in/run.py"), "--values", "--devices", "2", "--log"]
+    if not shutil.which("gcc"):
+        pytest.skip("the stand-in needs gcc")
+
+    def on_gpus(log):
+        return [*map(str, stand_in), str(tmp_path / log), "-m", "cifar_fast.train"]
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    flags = f"{FLAGS} --device auto --data-dir {npz} --epochs 2 --runs 2 --output {tmp_path}"
+    both = [by_hand(f"{flags}/two", rank, port, on_gpus(f"{rank}.log")) for rank in range(2)]
+    part, devices = tmp_path / "two/parts/run-1", set()
+    while any(process.poll() is None for process in both):
+        with contextlib.suppress(InputError):
+            devices.add(read_checkpoint(part, "a part").result.environment["device"])
+        time.sleep(0.01)
+    assert [process.wait() for process in both] == [0, 0], [process.communicate() for process in both]
+    assert devices == {"cuda:1"}
+    done = subprocess.run(
+        [sys.executable, *on_gpus("one.log"), *f"{flags}/one".split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "two")[1] == contents(tmp_path / "one")[1]
