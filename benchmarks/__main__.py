@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import statistics
@@ -30,7 +29,7 @@ from benchmarks.launches import listing, logged, profiled
 from benchmarks.parts import PARTS, Bench
 from benchmarks.report import RESULTS, pivot, write_report
 from benchmarks.run import run
-from benchmarks.tune import predict_case, tune
+from benchmarks.tune import predicting, tune
 from cifar_fast import InputError, Recipe, load_dataset
 from cifar_fast.backends import keep_freed_memory
 from cifar_fast.files import atomic_write, writing
@@ -152,7 +151,7 @@ def _tune(args: argparse.Namespace) -> int:
     if not (args.predict or torch.cuda.is_available()):
         raise InputError("tuning needs a CUDA GPU; --predict goes by the compiled code instead")
     _compiling()
-    how = {"time_case": functools.partial(predict_case, target=args.predict)} if args.predict else {}
+    how = {"time_case": predicting(args.predict)} if args.predict else {}
     tune(getattr(torch, args.dtype), args.write, **how)
     return 0
 

@@ -2,9 +2,9 @@
 
 For offline use: what runs reads the table and times nothing. For each entry a few others are tried at the recipe's
 shapes that take it; the sum of the operators' times decides. Entries are tried in the file's order, each with the best
-of those before it. A candidate must agree with plain torch and spill nothing. With ``--predict`` the times are those
-that the compiled code takes at the least (:meth:`benchmarks.instructions.Counted.seconds`), and half of a
-multiprocessor's warps must fit.
+of those before it. A candidate must agree with plain torch, spill nothing, and access large tensors by 128 bits. With
+``--predict`` the times are those that the compiled code takes at the least
+(:meth:`benchmarks.instructions.Counted.seconds`), and half of a multiprocessor's warps must fit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.parts import measure_kernel
 from benchmarks.rows import markdown
 from cifar_fast import Recipe
 from cifar_fast.files import atomic_write
-from cifar_fast.kernels.launch import TABLE, Table, table, using
+from cifar_fast.kernels.launch import TABLE, Launch, Table, table, using
 
 Entry = dict[str, int]
 TILES = ((16, 64), (32, 64), (64, 64), (32, 128))  # rows, channels
@@ -74,28 +74,50 @@ def layout(entries: Table) -> str:
     return re.sub(r"{[^{}]*}", lambda entry: json.dumps(json.loads(entry[0])), json.dumps(entries, indent=2)) + "\n"
 
 
+def compiled_for(case: Case, launch: Launch, target: str) -> None:
+    """Raise :class:`Wrong` where ``launch`` is not compiled for ``target`` as a kernel must be."""
+    for problem in compile_launch(case.name, launch, target).problems():
+        raise Wrong(problem)
+
+
 def time_case(case: Case, trial: Table) -> float:
     """Microseconds of the fused ``case`` planned by ``trial``, on the current GPU; :class:`Wrong` where it is unfit."""
     target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     with using(trial):
         for launch in case.launches():
-            if spills := compile_launch(case.name, launch, target).spills:
-                raise Wrong(f"{launch.kernel.__name__} spills {spills} bytes")
+            compiled_for(case, launch, target)
         time, *_ = measure_kernel(case, "fused")
     if not time.values:
         raise Wrong(time.metric)
     return time.median
 
 
-def predict_case(case: Case, trial: Table, target: str) -> float:
-    """As :func:`time_case`, on ``target``'s card, from what is compiled for it."""
-    with using(trial):
-        launches = case.launches()
-    rows = [count_launch("", case.name, 1, launch, target) for launch in launches]
-    for row in rows:
-        if row.spills or row.resident < 0.5:
-            raise Wrong(f"{row.kernel} spills {row.spills} bytes; {row.resident:.0%} of the warps fit")
-    return 1e6 * sum(row.seconds(CARDS[target]) for row in rows)
+def predicting(target: str) -> Callable[[Case, Table], float]:
+    """As :func:`time_case`, on ``target``'s card, from what is compiled for it; each launch is counted once."""
+    counted: dict[str, float] = {}
+
+    def seconds(case: Case, launch: Launch) -> float:
+        compiled_for(case, launch, target)
+        row = count_launch("", case.name, 1, launch, target)
+        if row.resident < 0.5:
+            raise Wrong(f"{row.kernel}: {row.resident:.0%} of the warps fit")
+        return row.seconds(CARDS[target])
+
+    def time_case(case: Case, trial: Table) -> float:
+        with using(trial):
+            launches = case.launches()
+        total = 0.0
+        for launch in launches:
+            tensors = {
+                name: (one.dtype, one.shape) for name, one in (launch.reads | launch.writes).items() if one is not None
+            }
+            key = f"{launch.kernel.__name__} {launch.grid} {launch.num_warps} {launch.constants} {tensors}"
+            if key not in counted:
+                counted[key] = seconds(case, launch)
+            total += 1e6 * counted[key]
+        return total
+
+    return time_case
 
 
 def tune(dtype: torch.dtype, write: bool, time_case: Callable[[Case, Table], float] = time_case) -> None:
