@@ -147,12 +147,15 @@ class Counted:
 
     def seconds(self, card: Card) -> float:
         """What the launch takes at the least: to issue or to move all of it, whichever is longer, on multiprocessors of
-        which some have a program more; then one program by itself, instruction by instruction, for those that end last.
+        which some have a program more. Where not all programs fit at once, those that start last end last, and have
+        nobody to share with: a program's instructions one by one come on top. Where all do, they are a bound like the
+        other two.
         """
         of_each = self.programs / card.multiprocessors
         issue = card.issue(self.warp_instructions) * math.ceil(of_each) / of_each
+        busy = max(issue, self.bytes / card.bandwidth)
         chain = sum(self.instructions.values()) * ALU_LATENCY / card.clock
-        return max(issue, self.bytes / card.bandwidth) + chain
+        return max(busy, chain) if of_each * self.warps <= 64 * self.resident else busy + chain
 
 
 def classify(instruction: str) -> str:

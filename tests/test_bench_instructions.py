@@ -202,12 +202,14 @@ def test_times_and_sums_of_a_part():
 @pytest.mark.parametrize(
     ("changes", "nanoseconds"),
     [
-        (dict(bytes=8192), 8192 + 400),  # moves longest; then one program, an instruction in four cycles
-        (dict(bytes=0), 200 + 400),
-        (dict(bytes=0, programs=3), 200 + 400),  # one multiprocessor has two of them
+        (dict(bytes=8192), 8192),  # moves longest
+        (dict(bytes=0), 400),  # a program by itself, an instruction in four cycles
+        (dict(bytes=0, programs=24), 1200),  # issues longest
+        (dict(bytes=0, programs=25), 1300 + 400),  # one more than fits, on one of two multiprocessors
+        (dict(bytes=8192, programs=25), 8192 + 400),
     ],
 )
-def test_a_launch_takes_what_is_longer_and_then_a_program_by_itself(changes, nanoseconds):
+def test_a_launch_takes_what_is_longest_and_a_program_by_itself_where_not_all_fit_at_once(changes, nanoseconds):
     card = Card("a card", multiprocessors=2, clock=1e9, bandwidth=1e9, cache=1e6)
     assert row(**changes).seconds(card) == pytest.approx(nanoseconds * 1e-9)
 
