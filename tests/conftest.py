@@ -1,5 +1,6 @@
 import getpass
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,10 @@ _worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/cifar_fast_tests_{getpass.getuser()}/{_worker}"
 )
+
+# Where the tests run in a shell's background SIGINT is ignored, and by processes that they start too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest
