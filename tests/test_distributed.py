@@ -289,16 +289,22 @@ def by_hand(flags, rank, port, program=("-m", "cifar_fast.train")):
     return subprocess.Popen([sys.executable, *program, *flags.split()], env=environment, **how)
 
 
+def both_by_hand(flags, begun):
+    """The two processes of a launch, when the file ``begun`` is there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    both = by_hand(flags, 0, port), by_hand(flags, 1, port)
+    while not begun.exists():
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.01)
+    return both
+
+
 @pytest.mark.long  # processes of their own
 def test_a_process_that_waits_for_one_that_has_died_ends_at_once_and_says_so(tmp_path, npz):
     """Where nothing else ends it, as on another machine; it waits because there is but one run."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     flags = f"{FLAGS} --data-dir {npz} --epochs 100000 --output {tmp_path}/out"
-    first, second = by_hand(flags, 0, port), by_hand(flags, 1, port)
-    while not (tmp_path / "out/parts/run-0/metrics.jsonl").exists():
-        assert first.poll() is None and second.poll() is None
-        time.sleep(0.01)
+    first, second = both_by_hand(flags, tmp_path / "out/parts/run-0/metrics.jsonl")
     first.kill()
     first.communicate()
     _, error = second.communicate(timeout=20)
@@ -307,13 +313,8 @@ def test_a_process_that_waits_for_one_that_has_died_ends_at_once_and_says_so(tmp
 
 @pytest.mark.long  # processes of their own
 def test_a_signal_ends_a_process_that_has_done_its_runs_and_waits(tmp_path, npz):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     flags = f"{FLAGS} --data-dir {npz} --runs 2 --output {tmp_path}/out"
-    first, second = by_hand(flags, 0, port), by_hand(flags, 1, port)
-    while not (tmp_path / "out/parts/run-1/metrics.jsonl").exists():
-        assert first.poll() is None and second.poll() is None
-        time.sleep(0.01)
+    first, second = both_by_hand(flags, tmp_path / "out/parts/run-1/metrics.jsonl")
     second.send_signal(signal.SIGSTOP)
     assert any(line.startswith("epoch 30") for line in first.stdout)
     time.sleep(1)
