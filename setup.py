@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 TENSORBOARD = ["tensorboard>=2.15"]
@@ -31,11 +31,10 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    # kernels/ stands at the top level of the repository, but `kernels` is another project's import name.
-    packages=["cifar_fast", "cifar_fast.kernels"],
-    package_dir={"cifar_fast.kernels": "kernels"},
+    # cifar_fast/kernels is a link to kernels/, since `kernels` is another project's import name.
+    packages=find_packages(include=["cifar_fast", "cifar_fast.*"]),
     package_data={"cifar_fast": ["py.typed"], "cifar_fast.kernels": ["launch.json"]},
-    entry_points={"console_scripts": ["cifar-fast = cifar_fast.cli:main"]},
+    entry_points={"console_scripts": ["cifar-fast = cifar_fast.cli.main:main"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.cases import IMAGES
 from benchmarks.compile import TARGETS, compile_all
 from benchmarks.compile import table as compile_table
 from benchmarks.floors import floor_rows
@@ -31,13 +30,14 @@ from benchmarks.report import RESULTS, pivot, write_report
 from benchmarks.run import run
 from benchmarks.tune import predicting, tune
 from cifar_fast import InputError, Recipe, load_dataset
-from cifar_fast.backends import keep_freed_memory
-from cifar_fast.files import atomic_write, writing
-from cifar_fast.flags import Parser, add_data_flags, run_command
-from cifar_fast.floors import copy_rates, passes, product_rates
+from cifar_fast.backends.select import resolve_backend
+from cifar_fast.cli.flags import Parser, add_data_flags, run_command
+from cifar_fast.diagnostics.kernel_cases import IMAGES
+from cifar_fast.diagnostics.roofline import copy_bandwidth, matmul_flops, passes
 from cifar_fast.kernels.launch import interpreted
-from cifar_fast.names import DTYPES
-from cifar_fast.plan import resolve, short_name
+from cifar_fast.recipe import DTYPES
+from cifar_fast.utils.device import short_name, tune_malloc
+from cifar_fast.utils.files import atomic_write, writing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,9 +119,9 @@ def _run(args: argparse.Namespace) -> int:
     begun = time.perf_counter()
     if args.reference_script and not args.reference_script.is_file():
         raise InputError(f"--reference-script {args.reference_script}: no such file")
-    plan = resolve("auto", args.device)
+    plan = resolve_backend("auto", args.device)
     if plan.device.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     changes = {name: getattr(args, name) for name in ("batch_size", "widths") if getattr(args, name)}
     recipe = dataclasses.replace(Recipe(), **changes)
     name = args.dataset or ("cifar10" if args.data_dir or args.data_url else "synthetic")
@@ -184,10 +184,10 @@ def _instructions(args: argparse.Namespace) -> int:
 def _floors(args: argparse.Namespace) -> int:
     dtype = getattr(torch, "float16" if args.dtype == "auto" else args.dtype)
     if not (args.bandwidth and args.flops):
-        plan = resolve("auto", args.device, args.dtype)
+        plan = resolve_backend("auto", args.device, args.dtype)
         dtype = plan.dtype
-    bandwidth = args.bandwidth or statistics.median(copy_rates(plan.device))
-    flops = args.flops or statistics.median(product_rates(plan.device, dtype))
+    bandwidth = args.bandwidth or statistics.median(copy_bandwidth(plan.device))
+    flops = args.flops or statistics.median(matmul_flops(plan.device, dtype))
     recipe = Recipe()
     some, steps = passes(recipe, 10, dtype), recipe.epochs * (IMAGES // recipe.batch_size)
     print(f"{bandwidth / 1e9:,.1f} GB/s, {flops / 1e9:,.1f} GFLOP/s, {short_name(dtype)}, batch {recipe.batch_size}:")

@@ -23,9 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.cases import Case, Head, kernel_cases
 from benchmarks.rows import markdown
 from cifar_fast import Recipe
+from cifar_fast.diagnostics.kernel_cases import Case, Head, kernel_cases
 from cifar_fast.kernels.launch import Launch
 
 TARGETS = tuple(f"sm_{n}" for n in (75, 80, 86, 89, 90, 100, 120))

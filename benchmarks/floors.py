@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.rows import Row, markdown
-from cifar_fast.floors import Pass, floors
+from cifar_fast.diagnostics.roofline import Pass, floors
 
 
 def floor_rows(some: Sequence[Pass], steps: int, bandwidth: float, flops: float) -> list[Row]:

@@ -20,10 +20,10 @@ import torch
 import torch._inductor.config
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner, GridExpr
 
-from benchmarks.cases import Norm, norm_cases
 from benchmarks.instructions import CARDS, Counted, count_compiled, count_launch
 from benchmarks.rows import markdown
 from cifar_fast import Recipe
+from cifar_fast.diagnostics.kernel_cases import Norm, norm_cases
 
 CARD = CARDS["sm_90"]
 

@@ -45,12 +45,11 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.cases import Augmentation, Head, norm_cases
 from benchmarks.compile import compiled_kernel, resources
 from benchmarks.rows import markdown, show
 from cifar_fast import Recipe
-from cifar_fast.check import DIRECTIONS
-from cifar_fast.fused import CHANNELS
+from cifar_fast.data.tensors import PADDED_CHANNELS
+from cifar_fast.diagnostics.kernel_cases import DIRECTIONS, Augmentation, Head, norm_cases
 from cifar_fast.kernels.launch import Launch
 
 WARP = 32
@@ -289,7 +288,7 @@ def recipe_launches(recipe: Recipe, dtype: torch.dtype) -> list[tuple[str, str, 
     """The launches of a step and of an evaluation: part, case, how often, launch, and the pass before a second one;
     those alike once.
     """
-    augmentation = Augmentation(recipe, dtype, CHANNELS)
+    augmentation = Augmentation(recipe, dtype, PADDED_CHANNELS)
     found: list[Any] = [("step", augmentation.name, 1, launch, None) for launch in augmentation.launches()]
     found += [("step", Head.name, 1, launch, None) for launch in Head(recipe, dtype).launches()]
     norms = norm_cases(recipe, dtype)

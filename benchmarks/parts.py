@@ -17,18 +17,29 @@ from pathlib import Path
 import torch
 
 from benchmarks import reference
-from benchmarks.cases import IMPLEMENTATIONS, Case, Wrong, check, check_replay, input_sets, kernel_cases, moved
 from benchmarks.floors import floor_rows
 from benchmarks.rows import Row
 from benchmarks.timing import capture, child, device_work, interleave, replay_times, wall
 from cifar_fast import CNN, Dataset, Recipe, draw_epoch, load_dataset
-from cifar_fast.augment import augment, seeded
-from cifar_fast.backends import Backend, Eager, keep_freed_memory
-from cifar_fast.floors import Pass, copy_rates, floors, passes, product_rates
-from cifar_fast.plan import Plan, fused_unavailable_reason, resolve, set_up
-from cifar_fast.profile import profile
-from cifar_fast.progress import silent
-from cifar_fast.trainer import synchronized_clock, train
+from cifar_fast.backends.base import Backend
+from cifar_fast.backends.eager import Eager
+from cifar_fast.backends.select import BackendConfig, build_backend, resolve_backend
+from cifar_fast.data.augment import augment
+from cifar_fast.diagnostics.kernel_cases import (
+    IMPLEMENTATIONS,
+    Case,
+    Wrong,
+    check,
+    check_replay,
+    input_sets,
+    kernel_cases,
+    moved,
+)
+from cifar_fast.diagnostics.profile import profile
+from cifar_fast.diagnostics.roofline import Pass, copy_bandwidth, floors, matmul_flops, passes
+from cifar_fast.training.trainer import train
+from cifar_fast.utils.device import device_timer, fused_unavailable_reason, tune_malloc
+from cifar_fast.utils.seeds import make_generators
 
 Rows = Iterator[Row]
 
@@ -44,7 +55,7 @@ class Bench:
     recipe: Recipe
     dataset: Dataset
     real: bool
-    plan: Plan
+    plan: BackendConfig
     deadline: float
     reference_script: Path | None
     done: list[Row]
@@ -79,7 +90,7 @@ class Bench:
         """The backend ``name`` at the start of a run, float32 for eager on a CPU as the reference."""
         device = str(self.plan.device)
         dtype = "float16" if self.cuda else "float32" if name == "eager" else "auto"
-        backend, _ = set_up(resolve(name, device, dtype), recipe, self.dataset, silent)
+        backend, _ = build_backend(resolve_backend(name, device, dtype), recipe, self.dataset)
         torch.manual_seed(0)
         backend.reset(CNN(recipe, self.dataset.num_classes))
         return backend
@@ -96,7 +107,7 @@ class Bench:
 
 def ceilings(bench: Bench) -> Rows:
     """The device's copy bandwidth and matrix rate, and the floors of a step and a run that follow from them."""
-    copies, products = copy_rates(bench.plan.device), product_rates(bench.plan.device, bench.plan.dtype)
+    copies, products = copy_bandwidth(bench.plan.device), matmul_flops(bench.plan.device, bench.plan.dtype)
     yield Row("ceilings", "copy", "device", "bandwidth", "GB/s", [rate / 1e9 for rate in copies])
     yield Row("ceilings", "matrix product", "device", "rate", "GFLOP/s", [rate / 1e9 for rate in products])
     steps = bench.recipe.epochs * bench.dataset.steps_per_epoch(bench.recipe.batch_size)
@@ -177,9 +188,9 @@ def cpu_calls(recipe: Recipe, dataset: Dataset, side: str) -> tuple[Callable[[],
         labels, training = torch.tensor(dataset.train_labels), _reference_training(recipe, dataset)
         batch = next(training.batches(images, labels))
         return lambda: training.step(*batch, n // size)[0], lambda: reference.augmented_epoch(images, labels)
-    keep_freed_memory()
-    plan = resolve("eager", "cpu", "float32") if side == "eager" else resolve("auto", "cpu")
-    backend, _ = set_up(plan, recipe, dataset, silent)
+    tune_malloc()
+    plan = resolve_backend("eager", "cpu", "float32") if side == "eager" else resolve_backend("auto", "cpu")
+    backend, _ = build_backend(plan, recipe, dataset)
     check_backend(backend, dataset)
     epoch = draw_epoch(n, device=plan.device, recipe=recipe)
 
@@ -293,7 +304,7 @@ def steps(bench: Bench) -> Rows:
     for name, backend in bench.backends.items():
         with tempfile.TemporaryDirectory() as folder:
             draws = draw_epoch(bench.n, device=bench.plan.device, recipe=bench.recipe)
-            table = profile(backend, draws, folder, steps=10 if bench.cuda else 2, log=silent)
+            table = profile(backend, draws, folder, steps=10 if bench.cuda else 2)
         for line in table.rows:
             yield Row("profile", line.line, name, "time", "ms/step", [line.milliseconds])
             yield Row("profile", line.line, name, "launches", "1/step", [line.launches])
@@ -330,9 +341,9 @@ def trainings(bench: Bench) -> Rows:
         for turn in range(10):
             start = time.perf_counter()
             for name, backend in bench.backends.items():
-                weights, draws = seeded(turn, bench.plan.device)
+                weights, draws = make_generators(turn, bench.plan.device)
                 backend.reset(CNN(bench.recipe, bench.dataset.num_classes, weights))
-                *_, last = train(backend, bench.n, draws, turn, synchronized_clock(bench.plan.device))
+                *_, last = train(backend, bench.n, draws, turn, device_timer(bench.plan.device))
                 found[name].append(vars(last))
             if bench.reference_script and turn < 3:
                 found["reference script"].append(_script_training(bench, npz, Path(folder, "metrics"), seed=turn))

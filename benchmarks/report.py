@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import Row, markdown, ratio, rows_of
-from cifar_fast.files import atomic_write
+from cifar_fast.utils.files import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 

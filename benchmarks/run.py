@@ -12,9 +12,8 @@ from benchmarks.parts import PARTS, Bench, Skip
 from benchmarks.report import write_report
 from benchmarks.rows import rows_of
 from cifar_fast import InputError
-from cifar_fast.backends import device_guard
-from cifar_fast.environment import environment
-from cifar_fast.files import atomic_write, writing
+from cifar_fast.utils.device import device_guard, environment
+from cifar_fast.utils.files import atomic_write, writing
 
 SCHEMA = 2
 FIRST = ("ceilings", "parity")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.cases import IMPLEMENTATIONS, kernel_cases
 from benchmarks.parts import measure_kernel
 from cifar_fast import Recipe
+from cifar_fast.diagnostics.kernel_cases import IMPLEMENTATIONS, kernel_cases
 from cifar_fast.kernels.launch import interpreted
 
 CASES = {

@@ -18,14 +18,14 @@ from collections.abc import Callable
 import torch
 from triton.errors import TritonError
 
-from benchmarks.cases import Case, Wrong, kernel_cases
 from benchmarks.compile import compile_launch
 from benchmarks.instructions import CARDS, count_launch
 from benchmarks.parts import measure_kernel
 from benchmarks.rows import markdown
 from cifar_fast import Recipe
-from cifar_fast.files import atomic_write
+from cifar_fast.diagnostics.kernel_cases import Case, Wrong, kernel_cases
 from cifar_fast.kernels.launch import TABLE, Launch, Table, table, using
+from cifar_fast.utils.files import atomic_write
 
 Entry = dict[str, int]
 TILES = ((16, 64), (32, 64), (64, 64), (32, 128))  # rows, channels

@@ -7,46 +7,41 @@ first used.
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cifar_fast.augment import Draws, draw_epoch
-    from cifar_fast.classifier import Classifier, load_model
-    from cifar_fast.data import Dataset, load_dataset
-    from cifar_fast.errors import Diverged, InputError
-    from cifar_fast.loader import Loader
+    from cifar_fast.data.augment import Draws, draw_epoch
+    from cifar_fast.data.dataset import Dataset
+    from cifar_fast.data.loader import Loader
+    from cifar_fast.data.sources import load_dataset
+    from cifar_fast.experiments.report import make_report
+    from cifar_fast.experiments.sweep import Sweep, fit_sweep
+    from cifar_fast.inference.classifier import Classifier, load_model
     from cifar_fast.model import CNN
     from cifar_fast.recipe import Recipe
-    from cifar_fast.report import make_report
-    from cifar_fast.results import Result
-    from cifar_fast.runs import fit
-    from cifar_fast.sweep import Sweep, fit_sweep
+    from cifar_fast.training.fit import fit
+    from cifar_fast.training.results import Result
+    from cifar_fast.utils.errors import Diverged, InputError
 
 __version__ = "0.1.0"
 
-# The kernels are installed as cifar_fast.kernels; in a checkout their folder stands beside this one.
-_HERE = os.path.dirname(__file__)
-if not os.path.isdir(os.path.join(_HERE, "kernels")):
-    __path__.append(os.path.dirname(_HERE))
-
 _MODULE_OF = {
     "CNN": "model",
-    "Classifier": "classifier",
-    "Dataset": "data",
-    "Diverged": "errors",
-    "Draws": "augment",
-    "InputError": "errors",
-    "Loader": "loader",
+    "Classifier": "inference.classifier",
+    "Dataset": "data.dataset",
+    "Diverged": "utils.errors",
+    "Draws": "data.augment",
+    "InputError": "utils.errors",
+    "Loader": "data.loader",
     "Recipe": "recipe",
-    "Result": "results",
-    "Sweep": "sweep",
-    "draw_epoch": "augment",
-    "fit": "runs",
-    "fit_sweep": "sweep",
-    "load_dataset": "data",
-    "load_model": "classifier",
-    "make_report": "report",
+    "Result": "training.results",
+    "Sweep": "experiments.sweep",
+    "draw_epoch": "data.augment",
+    "fit": "training.fit",
+    "fit_sweep": "experiments.sweep",
+    "load_dataset": "data.sources",
+    "load_model": "inference.classifier",
+    "make_report": "experiments.report",
 }
 __all__ = sorted(_MODULE_OF)
 

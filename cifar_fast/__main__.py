@@ -1,7 +1,7 @@
-"""``python -m cifar_fast``: as the command ``cifar-fast``."""
+"""Run ``cifar-fast`` as ``python -m cifar_fast``."""
 
 import sys
 
-from cifar_fast.cli import main
+from cifar_fast.cli.main import main
 
 sys.exit(main())

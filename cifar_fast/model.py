@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import skip_init
 
+from cifar_fast.data.dataset import Dataset
 from cifar_fast.recipe import Recipe
+from cifar_fast.utils.errors import InputError, first_line
+from cifar_fast.utils.seeds import derive_seed
+
+if TYPE_CHECKING:
+    pass
 
 
 class CNN(nn.Module):
@@ -73,3 +82,88 @@ def loss_and_correct(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe)
     """Each image's loss, and whether its largest logit is its label's; both ``[B]``, the second bool."""
     loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=recipe.label_smoothing)
     return loss, logits.argmax(dim=1) == labels
+
+
+Model: TypeAlias = nn.Module | Callable[[], nn.Module]
+
+
+NOISE = 3
+"""The stream of a run's seed that a model draws from while it trains, besides those of :class:`Seeds`."""
+
+
+class CustomModel:
+    """Makes models as ``given`` says: a module, whose weights each run starts from, or what makes one, a class or a
+    function, called for each run under its seed.
+
+    Called with the arguments of :class:`cifar_fast.CNN`, whose place it takes in the backends.
+    """
+
+    def __init__(self, given: Model) -> None:
+        if isinstance(given, nn.Module):
+            start = copy.deepcopy(given)
+            self.make: Callable[[], nn.Module] = lambda: copy.deepcopy(start)
+        elif callable(given):
+            self.make = given
+        else:
+            raise InputError(f"model must be a torch.nn.Module or a function that makes one, not {given!r}")
+        with self.preserve_rng(torch.device("cpu")):
+            try:
+                made = self.make()
+            except Exception as error:  # whatever a function of anybody's raises
+                why = f"{type(error).__name__}: {first_line(error)}"
+                raise InputError(f"model cannot be made by calling {given!r} without arguments ({why})") from error
+        if not isinstance(made, nn.Module):
+            raise InputError(f"model must make a torch.nn.Module, not {type(made).__name__}")
+        self.name = type(made).__name__
+        if any(nn.parameter.is_lazy(tensor) for tensor in (*made.parameters(), *made.buffers())):
+            raise InputError(f"model {self.name} has layers whose sizes are open; give it an image first")
+        if not any(parameter.requires_grad for parameter in made.parameters()):
+            raise InputError(f"model {self.name} has no parameter to train")
+
+    def __call__(self, recipe: Recipe, num_classes: int, generator: torch.Generator) -> nn.Module:
+        """A fresh model; one that draws its weights from torch's own generator of the CPU draws from ``generator``."""
+        default = torch.default_generator
+        before = default.get_state()
+        default.set_state(generator.get_state())
+        try:
+            model = self.make()
+            generator.set_state(default.get_state())
+        finally:
+            default.set_state(before)
+        return model
+
+    @contextlib.contextmanager
+    def preserve_rng(self, device: torch.device) -> Iterator[None]:
+        """Give torch's own generators back as they were: a model may draw from them, as dropout does."""
+        with torch.random.fork_rng(
+            [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+        ):
+            yield
+
+    def generators(self, device: torch.device, seed: int) -> list[torch.Generator]:
+        """Torch's own, which a model draws from while it trains, at the start of the run of ``seed``."""
+        found = [torch.default_generator]
+        if device.type == "cuda":
+            found.append(torch.cuda.default_generators[torch.cuda.current_device()])
+        return [generator.manual_seed(derive_seed(seed, NOISE)) for generator in found]
+
+
+def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the weights of a step whose activations are of ``dtype``."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def make_model(
+    recipe: Recipe,
+    dataset: Dataset,
+    device: torch.device,
+    dtype: torch.dtype,
+    custom_model: CustomModel | None = None,
+    change: Callable[[CNN], nn.Module] = lambda model: model,
+) -> nn.Module:
+    """A model with throw-away weights, the recipe's changed by ``change``, its weights of the type that goes with
+    ``dtype``.
+    """
+    arguments = (recipe, dataset.num_classes, torch.Generator())
+    model = custom_model(*arguments) if custom_model else change(CNN(*arguments))
+    return model.to(parameter_dtype(dtype)).to(device)

@@ -13,8 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from cifar_fast.errors import InputError
-from cifar_fast.names import ACTIVATIONS
+from cifar_fast.utils.errors import InputError
+
+BACKENDS = ("eager", "compiled", "fused")
+
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+MEMORY_FORMATS = ("contiguous_format", "channels_last")
+
+
+ACTIVATIONS = ("celu", "relu", "gelu", "silu")
+
 
 IMAGE_SIZE = 32
 """Height and width of an image, in pixels."""

@@ -1,8 +1,8 @@
-"""``python -m cifar_fast.train``: as the command ``cifar-fast train``."""
+"""Run ``cifar-fast train`` as ``python -m cifar_fast.train``."""
 
 import sys
 
-from cifar_fast.cli import train as main
+from cifar_fast.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

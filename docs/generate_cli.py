@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cifar_fast import cli
+from cifar_fast.cli import main as cli
 
 PAGE = Path(__file__).with_name("cli.md")
 

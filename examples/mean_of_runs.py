@@ -11,7 +11,7 @@ import argparse
 import statistics
 
 from cifar_fast import Recipe, fit, load_dataset
-from cifar_fast.results import confidence_interval_95
+from cifar_fast.training.metrics import confidence_interval_95
 
 
 def main() -> None:

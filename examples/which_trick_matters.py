@@ -14,7 +14,7 @@ import dataclasses
 import tempfile
 
 from cifar_fast import Recipe, Sweep, fit_sweep, make_report
-from cifar_fast.report import welch
+from cifar_fast.experiments.report import welch
 
 
 def main() -> None:

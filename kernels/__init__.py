@@ -1,19 +1,12 @@
 """Hand-written Triton kernels of a training step, one file per operator."""
 
-import sys
+if __name__ != "cifar_fast.kernels":
+    # A second copy of these modules would register the operators' names twice, which torch refuses.
+    raise ImportError("import cifar_fast.kernels, not kernels")
 
-if __name__ == "kernels":
-    # A checkout's folder by its own name: the same modules as cifar_fast.kernels, since torch drops the operators of a
-    # name that is registered a second time.
-    import cifar_fast.kernels  # noqa: F401
-
-    for name, module in list(sys.modules.items()):
-        if name == "cifar_fast.kernels" or name.startswith("cifar_fast.kernels."):
-            sys.modules[name.removeprefix("cifar_fast.")] = module
-else:
-    from .augment import augment, normalization_table
-    from .batch_norm_celu import BatchNormCELU2d, batch_norm_celu
-    from .bookkeeping import record
-    from .cross_entropy import cross_entropy
+from .augment import augment, normalization_table
+from .batch_norm_celu import BatchNormCELU2d, batch_norm_celu
+from .cross_entropy import cross_entropy
+from .record_step import record
 
 __all__ = ["BatchNormCELU2d", "augment", "batch_norm_celu", "cross_entropy", "normalization_table", "record"]

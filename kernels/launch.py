@@ -128,7 +128,7 @@ def table() -> Table:
 
 @contextlib.contextmanager
 def using(other: Table) -> Iterator[None]:
-    """Plan launches by the table ``other`` meanwhile."""
+    """BackendConfig launches by the table ``other`` meanwhile."""
     _others.append(other)
     try:
         yield

@@ -1,10 +1,7 @@
 import getpass
 import os
 import signal
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 # Before torch is imported, here and in processes that tests start: sharing small tensors between threads costs more
 # than it saves, and the tests themselves share the cores.
@@ -19,7 +16,6 @@ os.environ.setdefault(
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,14 +23,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU
 
 from cifar_fast import Dataset
-from cifar_fast.data import ARRAYS, MIRRORS
+from cifar_fast.data.sources import MIRRORS
+from cifar_fast.data.synthetic import PATTERNS, textures
 from cifar_fast.kernels.launch import using
-from cifar_fast.synthetic import PATTERNS, textures
-from tests.archives import KINDS, write_archive
-
-SHARED = Path(os.environ.get("CIFAR_FAST_SHARED", Path(__file__).parents[2] / "shared"))
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NARROW = (4, 8, 8, 8, 16, 32, 32, 32)
+from tests.helpers import KINDS, SHARED, launch_table, published, save_npz, small_dataset
 
 
 def pytest_collection_modifyitems(items):
@@ -56,19 +48,6 @@ def shared():
     return find
 
 
-def small_dataset(train=96, test=40, classes=3, seed=0):
-    """Random images whose labels can be learnt: class k is brighter than class k - 1."""
-    random = np.random.RandomState(seed)
-
-    def split(n):
-        labels = np.arange(n) % classes
-        images = random.randint(0, 100, (n, 32, 32, 3)) + labels[:, None, None, None] * (155 // classes)
-        return images.astype(np.uint8), labels
-
-    (train_images, train_labels), (test_images, test_labels) = split(train), split(test)
-    return Dataset("npz", "small.npz", train_images, train_labels, test_images, test_labels)
-
-
 @pytest.fixture(scope="session")
 def small():
     return small_dataset()
@@ -78,13 +57,6 @@ def small():
 def tiny():
     """Of three classes, 32 images to train on and 16 to test."""
     return small_dataset(train=32, test=16)
-
-
-def save_npz(path, dataset, **changes):
-    """Write the four arrays of ``dataset`` to ``path``, changed or, where None, left out."""
-    arrays = {name: getattr(dataset, name) for name in ARRAYS} | changes
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -97,30 +69,8 @@ def npz(tmp_path_factory, tiny):
 def no_curves():
     """Draws no curves, which take longest: curves.png is empty."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cifar_fast.output.draw_curves", lambda result, path: path.touch())
+        patch.setattr("cifar_fast.training.run_folder.draw_curves", lambda result, path: path.touch())
         yield
-
-
-def published(name, dataset, root, monkeypatch):
-    """``root`` with the archive of ``name`` in it as published, torchvision told to expect it."""
-    kind = KINDS[name]
-    for attribute, value in write_archive(root, name, dataset).items():
-        monkeypatch.setattr(kind, attribute, value)
-    return root
-
-
-def compiler(*arguments):
-    """A Python process with ``arguments``, in which kernels are compiled and not interpreted; it must succeed."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:] or done.stdout[-1000:]
-    return done
-
-
-def cells(lines):
-    """The cells of each line of a Markdown table, of the ``lines`` that are of one."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
 
 
 @pytest.fixture(autouse=True)
@@ -143,19 +93,6 @@ def cifar10(tmp_path, monkeypatch):
 def cifar100(tmp_path, monkeypatch):
     """The same of CIFAR-100: 200 training images, 100 test images, a hundred classes."""
     return published("cifar100", small_dataset(200, 100, 100), tmp_path / "cifar100", monkeypatch)
-
-
-REDUCTIONS = ("statistics", "pool_statistics", "backward_sums")
-PASSES = ("apply", "pool_apply", "backward_apply", "pool_backward_apply")
-
-
-def launch_table(rows, channels, splits, merge_channels, block):
-    """A launch table with one entry for each kernel."""
-    tile = dict(rows=rows, channels=channels, num_warps=4)
-    table = {f"batch_norm_celu.{name}": {"*": tile | {"splits": splits}} for name in REDUCTIONS}
-    table |= {f"batch_norm_celu.{name}": {"*": tile | {"blocks": 2}} for name in PASSES}
-    table["batch_norm_celu.merge"] = {"*": dict(channels=merge_channels, num_warps=4)}
-    return table | {"augment": {"*": dict(block=block, num_warps=4)}}
 
 
 @pytest.fixture

@@ -1,0 +1,75 @@
+"""``cifar-fast compare``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cifar_fast.cli.flags import (
+    Parser,
+    add_run_flags,
+    check_json,
+    interpret_without_gpu,
+    recipe_of,
+    run_command,
+    say,
+    sentence,
+)
+from cifar_fast.data.sources import read_dataset
+from cifar_fast.utils.errors import InputError
+
+SUMMARY = "run two backends in lockstep, and tell how far apart each layer is"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``cifar-fast compare``, and ``python -m cifar_fast.compare``; gives 0, 1 past the tolerance, 2 for bad input."""
+    return run_command(lambda: run(make_parser().parse_args(argv)), argv)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="cifar-fast compare", description=sentence(SUMMARY))
+    add_run_flags(parser)
+    parser.set_defaults(backend="fused")
+    group = parser.add_argument_group("the comparison")
+    group.add_argument(
+        "--against", choices=("eager", "compiled", "fused"), default="eager", help="the other backend (default: eager)"
+    )
+    group.add_argument("--steps", type=int, default=4, metavar="K", help="steps of training (default: 4)")
+    group.add_argument("--drift", action="store_true", help="let the sides go their own ways after the first step")
+    group.add_argument(
+        "--tolerance", type=float, default=3.0, metavar="X", help="allowed times eager's own difference (default: 3)"
+    )
+    group.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = recipe_of(args)
+    if args.steps < 1:
+        raise InputError(f"--steps must be at least 1, not {args.steps}")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must lie between 0 and 2^63, not {args.seed}")
+    if not args.tolerance > 0:
+        raise InputError(f"--tolerance must be above 0, not {args.tolerance:g}")
+    check_json(args.json)
+
+    interpret_without_gpu(args.device)
+
+    from cifar_fast.backends.select import resolve_backend
+    from cifar_fast.diagnostics.compare import Comparison, compare, write_report
+
+    first, second = (
+        resolve_backend(backend, args.device, args.dtype, args.memory_format)
+        for backend in (args.backend, args.against)
+    )
+    dataset = read_dataset(args.dataset, args.data_dir, data_url=args.data_url)
+    comparison = Comparison(first, second, tolerance=args.tolerance)
+    say(comparison.heading())
+    if first.device.type == "cpu" and "fused" in (*first.backends, *second.backends):
+        say("no GPU: the kernels run in Triton's interpreter, slowly; narrow --widths and a small --batch-size help")
+    for step in compare(recipe, dataset, first, second, seed=args.seed, steps=args.steps, drift=args.drift):
+        say(comparison.add(step))
+    if args.json:
+        write_report(args.json, comparison, recipe, dataset, seed=args.seed, drift=args.drift)
+    say(comparison.verdict())
+    return 0 if comparison.within else 1

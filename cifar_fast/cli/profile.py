@@ -1,0 +1,61 @@
+"""``cifar-fast profile``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cifar_fast.cli.flags import (
+    Parser,
+    add_run_flags,
+    recipe_of,
+    run_command,
+    say,
+    sentence,
+)
+from cifar_fast.data.sources import read_dataset
+from cifar_fast.utils.files import check_writable
+
+SUMMARY = "train a few steps, and write a trace and a table of where their time goes"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``cifar-fast profile``."""
+    return run_command(lambda: run(make_parser().parse_args(argv)), argv)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="cifar-fast profile", description=sentence(SUMMARY))
+    add_run_flags(parser)
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder for trace.json and profile.json")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from cifar_fast.backends.select import build_backend, resolve_backend
+    from cifar_fast.data.augment import draw_epoch
+    from cifar_fast.diagnostics.profile import profile
+    from cifar_fast.model import CNN
+    from cifar_fast.training.fit import check
+    from cifar_fast.utils.device import device_guard, tune_malloc
+    from cifar_fast.utils.seeds import Seeds
+    from cifar_fast.utils.torch_defaults import torch_defaults
+
+    recipe = recipe_of(args)
+    plan = resolve_backend(args.backend, args.device, args.dtype, args.memory_format)
+    apart = [getattr(args, name, None) for name in ("init_seed", "order_seed", "augment_seed")]  # train's alone
+    seeds, _ = check(plan, Seeds(args.seed, *apart))
+    check_writable(Path(args.output).expanduser(), f"--output {args.output}")
+    if plan.device.type == "cpu":
+        tune_malloc()
+    dataset = read_dataset(args.dataset, args.data_dir, data_url=args.data_url).for_recipe(recipe)
+    dataset.steps_per_epoch(recipe.batch_size)
+    weights, order, augmentation = seeds.for_run(0).generators(plan.device)
+    with device_guard(plan.device), torch_defaults(plan.device):
+        backend, _ = build_backend(plan, recipe, dataset)
+        backend.reset(CNN(recipe, dataset.num_classes, weights))
+        n, drawn = len(dataset.train_images), dict(generator=augmentation, order=order)
+        draws = draw_epoch(n, device=plan.device, recipe=recipe, **drawn)
+        profile(backend, draws, args.output)
+    say(f"written to {args.output}: trace.json for ui.perfetto.dev, and profile.json")
+    return 0

@@ -1,0 +1,74 @@
+"""Data sets of the Hugging Face hub: parquet files with a column of encoded images and one of labels."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from typing import Any
+
+import numpy as np
+
+from cifar_fast.data.image_folder import decode_image
+from cifar_fast.utils.errors import InputError
+from cifar_fast.utils.progress import progress_bar
+
+
+def read_hub(repository: str) -> dict[str, np.ndarray]:
+    """The arrays of the data set ``repository``, "owner/name"; downloads are cached by huggingface_hub, which honors
+    HF_ENDPOINT.
+
+    The label is the column ``label``, else ``fine_label``, else the only column of integers. Raises
+    :class:`InputError`.
+    """
+    try:
+        from huggingface_hub import HfApi, hf_hub_download
+        from pyarrow import concat_tables, parquet
+    except ImportError as error:
+        raise InputError(f"hf:{repository} needs {error.name}: pip install 'cifar_fast[hf]'") from None
+    try:
+        files = [file.rfilename for file in HfApi().dataset_info(repository).siblings or ()]
+        arrays: dict[str, np.ndarray] = {}
+        for split in ("train", "test"):
+            found = [re.fullmatch(rf"(.*?)\b{split}[-_./\d].*\.parquet", file) for file in sorted(files)]
+            shards = {match[0]: match[1] for match in found if match}
+            if not shards:
+                raise InputError(
+                    f"hf:{repository}: no parquet file of the split {split!r} among its {len(files)} files"
+                )
+            if len(configurations := set(shards.values())) > 1:
+                raise InputError(f"hf:{repository}: has several configurations ({', '.join(sorted(configurations))})")
+            paths = [hf_hub_download(repository, shard, repo_type="dataset") for shard in shards]
+            table = concat_tables([parquet.read_table(path) for path in paths])
+            arrays |= _split(repository, split, table)
+        return arrays
+    except InputError:
+        raise
+    except Exception as error:  # the hub's client, sockets and pyarrow each have their own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"hf:{repository}: cannot be read ({reason.strip()}); check the name, the network and HF_ENDPOINT"
+        ) from None
+
+
+def _split(repository: str, split: str, table: Any) -> dict[str, np.ndarray]:
+    from pyarrow import types
+
+    columns = {field.name: field.type for field in table.schema}
+    images = [name for name, kind in columns.items() if types.is_struct(kind) and kind.get_field_index("bytes") >= 0]
+    integers = [name for name, kind in columns.items() if types.is_integer(kind)]
+    labels = [name for name in ("label", "fine_label") if name in integers] or integers
+    if len(images) != 1 or not labels or (len(labels) > 1 and labels[0] not in ("label", "fine_label")):
+        raise InputError(
+            f"hf:{repository}: one column of images and one of labels are needed, not {', '.join(columns)}"
+        )
+    encoded = table[images[0]].combine_chunks().field("bytes").to_pylist()
+    with progress_bar(len(encoded), f"decoding {split}", " images") as bar:
+        decoded = []
+        for i, data in enumerate(encoded):
+            decoded.append(decode_image(io.BytesIO(data), f"hf:{repository}, {split} image {i}"))
+            bar.update()
+    found = {f"{split}_images": np.stack(decoded), f"{split}_labels": table[labels[0]].to_numpy()}
+    about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = about.get("info", {}).get("features", {}).get(labels[0], {}).get("names")
+    return found | ({"class_names": np.array(names)} if names else {})

@@ -1,0 +1,66 @@
+"""Exceptions whose message is one line for the person who started the work."""
+
+from __future__ import annotations
+
+import re
+
+_OPTION = re.compile("\0(\\w+)\0")
+
+
+def option(name: str) -> str:
+    """Mark ``name`` in the message of an :class:`InputError` as an option of the project.
+
+    Python shows it as an argument, ``batch_size``. The commands show it as a flag, ``--batch-size``.
+    """
+    return f"\0{name}\0"  # no path and no command line can hold the marks
+
+
+class InputError(ValueError):
+    """An input is wrong: a file, an option, a value.
+
+    The message says what is wrong, where, and what to do. The commands print it and exit with code 2.
+    """
+
+    def __str__(self) -> str:
+        return _OPTION.sub(r"\1", self.message)
+
+    @property
+    def message(self) -> str:
+        """The message with its marks, for another :class:`InputError` that quotes it."""
+        return super().__str__()
+
+    def with_flags(self) -> str:
+        """Return the message with options written as flags."""
+        return _OPTION.sub(lambda match: f"--{match[1].replace('_', '-')}", self.message)
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer finite.
+
+    The message names the step. The commands print it and exit with code 1.
+    """
+
+
+class MissingRuns(RuntimeError):
+    """Runs of a shared training are missing, because a process died or could not write them.
+
+    The commands print the message and exit with code 1.
+    """
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """Return the error at the start of the chain that led to ``error``; compilers wrap it in their own."""
+    while cause := getattr(error, "inner_exception", None) or error.__cause__:
+        error = cause
+    return error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether ``error`` reports that memory ran out, on a GPU or on a CPU."""
+    kind, text = type(error).__name__, str(error)
+    return "OutOfMemory" in kind or isinstance(error, MemoryError) or "can't allocate memory" in text
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of ``error``, or its type if there is no message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

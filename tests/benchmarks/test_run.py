@@ -1,0 +1,171 @@
+"""The run of the benchmarks: its rows, what it leaves, how it goes on, and the report."""
+
+import json
+import time
+
+import pytest
+
+import benchmarks.run
+from benchmarks.__main__ import main
+from benchmarks.parts import Bench, Skip, Wrong, time_steps
+from benchmarks.report import RESULTS, pivot, write_report
+from benchmarks.rows import Row, ratio, rows_of
+from benchmarks.run import run
+from benchmarks.timing import interleave
+from cifar_fast import InputError, Recipe
+from cifar_fast.backends.select import resolve_backend
+from tests.helpers import NARROW, cells, small_dataset
+
+
+def test_a_row_shows_median_and_range_and_ratios_are_taken_turn_by_turn():
+    a, b = (Row("steps", "step", side, "time", "s", values) for side, values in (("a", [1, 4, 2]), ("b", [2, 4, 1])))
+    assert str(a) == "2 (1 to 4)" and str(Row("p", "c", "s", "m", "u", [12345.6])) == "12,346"
+    assert ratio(a, b) == "1 (0.5 to 2)"
+
+
+def test_the_report_pivots_sides_and_metrics_and_compares_with_auto():
+    rows = [
+        Row("cpu", "step", "reference, restated", "time", "s", [4.0, 6.0]),
+        Row("cpu", "step", "auto", "time", "s", [2.0, 2.0]),
+        Row("cpu", "step", "auto", "rate", "images/s", [256.0, 256.0]),
+    ]
+    lines = cells(pivot(rows).splitlines())
+    assert lines[0] == ["case", "side", "time, s", "rate, images/s", "times auto"]
+    assert lines[2] == ["step", "reference, restated", "5 (4 to 6)", "-", "2.5 (2 to 3)"]
+    assert lines[3][3:] == ["256 (256 to 256)", "1 (1 to 1)"]
+
+
+def test_sides_take_turns_and_the_first_round_does_not_count():
+    seen, times = [], iter(range(100))
+    sides = {name: lambda name=name: seen.append(name) or next(times) for name in "ab"}
+    assert interleave(sides, rounds=3) == {"a": [2, 4, 6], "b": [3, 5, 7]}
+    assert seen == list("abababab")
+    assert len(interleave(sides, rounds=9, enough=lambda: True)["a"]) == 2
+
+
+# -- the run
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Parts that take no time; gives them, to be changed, and how often each ran."""
+    ran = []
+
+    def part(name):
+        def gives(bench):
+            ran.append(name)
+            yield Row(name, "case", "side", "time", "s", [1.0])
+
+        return gives
+
+    made = {name: part(name) for name in ("ceilings", "parity", "steps", "kernels")}
+    monkeypatch.setattr(benchmarks.run, "PARTS", made)
+    return made, ran
+
+
+def start(tmp_path, only=("steps", "kernels"), minutes=5, settings=None):
+    recipe, small = Recipe(batch_size=16, widths=NARROW), small_dataset()
+    deadline = time.perf_counter() + 60 * minutes
+    bench = Bench(recipe, small, False, resolve_backend("auto", "cpu", "float32"), deadline, None, [])
+    default = {"dtype": "float32", "dataset": small.facts(), "recipe": {}}
+    code = run(tmp_path, bench, settings or default, list(only))
+    return code, json.loads((tmp_path / "results.json").read_text())
+
+
+def test_a_part_that_fails_or_cannot_run_is_told_and_the_rest_runs(tmp_path, parts, capsys):
+    made, _ = parts
+
+    def cannot(bench):
+        raise Skip("no GPU")
+        yield
+
+    def fails(bench):
+        raise Wrong("y is off")
+        yield
+
+    made |= {"trainings": cannot, "memory": fails}
+    code, results = start(tmp_path, ["trainings", "memory", "steps"])
+    assert code == 1 and results["parts"]["trainings"]["skipped"] == "no GPU"
+    assert results["parts"]["memory"]["failed"] == "Wrong: y is off" and results["parts"]["steps"]["rows"]
+    assert "memory: Wrong: y is off" in capsys.readouterr().out
+    text = (tmp_path / "results.md").read_text()
+    assert "Not measured: trainings (no GPU); memory (Wrong: y is off)." in text and "## Steps" in text
+
+
+def test_a_run_goes_on_where_it_was(tmp_path, parts):
+    made, ran = parts
+    made["steps"] = lambda bench: (_ for _ in ()).throw(RuntimeError("a cable"))
+    assert start(tmp_path)[0] == 1
+    made["steps"] = lambda bench: iter([Row("steps", "case", "side", "time", "s", [2.0])])
+    code, results = start(tmp_path)
+    assert code == 0 and ran == ["ceilings", "parity", "kernels", "kernels"]
+    assert {row.part for row in rows_of(results)} == {"ceilings", "parity", "steps", "kernels"}
+
+
+def test_nothing_is_measured_where_parity_fails(tmp_path, parts):
+    made, ran = parts
+    made["parity"] = lambda bench: (_ for _ in ()).throw(RuntimeError("past the tolerance"))
+    code, results = start(tmp_path)
+    assert code == 1 and ran == ["ceilings"] and set(results["parts"]) == {"ceilings", "parity"}
+
+
+def test_kernels_keep_what_was_measured_before_a_failure_and_a_wrong_result_is_exit_code_1(tmp_path, parts):
+    made, _ = parts
+
+    def fails_later(bench):
+        yield Row("kernels", "norm", "fused", "in a loop", "us", [1.0])
+        raise RuntimeError("out of memory")
+
+    made["kernels"] = fails_later
+    code, results = start(tmp_path)
+    assert code == 1 and results["parts"]["kernels"]["failed"] == "RuntimeError: out of memory"
+    made["kernels"] = lambda bench: iter([Row("kernels", "pool", "fused", "wrong: y is off", "", [])])
+    code, results = start(tmp_path)
+    assert code == 1 and [row["case"] for row in results["parts"]["kernels"]["rows"]] == ["norm", "pool"]
+    assert "pool, fused: wrong: y is off" in (tmp_path / "results.md").read_text()
+
+
+def test_a_data_directory_without_a_data_set_is_cifar10s(tmp_path, capsys):
+    flags = f"--output {tmp_path}/out --data-url {tmp_path}/none.tar.gz --batch-size 20000"  # too large for synthetic
+    assert main(["run", *flags.split()]) == 2
+    assert "none.tar.gz" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_without_minutes_left_no_part_begins(tmp_path, parts, capsys):
+    _, ran = parts
+    assert start(tmp_path, minutes=0)[0] == 0
+    assert ran == ["ceilings", "parity"] and "no minutes left" in capsys.readouterr().out
+
+
+def test_results_of_other_settings_are_not_mixed_with_these(tmp_path, parts):
+    start(tmp_path)
+    with pytest.raises(InputError, match="results of another machine, version or setting"):
+        start(tmp_path, settings={"dtype": "bfloat16"})
+
+
+# -- on a CPU, to the end
+
+
+def test_steps_of_a_backend_are_timed():
+    recipe, small = Recipe(batch_size=16, widths=NARROW), small_dataset()
+    bench = Bench(recipe, small, False, resolve_backend("auto", "cpu", "float32"), time.perf_counter() + 60, None, [])
+    assert list(bench.backends) == ["eager", "auto"]
+    assert [len(values) for values in time_steps(bench, bench.backends, rounds=2).values()] == [2, 2]
+
+
+@pytest.mark.nightly  # a comparison and thirteen processes
+def test_the_command_measures_a_cpu_to_the_end(tmp_path):
+    flags = f"run --device cpu --output {tmp_path} --widths {' '.join(map(str, NARROW))} --batch-size 64 --minutes 9"
+    assert main(f"{flags} --only cpu steps sweeps trainings".split()) == 0
+    rows = rows_of(json.loads((tmp_path / "results.json").read_text()))
+    assert {"ceilings", "floors", "parity", "cpu", "steps", "profile", "sweeps"} == {row.part for row in rows}
+    assert (tmp_path / "steps.png").exists() and "## Steps" in (tmp_path / "results.md").read_text()
+
+
+def test_the_stored_reports_are_what_the_stored_rows_say(tmp_path):
+    files = sorted(RESULTS.glob("*/results.json"))
+    assert files
+    for file in files:
+        (tmp_path / "results.json").write_text(file.read_text())
+        write_report(tmp_path)
+        assert (tmp_path / "results.md").read_text() == (file.parent / "results.md").read_text(), file

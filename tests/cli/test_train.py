@@ -1,0 +1,280 @@
+"""The command, as a person meets it."""
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+
+from cifar_fast import Recipe
+from cifar_fast.cli.flags import recipe_of
+from cifar_fast.cli.train import make_parser as train_parser
+from cifar_fast.train import main
+
+NARROW = "--widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu"
+
+
+def run(flags, **how):
+    return subprocess.run(
+        [sys.executable, "-m", "cifar_fast.train", *str(flags).split()], capture_output=True, text=True, **how
+    )
+
+
+@pytest.mark.slow  # a process of its own
+def test_the_command_prints_plain_lines_and_writes_its_files(tmp_path, npz):
+    done = run(f"--dataset npz --data-dir {npz} --runs 2 --output {tmp_path}/out {NARROW}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("torch ") and "threads, backend eager" in lines[0]
+    assert lines[1].startswith("auto: ")
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert len(epochs) == 4
+    assert all(
+        words in epochs[0] for words in ("epoch  1  train loss ", "  train acc ", "  test acc ", "  training time ")
+    )
+    assert "mean of 2 runs" in lines[-2] and lines[-1] == f"written to {tmp_path}/out"
+    assert "\r" not in done.stdout + done.stderr and "it/s" not in done.stderr
+    assert len(json.loads((tmp_path / "out/summary.json").read_text())["runs"]) == 2
+
+
+@pytest.mark.slow  # a process of its own
+def test_a_redirected_log_has_each_line_when_it_happens(tmp_path, npz):
+    flags = f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW} --epochs 100000"
+    with open(tmp_path / "log", "w") as log:
+        training = subprocess.Popen([sys.executable, "-m", "cifar_fast.train", *flags.split()], stdout=log)
+        try:
+            deadline = time.monotonic() + 60
+            while "epoch  2" not in (tmp_path / "log").read_text():
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+        finally:
+            training.kill()
+            training.wait()
+
+
+@pytest.mark.slow  # a process of its own
+def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path, npz):
+    flags = f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW} --epochs 100000"
+    command = f"{sys.executable} -m cifar_fast.train {flags} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("torch ") and done.stdout.count("\n") == 1
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.nightly  # many processes
+def test_jobs_that_start_at_once_have_a_folder_each(tmp_path, npz):
+    """As jobs of an array do, which start in one second."""
+    code = (
+        f"import sys, cifar_fast.cli.train as cli; cli.default_output = lambda name: {str(tmp_path / 'runs/same')!r}; "
+    )
+    code += "sys.exit(cli.train())"
+    flags = f"--dataset npz --data-dir {npz} {NARROW}"
+    jobs = [subprocess.Popen([sys.executable, "-c", code, *flags.split(), "--seed", str(seed)]) for seed in range(2)]
+    assert [job.wait() for job in jobs] == [0, 0]
+    seeds = [
+        json.loads((folder / "summary.json").read_text())["runs"][0]["seed"] for folder in (tmp_path / "runs").iterdir()
+    ]
+    assert sorted(seeds) == [0, 1]
+    assert {len((folder / "metrics.jsonl").read_text().splitlines()) for folder in (tmp_path / "runs").iterdir()} == {2}
+
+
+@pytest.mark.nightly  # a process of its own
+def test_a_name_that_the_terminal_cannot_show_does_not_cost_the_results(tmp_path, npz):
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = run(f"--dataset npz --data-dir {npz} --output {tmp_path}/häuser {NARROW}", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "h\\xe4user" in done.stdout.splitlines()[-1]
+    assert (tmp_path / "häuser/summary.json").exists()
+
+
+@pytest.mark.nightly  # a process of its own
+def test_a_backend_of_matplotlib_that_is_not_there_does_not_cost_the_curves(tmp_path, npz):
+    done = run(
+        f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}", env=os.environ | {"MPLBACKEND": "not there"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/curves.png").exists()
+
+
+def test_a_file_that_could_not_be_written_is_exit_code_1(tmp_path, npz, monkeypatch, capfd):
+    monkeypatch.setattr("torch.save", lambda *args: 1 / 0)
+    assert main(f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}".split()) == 1
+    shown = capfd.readouterr()
+    assert "\ntest accuracy " in shown.out
+    assert shown.err == f"error: {tmp_path}/out/model.pt could not be written (division by zero)\n"
+
+
+@pytest.mark.parametrize("variable", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
+def test_a_compilers_cache_that_cannot_be_written_is_named(tmp_path, npz, monkeypatch, capfd, variable):
+    monkeypatch.setenv(variable, "/proc/none")
+    assert main(f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}".split()) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: ${variable} (/proc/none): cannot be written to") and error.count("\n") == 1
+
+
+@pytest.mark.nightly  # processes
+def test_torchvision_is_needed_only_by_what_it_reads(tmp_path, npz):
+    broken = "raise RuntimeError('operator torchvision::nms does not exist')"  # as one made for another torch
+    (tmp_path / "path/torchvision").mkdir(parents=True)
+    (tmp_path / "path/torchvision/__init__.py").write_text(broken)
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}/path:{os.getcwd()}"}
+    done = run(f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}", env=env)
+    assert done.returncode == 0, done.stderr
+    done = run(f"--dataset cifar10 --data-dir {tmp_path}/none --output {tmp_path}/out2 {NARROW}", env=env)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "which cannot be imported" in done.stderr and "install the torchvision that goes with" in done.stderr
+
+
+@pytest.mark.slow  # a process of its own
+def test_on_a_terminal_a_bar_shows_the_steps(tmp_path, npz):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    flags = f"-m cifar_fast.train --dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}"
+    with subprocess.Popen([sys.executable, *flags.split()], stdout=subprocess.DEVNULL, stderr=theirs):
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+    os.close(ours)
+    assert b"epoch 1/2" in shown and b"/1 [" in shown
+
+
+@pytest.mark.slow  # whole trainings
+def test_profile_tells_where_a_steps_time_goes_and_trains_no_further(tmp_path, npz, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(f"--dataset npz --data-dir {npz} --profile traces {NARROW}".split()) == 0
+    shown = capsys.readouterr().out
+    assert "convolutions forward" in shown and "idle" in shown and "optimiser" in shown
+    assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == ["profile.json", "trace.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["traces"]
+
+
+def test_without_output_results_go_to_a_new_folder_under_runs(tmp_path, npz, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(f"--dataset npz --data-dir {npz} {NARROW}".split()) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("npz-") and (folder / "summary.json").exists()
+
+
+def test_each_constant_of_the_recipe_is_a_flag_with_help(capsys):
+    flags = (
+        "--epochs 3 --batch-size 7 --widths 6 7 --celu-alpha 0.5 --output-scale 2 --label-smoothing 0.1 "
+        "--momentum 0.8 --weight-decay 1e-3"
+        " --lr-knots 0 2 --lr-values 1 0 --crop-padding 2 --no-flip --cutout-size 0"
+    )
+    recipe = Recipe(3, 7, (6, 7), 0.5, 2, 0.1, 0.8, 1e-3, (0, 2), (1, 0), 2, False, 0)
+    assert recipe_of(train_parser().parse_args(flags.split())) == recipe
+    assert recipe_of(train_parser().parse_args([])) == Recipe()
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in flags.split() if flag.startswith("--"))
+
+
+def test_a_recipe_file_is_the_start_and_flags_change_it(tmp_path, capsys):
+    Recipe(epochs=5, cutout_size=6).save(tmp_path / "r.json")
+    assert main(["--recipe", str(tmp_path / "r.json"), "--epochs", "7", "--print-recipe"]) == 0
+    assert Recipe.from_json(capsys.readouterr().out) == Recipe(epochs=7, cutout_size=6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--dataset npz", "needs --data-dir"),
+        ("--dataset npz --data-dir none.npz", "none.npz: no such file"),
+        ("--dataset folder --data-dir none", "none/train: No such file or directory"),
+        ("--dataset mnist", "invalid choice: 'mnist'"),
+        ("--epochs 0", "epochs must be at least 1, not 0"),
+        ("--epochs two", "invalid int value: 'two'"),
+        ("--batch-size -3", "batch_size must be at least 1"),
+        ("--widths 8 0", "widths must be"),
+        ("--lr-knots 0 5 1", "lr_knots must rise"),
+        ("--runs 0", "runs must be at least 1"),
+        ("--seed -1", "seed must lie between 0"),
+        ("--seed 9999999999999999999", "seed must lie between 0"),
+        ("--dtype float16 --device cpu", "float16 needs a GPU"),
+        ("--device cuda:99", "--device cuda:99: "),
+        ("--backend fused --device cuda:98", "--device cuda:98: "),
+        ("--batch-size 1 --widths 6 12 24 48 96", "batch_size must be at least 2 where a map has one pixel"),
+        ("--recipe none.json", "cannot read the recipe none.json"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("--output {file}/out", "is not a directory"),
+        (
+            "--dataset synthetic --batch-size 20000 --output out",
+            "10000 training images are fewer than one batch of 20000",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path, monkeypatch, capfd, flags, words):
+    work = tmp_path / "work"
+    work.mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(work)
+    narrow = "" if "--widths" in flags else "--widths 4 8 8 8 16 32 32 32 "
+    assert main((narrow + flags.format(file=tmp_path / "file")).split()) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and words in error
+    assert error.count("\n") == 1
+    assert not list(work.iterdir())
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1_and_leaves_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    flags = "--dataset synthetic --widths 4 8 8 8 16 32 32 32 --lr-values 1e30 1e30 0 --output out"
+    assert main(flags.split()) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: the loss is not finite at step") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_traceback_shows_where_an_error_came_from(npz, capfd):
+    assert main(f"--dataset npz --data-dir {npz} --batch-size 97 --traceback".split()) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("Traceback") and error.splitlines()[-1].startswith("error: ")
+
+
+def test_another_runs_results_are_refused_before_the_data_are_read(tmp_path, npz, capsys):
+    (tmp_path / "summary.json").write_text("{}")
+    assert main(f"--dataset npz --data-dir none.npz --output {tmp_path}".split()) == 2
+    assert "already holds results" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # a process of its own
+def test_as_a_process_bad_input_shows_no_traceback(tmp_path):
+    done = run("--dataset npz --data-dir none.npz", cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == 2
+    assert done.stderr == "error: none.npz: no such file; --data-dir must name an .npz file\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_importing_the_package_does_nothing_and_imports_nothing_heavy():
+    code = "import sys, cifar_fast; print([name for name in ('torch', 'numpy', 'matplotlib') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_every_public_name_exists():
+    import cifar_fast
+
+    assert all(getattr(cifar_fast, name) is not None for name in cifar_fast.__all__)
+    assert {"Recipe", "fit", "load_dataset", "draw_epoch"} <= set(dir(cifar_fast))
+    with pytest.raises(AttributeError):
+        _ = cifar_fast.nothing
+
+
+@pytest.mark.slow
+def test_the_demo_learns_the_embedded_set(tmp_path):
+    """What `make demo` runs, narrower and for one epoch."""
+    flags = "--dataset synthetic --widths 8 16 16 16 32 64 64 64 --epochs 1 --batch-size 128 --device cpu"
+    done = run(f"{flags} --output {tmp_path}/demo")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "demo/summary.json").read_text())["test_accuracy_mean"] > 30  # of ten classes

@@ -1,0 +1,108 @@
+"""Other test sets, in the forms in which they are published."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from cifar_fast import InputError, Recipe, fit
+from cifar_fast.train import main
+from tests.helpers import DEVICE, NARROW, save_npz, small_dataset
+
+RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
+FLAGS = "--widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu --backend eager"
+
+
+@pytest.fixture
+def published(tmp_path):
+    """CIFAR-10.1, CIFAR-10.2 and CIFAR-10-C as their authors give them, with images of our own."""
+    sets = {
+        name: small_dataset(test=n, seed=seed) for seed, (name, n) in enumerate({"a": 37, "b": 41, "c": 50}.items())
+    }
+    (tmp_path / "v6").mkdir()
+    np.save(tmp_path / "v6/cifar10.1_v6_data.npy", sets["a"].test_images)
+    np.save(tmp_path / "v6/cifar10.1_v6_labels.npy", sets["a"].test_labels.astype(np.int32))
+    np.savez(tmp_path / "cifar102_test.npz", images=sets["b"].test_images, labels=sets["b"].test_labels)
+    (tmp_path / "CIFAR-10-C").mkdir()
+    for name, images in (("fog", sets["c"].test_images), ("snow", 255 - sets["c"].test_images)):
+        np.save(tmp_path / f"CIFAR-10-C/{name}.npy", images)
+    np.save(tmp_path / "CIFAR-10-C/labels.npy", sets["c"].test_labels.astype(np.uint8))
+    return tmp_path, sets
+
+
+@pytest.mark.slow
+def test_the_command_reports_the_published_sets(published, small, capsys):
+    root, _ = published
+    npz = save_npz(root / "small.npz", small)
+    also = (
+        f"--also-test one={root}/v6/cifar10.1_v6_data.npy --also-test two={root}/cifar102_test.npz "
+        f"--also-test c={root}/CIFAR-10-C --also-test folder={root}/v6"
+    )
+    assert main(f"--dataset npz --data-dir {npz} --runs 2 --output {root}/out {also} {FLAGS}".split()) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("also tested on c/fog, 50 images: ") == 2
+    summary = json.loads((root / "out/summary.json").read_text())
+    names = {"one", "two", "c/fog", "c/snow", "folder/cifar10.1_v6"}
+    assert {*summary["also_test_mean"]} == names
+    for name in names:
+        by_run = [run["also_test"][name] for run in summary["runs"]]
+        assert summary["also_test_mean"][name] == pytest.approx(np.mean(by_run))
+    assert summary["also_test_mean"]["one"] == summary["also_test_mean"]["folder/cifar10.1_v6"]
+    assert summary["also_test_mean"]["c/fog"] != summary["also_test_mean"]["c/snow"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("eager", "float32"), ("eager", "bfloat16"), pytest.param("fused", "float32", marks=pytest.mark.slow)],
+)
+def test_the_own_test_set_under_another_name_has_the_own_accuracy(tmp_path, backend, dtype, uncompiled, few_programs):
+    dataset = small_dataset(train=32)
+    path = save_npz(tmp_path / "x.npz", dataset)
+    how = dict(backend=backend, device=DEVICE.type, dtype=dtype, log=None)
+    (run,) = fit(dataclasses.replace(RECIPE, epochs=1), dataset, also_test={"same": path}, **how).runs
+    image = 0 if backend == "eager" else 100 / 40  # the plain model scores; rounding may tip an image of fused's
+    assert run.also_test["same"] == pytest.approx(run.test_accuracy, abs=image + 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "x: no .*_data.npy with its .*_labels.npy"),
+        ({"x.npz": dict(pixels=np.zeros(3))}, "x.npz: holds pixels; it must hold images and labels"),
+        ({"a_data.npy": np.zeros((2, 32, 32, 3), np.uint8)}, "a_labels.npy: cannot be read"),
+        (
+            {"a.npy": np.zeros((2, 32, 32, 3), np.uint8), "labels.npy": np.zeros(3, int)},
+            r"x/a: labels must be .*\(3,\)",
+        ),
+        ({"a.npy": np.zeros((2, 32, 32, 3)), "labels.npy": np.zeros(2, int)}, "x/a: images must be uint8"),
+        ({"a.npy": np.zeros((2, 32, 32, 3), np.uint8), "labels.npy": np.array([0, 3])}, "go up to 3, but .* 3 classes"),
+    ],
+)
+def test_a_set_that_cannot_be_used_is_refused_before_the_training(tmp_path, small, files, words):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for name, content in files.items():
+        np.savez(folder / name, **content) if name.endswith("npz") else np.save(folder / name, content)
+    path = folder / "x.npz" if "x.npz" in files else folder
+    lines = []
+    with pytest.raises(InputError, match=words):
+        fit(RECIPE, small, also_test={"x": path}, backend="eager", device="cpu", log=lines.append)
+    assert not lines
+
+
+@pytest.mark.slow  # whole trainings
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--also-test here", "'here' is not NAME=PATH"),
+        ("--also-test a=b --also-test a=c", "two test sets have one name"),
+        ("--dataset synthetic --also-test a=none.npz", "none.npz: cannot be read (No such file or directory)"),
+        ("--dataset synthetic --also-test a=none.txt", "must be a .npz file, a *_data.npy file or a folder"),
+    ],
+)
+def test_wrong_flags_are_one_line(tmp_path, monkeypatch, capfd, flags, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(f"{flags} {FLAGS}".split()) == 2
+    error = capfd.readouterr().err
+    assert words in error and error.count("\n") == 1

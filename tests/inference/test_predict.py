@@ -1,0 +1,351 @@
+"""A trained network in use: ``cifar-fast predict``, ``load_model``, and the logits that a training keeps."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cifar_fast import CNN, InputError, Recipe, fit, load_model
+from cifar_fast.cli.main import main
+from cifar_fast.training.results import Result
+from cifar_fast.utils.progress import lines_to
+from tests.helpers import DEVICE, HOW, save_npz, small_dataset, stop_after
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+NAMES = ("cat", "dog", "truck")
+WIDTHS = (4, 8, 8, 16)
+RECIPE = Recipe(epochs=2, batch_size=16, widths=WIDTHS)
+FLAGS = "--widths 4 8 8 16 --epochs 2 --batch-size 16 --device cpu --dtype float32 --backend eager"
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """With some wrong labels to test with, so that no accuracy is 100 %."""
+    dataset = small_dataset(train=64, test=40)
+    dataset.test_labels[:10] = (dataset.test_labels[:10] + 1) % 3
+    return dataset
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory, dataset):
+    """With more than the four arrays: names of the classes."""
+    return save_npz(tmp_path_factory.mktemp("data") / "small.npz", dataset, class_names=np.array(NAMES))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, npz):
+    """The folder of a training by the command."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    assert main(f"train --dataset npz --data-dir {npz} --output {folder} --seed 3 {FLAGS}".split()) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original_images(tmp_path_factory, dataset):
+    """The test images as files, ``test/CLASS/NUMBER.png``."""
+    root = tmp_path_factory.mktemp("images")
+    for number, (pixels, label) in enumerate(zip(dataset.test_images, dataset.test_labels)):
+        path = root / "test" / NAMES[label] / f"{number:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return root
+
+
+def by_hand(folder, images):
+    """Probabilities from model.pt as docs/outputs.md tells."""
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    model = CNN(Recipe(**saved["recipe"]), len(saved["class_names"]))
+    model.load_state_dict(saved["state_dict"])
+    model.eval()
+    mean, std = (torch.tensor(saved[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        return model((torch.tensor(images).permute(0, 3, 1, 2) - mean) / std)
+
+
+def predict(capfd, *arguments, code=0):
+    """Lines on standard output and on standard error."""
+    capfd.readouterr()
+    assert main(["predict", *map(str, arguments)]) == code
+    shown = capfd.readouterr()
+    return shown.out.splitlines(), shown.err.splitlines()
+
+
+def write_image(path, size=(32, 32), **how):
+    Image.new("RGB", size, (200, 30, 30)).save(path, **how)
+    return path
+
+
+# -- the command
+
+
+def test_folders_of_classes_give_a_line_for_each_image_and_the_accuracy(trained, original_images, dataset, capfd):
+    lines, errors = predict(capfd, trained, original_images)
+    probabilities = by_hand(trained, dataset.test_images).softmax(1)
+    guesses = probabilities.argmax(1)
+    files = sorted(original_images.rglob("*.png"))
+    assert len(lines) == len(files) + 1 == 41 and not errors
+    for line, file in zip(lines, files):
+        number = int(file.stem)
+        assert line.startswith(f"{file}  {NAMES[guesses[number]]} ") and line.endswith(" %")
+        assert float(line.split()[-2]) == pytest.approx(100 * probabilities[number].max().item(), abs=0.01)
+    right = 100 * (guesses.numpy() == dataset.test_labels).mean()
+    assert lines[-1] == f"accuracy {right:.2f} % of 40 images whose class is known"
+
+
+def test_the_accuracy_is_that_of_the_training(trained, npz, capfd):
+    """On the same images as a .npz file, by model.pt instead of its folder."""
+    lines, _ = predict(capfd, trained / "model.pt", npz, "--batch-size", 7)
+    assert lines[0].startswith(f"{npz}[0]  ") and len(lines) == 41
+    accuracy = json.loads((trained / "summary.json").read_text())["test_accuracy_mean"]
+    assert 0 < accuracy < 100
+    assert lines[-1] == f"accuracy {accuracy:.2f} % of 40 images whose class is known"
+
+
+def test_where_no_class_is_known_there_is_no_accuracy(tmp_path, trained, dataset, capfd):
+    np.savez(tmp_path / "plain.npz", images=dataset.test_images[:3])
+    (tmp_path / "holidays").mkdir()
+    write_image(tmp_path / "holidays/a.png")
+    lines, _ = predict(capfd, trained, tmp_path / "plain.npz", tmp_path / "holidays", tmp_path / "holidays/a.png")
+    assert [line.split("  ")[0] for line in lines] == [
+        *(f"{tmp_path}/plain.npz[{i}]" for i in range(3)),
+        *[f"{tmp_path}/holidays/a.png"] * 2,
+    ]
+
+
+@pytest.mark.parametrize("flags", [[], ["--flip-average"]])
+def test_json_holds_what_the_lines_say(tmp_path, trained, original_images, dataset, capfd, flags):
+    lines, _ = predict(capfd, trained, original_images, "--json", tmp_path / "out.json", "--top", 2, *flags)
+    report = json.loads((tmp_path / "out.json").read_text())
+    logits = by_hand(trained, dataset.test_images)
+    if flags:
+        logits = (logits + by_hand(trained, dataset.test_images[:, :, ::-1].copy())) / 2
+    expected = logits.softmax(1).topk(2)
+    for line, image in zip(lines, report["images"]):
+        number = int(image["path"][-7:-4])
+        assert image["classes"] == [NAMES[i] for i in expected.indices[number]]
+        assert image["probabilities"] == pytest.approx(expected.values[number].tolist(), abs=1e-5)
+        told = (f"{name} {100 * p:.2f} %" for name, p in zip(image["classes"], image["probabilities"]))
+        assert line == "  ".join([image["path"], *told])
+        label = NAMES[dataset.test_labels[number]]
+        assert (image["label"], image["index"], image["resized"]) == (label, None, False)
+    assert (report["class_names"], report["flip_average"], report["broken"]) == ([*NAMES], bool(flags), [])
+    assert f"accuracy {report['accuracy']:.2f} %" in lines[-1]
+    assert ("--flip-average: each image was averaged with its mirror" in lines) == bool(flags)
+
+
+def test_an_image_of_another_size_is_the_middle_square_of_what_is_upright(tmp_path, trained, capfd):
+    """As a camera writes it that was held upright: lying on its side, with a note of that."""
+    random = np.random.RandomState(0)
+    square = Image.fromarray(random.randint(0, 255, (64, 64, 3)).astype(np.uint8))
+    square.resize((32, 32), Image.Resampling.BICUBIC).save(tmp_path / "small.png")
+    upright = Image.new("RGB", (64, 100))
+    upright.paste(square, (0, 18))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=exif)
+    arguments = trained, tmp_path / "photo.png", tmp_path / "small.png", "--json", tmp_path / "out.json"
+    lines, _ = predict(capfd, *arguments)
+    photo, small = json.loads((tmp_path / "out.json").read_text())["images"]
+    assert photo["probabilities"] == pytest.approx(small["probabilities"], abs=5e-4)
+    assert (photo["resized"], small["resized"]) == (True, False)
+    assert lines[2:] == ["resized 1 of 2 images to 32 x 32: upright, the largest square in the middle, bicubic"]
+
+
+def test_broken_images_are_a_line_each_and_the_rest_goes_on(tmp_path, trained, capfd):
+    whole = write_image(tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "c.png").write_bytes(b"hello")
+    Image.new("I;16", (32, 32)).save(tmp_path / "d.png")
+    write_image(tmp_path / "e.png")
+    lines, errors = predict(capfd, trained, tmp_path, "--json", tmp_path / "out.json", code=1)
+    assert [line.split("  ")[0] for line in lines] == [f"{tmp_path}/a.png", f"{tmp_path}/e.png"]
+    for name, words, error in zip("bcd", ("not a whole", "not a whole", "must have 8 bits"), errors, strict=True):
+        assert error.startswith(f"error: {tmp_path}/{name}.png: ") and words in error
+    broken = json.loads((tmp_path / "out.json").read_text())["broken"]
+    assert [f"error: {one['error']}" for one in broken] == errors
+
+
+def test_what_is_no_image_in_a_folder_is_counted(tmp_path, trained, capfd):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "notes.txt").touch()
+    lines, _ = predict(capfd, trained, tmp_path)
+    assert lines[0] == f"left out 1 files under {tmp_path} that are no images: 1 .txt" and len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("{trained} none.png", "none.png: no such file"),
+        ("{trained} {tmp}/empty", "empty: no image that Pillow reads in it"),
+        ("{trained} {tmp}/float.npz", "images must be uint8"),
+        ("{trained} {tmp}/labels.npz", "labels go up to 3, but the model has 3 classes"),
+        ("{trained} {tmp}/other.npz", "holds pixels; it must hold images"),
+        ("{trained} {tmp}/a.png --top 4", "--top must be from 1 to 3"),
+        ("{trained} {tmp}/a.png --batch-size 0", "--batch-size must be at least 1"),
+        ("{trained} {tmp}/a.png --device cuda:99", "--device cuda:99"),
+        ("{trained} {tmp}/a.png --json {tmp}/none/x.json", "--json"),
+        ("{trained}", "IMAGES"),
+        ("{tmp}/none {tmp}/a.png", "none: cannot be read (No such file or directory)"),
+        ("{tmp}/empty {tmp}/a.png", "empty/model.pt: cannot be read"),
+        ("{tmp}/a.png {tmp}/a.png", "a.png: no file of torch.save"),
+        ("{tmp}/weights.pt {tmp}/a.png", "weights.pt: holds no recipe beside the weights"),
+        ("{tmp}/later.pt {tmp}/a.png", "later.pt: is of format 2, not 1"),
+        ("{tmp}/lacks.pt {tmp}/a.png", "lacks.pt: holds no network (KeyError: 'std')"),
+        ("{tmp}/stopped {tmp}/a.png", "that training has not ended; go on with it by cifar-fast train --resume"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_exit_code_2(tmp_path, trained, capfd, arguments, words):
+    for name in ("empty", "stopped"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "stopped/checkpoint.pt").touch()
+    write_image(tmp_path / "a.png")
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "float.npz", images=images / 255)
+    np.savez(tmp_path / "labels.npz", images=images, labels=np.arange(4))
+    np.savez(tmp_path / "other.npz", pixels=images)
+    saved = torch.load(trained / "model.pt", weights_only=True)
+    torch.save(saved["state_dict"], tmp_path / "weights.pt")
+    torch.save(saved | {"format": 2}, tmp_path / "later.pt")
+    torch.save({name: value for name, value in saved.items() if name != "std"}, tmp_path / "lacks.pt")
+    lines, errors = predict(capfd, *arguments.format(trained=trained, tmp=tmp_path).split(), code=2)
+    assert not lines and len(errors) == 1
+    assert errors[0].startswith("error: ") and words in errors[0]
+
+
+# -- the library
+
+
+def test_a_loaded_model_has_what_it_is_used_with_and_leaves_random_numbers_alone(trained, dataset):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    model = load_model(trained)
+    assert torch.equal(torch.rand(1), expected)
+    assert (model.class_names, model.recipe) == (NAMES, RECIPE) and not model.training
+    assert model.mean.tolist() == pytest.approx(dataset.train_images.mean((0, 1, 2)).tolist())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    logits = by_hand(trained, dataset.test_images)
+    assert torch.allclose(model(torch.from_numpy(dataset.test_images)), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["array", "tensor", "reversed view", "read-only"])
+def test_images_come_in_any_layout(trained, dataset, how):
+    images = dataset.test_images[:9].copy()
+    expected = by_hand(trained, images).softmax(1)
+    if how == "tensor":
+        images = torch.from_numpy(images)
+    elif how == "reversed view":  # as OpenCV's
+        images = images[..., ::-1].copy()[..., ::-1]
+    elif how == "read-only":
+        images.flags.writeable = False
+    found = load_model(trained).predict(images, batch_size=4)
+    assert torch.allclose(found, expected, atol=1e-6) and not found.requires_grad
+
+
+@pytest.mark.parametrize("images", [np.zeros((2, 32, 32, 3)), np.zeros((2, 3, 32, 32), np.uint8), np.uint8(0)])
+def test_images_of_another_type_or_shape_are_refused(trained, images):
+    with pytest.raises(InputError, match=r"images must be uint8 of shape \(N, 32, 32, 3\), not "):
+        load_model(trained).predict(images)
+
+
+@pytest.mark.gpu
+def test_a_model_predicts_on_a_gpu(trained, dataset, capfd, npz):
+    model = load_model(trained).to("cuda")
+    found = model.predict(dataset.test_images)
+    assert found.device.type == "cuda"
+    assert torch.allclose(found.cpu(), by_hand(trained, dataset.test_images).softmax(1), atol=0.01)
+    assert len(predict(capfd, trained, npz, "--device", "cuda")[0]) == 41
+
+
+# -- logits
+
+
+def kept(folder):
+    with np.load(folder / "logits.npz") as arrays:
+        return dict(arrays)
+
+
+def test_a_training_keeps_the_logits_of_each_run(tmp_path, npz, dataset):
+    flags = f"--dataset npz --data-dir {npz} --output {tmp_path}/out --runs 2 --seed 3 --save-logits"
+    assert main(f"train {flags} {FLAGS}".split()) == 0
+    found = kept(tmp_path / "out")
+    assert (found["logits"].shape, found["logits"].dtype) == ((2, 40, 3), np.float16)
+    assert found["labels"].tolist() == dataset.test_labels.tolist() and found["seeds"].tolist() == [3, 4]
+    last = by_hand(tmp_path / "out", dataset.test_images)
+    assert torch.allclose(torch.from_numpy(found["logits"][1]).float(), last, atol=1e-4, rtol=1e-3)
+    runs = json.loads((tmp_path / "out/summary.json").read_text())["runs"]
+    for run, logits in zip(runs, found["logits"]):
+        assert 100 * (logits.argmax(1) == found["labels"]).mean() == pytest.approx(run["test_accuracy"], abs=2.6)
+    assert not np.array_equal(*found["logits"])
+
+
+@pytest.mark.slow  # whole trainings
+def test_a_resumed_training_has_the_logits_of_all_runs(tmp_path, npz, monkeypatch):
+    """Stopped at the end of a run, in the midst of the next, and at its end."""
+    stops = [(0, 2), (1, 1), (1, 2)]
+    flags = f"--dataset npz --data-dir {npz} --runs 2 --save-logits {FLAGS}"
+    assert main(f"train {flags} --output {tmp_path}/whole".split()) == 0
+    command = f"train {flags} --output {tmp_path}/parts"
+    with lines_to(stop_after(*stops)):
+        for _ in stops:
+            assert main(command.split()) == 130
+            assert not (tmp_path / "parts/logits.npz").exists()
+            command = f"train --resume {tmp_path}/parts"
+    assert main(command.split()) == 0
+    whole, parts = kept(tmp_path / "whole"), kept(tmp_path / "parts")
+    assert all(np.array_equal(whole[name], parts[name]) for name in ("logits", "labels", "seeds"))
+
+
+def test_runs_that_are_added_after_the_end_are_added_to_the_logits(tmp_path, npz):
+    flags = f"--dataset npz --data-dir {npz} --save-logits {FLAGS}"
+    assert main(f"train {flags} --output {tmp_path}/out".split()) == 0
+    first = kept(tmp_path / "out")
+    assert main(f"train --resume {tmp_path}/out --runs 2".split()) == 0
+    both = kept(tmp_path / "out")
+    assert both["seeds"].tolist() == [0, 1] and np.array_equal(both["logits"][:1], first["logits"])
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("eager", "bfloat16"), ("compiled", "float32"), pytest.param("fused", "float32", marks=pytest.mark.slow)],
+)
+def test_each_backend_gives_a_result_its_logits(backend, dtype, uncompiled, few_programs):
+    few = small_dataset(train=4, test=4)
+    recipe = Recipe(epochs=1, batch_size=4, widths=(4, 8))
+    how = dict(backend=backend, device=DEVICE.type, dtype=dtype, log=None)
+    result = fit(recipe, few, save_logits=True, **how)
+    (logits,) = result.logits
+    model = CNN(recipe, 3)
+    model.load_state_dict(result.state_dict)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (result.mean, result.std))
+    expected = model.eval()((torch.tensor(few.test_images).permute(0, 3, 1, 2) - mean) / std)
+    assert logits.dtype == torch.float16
+    assert torch.allclose(logits.float(), expected, atol=0.05 if dtype == "bfloat16" else 2e-3)
+    assert fit(recipe, few, **how).logits == []
+
+
+def test_results_are_read_with_their_logits(tmp_path, dataset):
+    result = fit(RECIPE, dataset, output=tmp_path / "out", save_logits=True, **HOW)
+    (logits,) = Result.load(tmp_path / "out").logits
+    assert torch.equal(logits, result.logits[0])
+
+
+def test_to_keep_logits_from_a_later_run_on_is_refused(tmp_path, dataset):
+    fit(RECIPE, dataset, output=tmp_path / "out", **HOW)
+    with pytest.raises(InputError, match="--save-logits was False, not True"):
+        fit(RECIPE, dataset, resume=tmp_path / "out", runs=2, save_logits=True, **HOW)
+
+
+def test_logits_that_could_not_be_written_stay_in_the_checkpoint(tmp_path, dataset, monkeypatch):
+    def full(*args, **how):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        result = fit(RECIPE, dataset, output=tmp_path / "out", save_logits=True, **HOW)
+    assert len(result.unwritten) == 1 and "logits.npz" in result.unwritten[0]
+    fit(RECIPE, dataset, resume=tmp_path / "out", save_logits=True, **HOW)
+    assert np.array_equal(kept(tmp_path / "out")["logits"][0], result.logits[0].numpy())

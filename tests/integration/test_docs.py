@@ -1,0 +1,29 @@
+"""The Python of the documents runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import cifar_fast
+from cifar_fast import Dataset
+from cifar_fast.data.synthetic import PATTERNS, textures
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def blocks(document, section):
+    """The Python blocks under a heading."""
+    text = (DOCS / document).read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("section", ["Batches for a loop of one's own", "A model of one's own in the recipe"])
+def test_what_is_told_of_experiments_runs(section, tmp_path, monkeypatch, capsys):
+    dataset = Dataset("textures", "textures", *textures(1024, seed=0), *textures(50, seed=1), tuple(PATTERNS))
+    monkeypatch.setattr(cifar_fast, "load_dataset", lambda name: dataset)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # as for a reader
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("experiments.md", section)
+    exec(compile(code, section, "exec"), {})
+    assert re.search(r"2 steps an epoch, test accuracy \d|MyNet 1418 \d", capsys.readouterr().out)

@@ -1,0 +1,121 @@
+"""The eager backend is the reference: same draws, same batches, same weights, same metrics."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torchvision.datasets import CIFAR10
+
+from benchmarks.reference import Network, Training, augmented_epoch, normalized
+from cifar_fast import CNN, Recipe, draw_epoch, fit, load_dataset
+from cifar_fast.data.augment import augment
+from cifar_fast.data.dataset import ARRAYS
+from cifar_fast.data.tensors import normalize
+from cifar_fast.train import main
+from tests.helpers import NARROW, published, small_dataset
+
+
+def reference_metrics(dataset, recipe, dtype, device="cpu", seed=0):
+    """Loss, training and test accuracy of each epoch, by the second statement of the rules; and the final weights."""
+    train, test = normalized(dataset.train_images, dataset.test_images, dtype, device)
+    train_labels = torch.tensor(dataset.train_labels, device=device)
+    test_labels = torch.tensor(dataset.test_labels, device=device)
+    how = dict(epochs=recipe.epochs, batch_size=recipe.batch_size, widths=recipe.widths, classes=dataset.num_classes)
+    training = Training(seed=seed, dtype=dtype, device=device, **how)
+    rows = [(*training.epoch(train, train_labels), training.evaluate(test, test_labels)) for _ in range(recipe.epochs)]
+    return rows, training.network.state_dict()
+
+
+def metrics(result):
+    return [(row.train_loss, row.train_accuracy, row.test_accuracy) for row in result.rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_batches_of_an_epoch_are_the_references_bit_for_bit(dtype, seed):
+    dataset = small_dataset(train=1300, classes=10, seed=seed)
+    images, _ = normalize(dataset, torch.device("cpu"), dtype)
+    expected_images, _ = normalized(dataset.train_images, dataset.test_images, dtype)
+    labels = torch.tensor(dataset.train_labels)
+
+    torch.manual_seed(seed)
+    expected, expected_labels = augmented_epoch(expected_images, labels)
+    after = torch.rand(())
+    torch.manual_seed(seed)
+    draws = draw_epoch(len(images), device="cpu")
+    assert torch.rand(()) == after, "the draws leave the generator elsewhere than the reference's"
+
+    nchw = torch.contiguous_format
+    batches = [augment(images, draws.slice(i, i + 512), Recipe(), nchw) for i in range(0, len(images), 512)]
+    assert torch.equal(torch.cat(batches), expected)
+    assert torch.equal(labels[draws.permutation], expected_labels)
+    assert batches[0].stride() == expected[:512].stride(), "other strides choose other convolution algorithms"
+
+
+def test_the_initial_weights_are_the_references_bit_for_bit():
+    torch.manual_seed(3)
+    expected = Network().state_dict()
+    torch.manual_seed(3)
+    model = CNN(Recipe(), 10).state_dict()
+    assert list(model) == list(expected)
+    assert all(torch.equal(model[name], expected[name]) for name in expected)
+
+
+def test_the_second_statement_lays_out_its_images_as_torchvision_does(cifar10):
+    theirs = CIFAR10(cifar10, train=True, download=True).data
+    dataset = load_dataset("cifar10", cifar10, log=None)
+    as_torchvision = (torch.tensor(theirs) / 1.0).permute(0, 3, 1, 2)
+    ours, _ = normalized(dataset.train_images, dataset.test_images, torch.float32)
+    assert ours.stride() == as_torchvision.stride() and ours.is_contiguous()
+
+
+def test_training_on_cifar10_is_the_references_bit_for_bit(cifar10):
+    recipe = Recipe(epochs=3, batch_size=32, widths=NARROW)
+    dataset = load_dataset("cifar10", cifar10, log=None)
+    result = fit(recipe, dataset, backend="eager", device="cpu", dtype="float32", seed=5, log=None)
+    expected, weights = reference_metrics(dataset, recipe, torch.float32, seed=5)
+    assert metrics(result) == expected
+    for name, tensor in weights.items():
+        assert torch.equal(result.state_dict[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "count",
+    [pytest.param(128, marks=pytest.mark.slow), pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.nightly])],
+)
+def test_metrics_on_real_images_are_those_of_the_references_script(shared, tmp_path, monkeypatch, count):
+    """Images as CIFAR-10 is published, batch 64, 2 epochs, full width, by both commands."""
+    dataset, script = load_dataset("npz", shared("data/cifar10-mini.npz")), shared("reference/cifar94.py")
+    arrays = {name: getattr(dataset, name)[:count] for name in ARRAYS}
+    dataset, npz = dataclasses.replace(dataset, **arrays), tmp_path / "images.npz"
+    dataset.save(npz)
+    root = published("cifar10", dataset, tmp_path / "data", monkeypatch)
+    flags = "--backend eager --device cpu --dtype float32 --epochs 2 --batch-size 64 --seed 0"
+    assert main(f"--dataset cifar10 --data-dir {root} --output {tmp_path}/out {flags}".split()) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    ours = [(row["train_loss"], row["train_accuracy"], row["test_accuracy"]) for row in rows]
+    file = tmp_path / "metrics.jsonl"
+    flags = f"--data {npz} --device cpu --dtype float32 --epochs 2 --batch-size 64 --seed 0 --metrics {file}"
+    subprocess.run([sys.executable, str(script), *flags.split()], check=True, capture_output=True)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    theirs = [(row["train_loss"], row["train_accuracy"], row["test_accuracy"]) for row in rows]
+    for mine, its in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(its, rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_training_on_a_gpu_is_the_references(small, dtype):
+    recipe = Recipe(epochs=2, batch_size=32, widths=NARROW)
+    previous = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        result = fit(recipe, small, backend="eager", device="cuda", dtype=dtype, seed=5, log=None)
+        expected, _ = reference_metrics(small, recipe, getattr(torch, dtype), device="cuda", seed=5)
+    finally:
+        torch.backends.cudnn.deterministic = previous
+    for mine, its in zip(metrics(result), expected, strict=True):
+        assert mine == pytest.approx(its, rel=1e-6)

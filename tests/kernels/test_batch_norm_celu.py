@@ -1,0 +1,662 @@
+"""Parity of the fused operator: under Triton's interpreter where there is no GPU, compiled where there is one."""
+
+import ast
+import copy
+import inspect
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import update_bn
+
+from cifar_fast import CNN, Recipe, load_dataset
+from cifar_fast.data.tensors import normalize
+from cifar_fast.kernels.batch_norm_celu import (
+    BatchNormCELU2d,
+    batch_norm_celu,
+    batch_norm_celu_reference,
+    example_launches,
+    forward_op,
+    inference_op,
+    statistics_op,
+)
+from cifar_fast.kernels.launch import TABLE
+from tests.helpers import DEVICE
+
+# The interpreter's bfloat16 arithmetic is wrong and its rounding cuts off: to pass under it a kernel must do no
+# arithmetic in bfloat16, and stays within the unit in the last place that every comparison here allows.
+DTYPES = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.bfloat16))]
+
+
+@pytest.fixture(autouse=True)
+def blocks(request):
+    """The interpreter takes a millisecond and more a program; compiled kernels take the checked-in table's blocks."""
+    if DEVICE.type == "cpu":
+        request.getfixturevalue("few_programs")
+
+
+def truth(x, weight, bias, running_mean, running_var, *, training, momentum=0.1, eps=1e-5, alpha=0.075, pool=1):
+    """The operator in float64, by its formula: torch's own float64 CELU gradient on a CPU is good to 5e-7 only."""
+    pooled = F.max_pool2d(x, pool) if pool > 1 else x
+    z = F.batch_norm(pooled, running_mean, running_var, weight, bias, training, momentum, eps)
+    return torch.where(z > 0, z, alpha * torch.expm1(z.clamp(max=0) / alpha))
+
+
+def in_float32(x, weight, bias, running_mean, running_var, *, training, momentum=0.1, eps=1e-5, alpha=0.075, pool=1):
+    """The operator in plain float32 operations. Eager's batch norm sums in float32 on a GPU, in float64 on a CPU."""
+    pooled = F.max_pool2d(x, pool) if pool > 1 else x
+    mean, var = running_mean, running_var
+    if training:
+        mean, var = pooled.mean((0, 2, 3)), pooled.var((0, 2, 3), unbiased=False)
+        m = pooled.numel() // len(mean)
+        with torch.no_grad():
+            running_mean.mul_(1 - momentum).add_(mean * momentum)
+            running_var.mul_(1 - momentum).add_(var * (m / (m - 1)) * momentum)
+    mean, var, weight, bias = (values[:, None, None] for values in (mean, var, weight, bias))
+    return F.celu((pooled - mean) / (var + eps).sqrt() * weight + bias, alpha)
+
+
+def everything(function, tensors, dtype=None, dy=None, alpha=0.075, **settings):
+    """Output, gradients of x, weight and bias, and running statistics after ``function`` on copies of ``tensors``."""
+    x, weight, bias, mean, var = (tensor.detach().to(dtype or tensor.dtype, copy=True) for tensor in tensors)
+    for tensor in (x, weight, bias):
+        tensor.requires_grad_()
+    y = function(x, weight, bias, mean, var, alpha=alpha, **settings)
+    dy = dy.to(y.dtype) if dy is not None else torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    return dict(zip(("y", "dx", "dweight", "dbias"), (y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy)))) | {
+        "running_mean": mean,
+        "running_var": var,
+    }
+
+
+def make(shape, dtype, seed=0, scale=1.0, shift=0.0, parameters=None):
+    """x in channels_last, weight, bias, running mean and variance."""
+    random = torch.Generator().manual_seed(seed)
+    channels = shape[1]
+    x = (
+        (torch.randn(shape, generator=random) * scale + shift)
+        .to(DEVICE, dtype)
+        .contiguous(memory_format=torch.channels_last)
+    )
+    weight, bias = 1 + 0.3 * torch.randn(channels, generator=random), 0.3 * torch.randn(channels, generator=random)
+    mean, var = torch.randn(channels, generator=random), 0.5 + torch.rand(channels, generator=random)
+    return x, *(tensor.to(DEVICE, parameters or dtype) for tensor in (weight, bias, mean, var))
+
+
+def assert_as_good_as_eager(tensors, ulps=1, **settings):
+    """Each error against float64 is at most twice eager's, plus one unit in the last place of the largest value.
+
+    Of a few elements the largest error is a matter of luck on both sides: ``ulps`` gives a drawn shape more.
+
+    An eager result that is not finite, of finite input, has no error to compare with: ours must then be finite.
+    """
+    exact = everything(truth, tensors, torch.float64, **settings)
+    fused = everything(batch_norm_celu, tensors, **settings)
+    eager = [everything(batch_norm_celu_reference, tensors, **settings)]
+    if tensors[0].dtype == torch.float32:
+        eager.append(everything(in_float32, tensors, **settings))
+    for name, its in exact.items():
+        assert fused[name].dtype == eager[0][name].dtype and fused[name].shape == eager[0][name].shape, name
+        ulp = torch.finfo(fused[name].dtype).eps
+        fits = its.to(fused[name].dtype).isfinite()  # a float16 running variance may not
+        assert torch.equal(fused[name].isfinite(), fits), name
+        if not fits.any():
+            continue
+        its = its[fits]
+        for size in (lambda tensor: tensor.abs().max(), torch.Tensor.norm):
+            error, *errors = (float(size(result[name][fits].double() - its)) for result in (fused, *eager))
+            allowed = max(value if math.isfinite(value) else math.inf for value in errors)
+            assert error <= 2 * allowed + ulps * ulp * size(its), name
+    assert fused["dx"].is_contiguous(memory_format=torch.channels_last)
+    assert fused["y"].is_contiguous(memory_format=torch.channels_last)
+
+
+CASES = {
+    "normal": dict(),
+    "mean a thousand deviations": dict(shift=1000.0),
+    "deep in the tail": dict(scale=30.0),
+    "small": dict(scale=1e-3),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_the_error_is_at_most_twice_eagers(dtype, pool, training, case):
+    assert_as_good_as_eager(make((4, 24, 10, 6), dtype, **CASES[case]), training=training, pool=pool)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pool", [1, 2])
+def test_constant_channels_and_a_huge_outlier(dtype, pool):
+    x, *rest = make((4, 6, 8, 8), dtype)
+    x[:, 0] = 0
+    x[:, 1] = 3.25
+    x[2, 2, 3, 5] = 3e4
+    assert_as_good_as_eager((x, *rest), training=True, pool=pool)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_variance_past_the_largest_number_makes_no_nan(dtype):
+    x, weight, bias, mean, var = make((4, 8, 6, 6), dtype, scale=3e19, parameters=torch.float32)
+    y = batch_norm_celu(x, weight, bias, mean, var, training=True, alpha=0.075)
+    assert not y.isnan().any() and var.isinf().all()
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+def test_float16_near_overflow(pool):
+    x, *rest = make((4, 6, 8, 8), torch.float16, scale=1.0)
+    assert_as_good_as_eager(((x * 15000).clamp(-65000, 65000), *rest), training=True, pool=pool)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_at_the_kink_and_about_it(dtype):
+    """Evaluation with mean 0 and variance 1 - eps passes x through the norm unchanged."""
+    steps = torch.cat([torch.linspace(-0.2, 0.2, 63), torch.tensor([0.0, -0.0, 1e-6, -1e-6, -60.0])])
+    x = steps.repeat(2, 1).view(2, 1, 2, -1).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+    one, zero = torch.ones(1, device=DEVICE, dtype=dtype), torch.zeros(1, device=DEVICE, dtype=dtype)
+    assert_as_good_as_eager((x, one, zero, zero, one), training=False, eps=1e-30)
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.float16])
+def test_parameters_keep_a_type_of_their_own(parameters):
+    tensors = make((3, 8, 6, 6), torch.float16, parameters=parameters)
+    result = everything(batch_norm_celu, tensors, training=True, pool=2)
+    assert {result[name].dtype for name in ("dweight", "dbias", "running_mean", "running_var")} == {parameters}
+    if parameters == torch.float32:  # what torch's own batch norm takes on a CPU too
+        assert_as_good_as_eager(tensors, training=True, pool=2)
+
+
+SHAPES = [
+    (1, 1, 1, 2),
+    (2, 1, 1, 1),
+    (3, 7, 25, 3),
+    (5, 3, 7, 7),
+    (2, 65, 3, 5),
+    (1, 130, 2, 3),
+    (2, 512, 2, 2),
+    (33, 2, 1, 3),
+    (1, 16, 9, 8),
+]
+
+
+@pytest.mark.slow  # the interpreter
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_odd_in_every_dimension(shape):
+    assert_as_good_as_eager(make(shape, torch.float32), training=True, pool=1)
+    if min(shape[2:]) >= 2 and shape[0] * (shape[2] // 2) * (shape[3] // 2) > 1:
+        assert_as_good_as_eager(make(shape, torch.float32), training=True, pool=2)
+
+
+@pytest.mark.slow  # the interpreter
+@settings(deadline=None, max_examples=15)
+@given(
+    st.tuples(st.integers(1, 5), st.integers(1, 80), st.integers(2, 9), st.integers(2, 9)),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+    st.sampled_from([torch.float16, torch.float32]),
+    st.integers(0, 99),
+)
+def test_any_shape(shape, pool, training, dtype, seed):
+    if shape[0] * (shape[2] // pool) * (shape[3] // pool) > 1:
+        assert_as_good_as_eager(make(shape, dtype, seed), ulps=4, training=training, pool=pool)
+
+
+@pytest.mark.slow  # the interpreter
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 9, 7, 5), (1, 8, 2, 4), (2, 17, 5, 3)])
+def test_several_blocks_per_split_and_splits_per_channel(shape, pool, small_blocks):
+    assert_as_good_as_eager(make(shape, torch.float32), training=True, pool=pool)
+    assert_as_good_as_eager(make(shape, torch.float32, shift=1000), training=True, pool=pool)
+
+
+@pytest.mark.slow  # the interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_real_activations(shared, dtype, few_programs):
+    """The first two convolutions of the model on real images: two splits of the first, a short one last."""
+    dataset = load_dataset("npz", shared("data/cifar10-mini.npz"))
+    images, _ = normalize(dataset, torch.device("cpu"), torch.float32)
+    torch.manual_seed(0)
+    model = CNN(Recipe(), 10)
+    with torch.no_grad():
+        first = model.seq[0](images[:5].permute(0, 3, 1, 2))
+        second = model.seq[3](model.seq[2](model.seq[1](first)))
+    for x, pool in ((first, 1), (second, 2)):
+        x = x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+        assert_as_good_as_eager((x, *make(x.shape, dtype)[1:]), training=True, pool=pool)
+
+
+@pytest.mark.slow  # the interpreter
+@pytest.mark.parametrize(("pool", "training"), list(itertools.product([1, 2], [True, False])))
+def test_gradcheck_in_float64(pool, training):
+    # In training with the pool: four windows a channel, and rows left out. Two would have a gradient of zero.
+    x, weight, bias, mean, var = make((2, 2, 5, 2) if training and pool == 2 else (1, 2, 3, 2), torch.float64)
+
+    def function(x, weight, bias):
+        return batch_norm_celu(x, weight, bias, mean.clone(), var.clone(), training=training, alpha=0.075, pool=pool)
+
+    assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in (x, weight, bias)])
+
+
+@pytest.mark.slow  # the interpreter
+@pytest.mark.parametrize("pool", [1, 2])
+def test_every_element_is_written_and_no_scratch_is_read_before(pool, monkeypatch, small_blocks):
+    """All fresh memory is poisoned: NaN, or an index that is none."""
+    tensors = make((3, 10, 7, 5), torch.float32)
+    expected = everything(batch_norm_celu, tensors, training=True, pool=pool)
+
+    def poisoned(make_empty):
+        def fill(*args, **kwargs):
+            tensor = make_empty(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+
+        return fill
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    result = everything(batch_norm_celu, tensors, training=True, pool=pool)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_input_gives_the_same_bits(dtype, small_blocks):
+    tensors = make((3, 10, 6, 4), dtype)
+    first, second = (everything(batch_norm_celu, tensors, training=True, pool=2) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_ties_and_nan_are_pooled_as_torch_pools_them():
+    x = torch.randint(0, 2, (2, 5, 6, 7)).float().to(DEVICE)
+    x[0, 0, 2, 2] = float("nan")
+    x = x.contiguous(memory_format=torch.channels_last)
+    parameters = make((2, 5, 6, 7), torch.float32)[1:]
+    fused = everything(batch_norm_celu, (x, *parameters), training=False, pool=2)
+    eager = everything(batch_norm_celu_reference, (x, *parameters), training=False, pool=2)
+    assert torch.equal(fused["y"].isnan(), eager["y"].isnan()) and fused["y"].isnan().sum() == 1
+    assert torch.equal(fused["dx"] != 0, eager["dx"] != 0)
+
+
+def test_a_gradient_in_another_layout_gives_the_same():
+    tensors = make((3, 10, 6, 6), torch.float32)
+    dy = torch.randn(3, 10, 6, 6, device=DEVICE)
+    layouts = [dy, dy.contiguous(memory_format=torch.channels_last), dy.transpose(2, 3).contiguous().transpose(2, 3)]
+    results = [everything(batch_norm_celu, tensors, dy=layout, training=True) for layout in layouts]
+    assert all(torch.equal(result["dx"], results[0]["dx"]) for result in results)
+
+    x = tensors[0].requires_grad_()
+    batch_norm_celu(
+        x, *tensors[1:], training=True, alpha=0.075
+    ).sum().backward()  # expanded from one number: strides of 0
+    assert x.grad.isfinite().all()
+
+
+def test_without_running_statistics_training_works_and_evaluation_is_refused():
+    x, weight, bias, mean, var = make((3, 4, 5, 5), torch.float32)
+    expected = batch_norm_celu(x, weight, bias, mean, var, training=True, alpha=0.075)
+    assert torch.equal(batch_norm_celu(x, weight, bias, None, None, training=True, alpha=0.075), expected)
+    with pytest.raises(TypeError, match="running_mean must be a tensor, not None"):
+        batch_norm_celu(x, weight, bias, None, None, training=False, alpha=0.075)
+
+
+def test_evaluation_with_and_without_gradients_is_the_same():
+    for pool in (1, 2):
+        tensors = make((3, 10, 7, 7), torch.float16)
+        with torch.no_grad():
+            one_pass = batch_norm_celu(*tensors, training=False, alpha=0.075, pool=pool)
+        tensors[0].requires_grad_()
+        assert torch.equal(batch_norm_celu(*tensors, training=False, alpha=0.075, pool=pool), one_pass)
+
+
+def test_double_backward_is_refused():
+    x, *rest = make((2, 3, 4, 4), torch.float32)
+    y = batch_norm_celu(x.requires_grad_(), *rest, training=True, alpha=0.075)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once only"):
+        dx.sum().backward()
+
+
+# -- the module
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.3, None])
+def test_the_module_is_batch_norm_with_its_state_dict(momentum):
+    fused = BatchNormCELU2d(6, momentum=momentum, alpha=0.075, pool=2).to(DEVICE)
+    plain = torch.nn.BatchNorm2d(6, momentum=momentum).to(DEVICE)
+    plain.load_state_dict(fused.state_dict())
+    for seed in range(3):
+        x = make((4, 6, 6, 6), torch.float32, seed)[0]
+        expected = F.celu(plain(F.max_pool2d(x, 2)), 0.075)
+        assert torch.allclose(fused(x), expected, rtol=1e-5, atol=1e-6)
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(fused.state_dict()[name], tensor, rtol=1e-5), name
+    assert torch.allclose(fused.eval()(x), F.celu(plain.eval()(F.max_pool2d(x, 2)), 0.075), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow  # the interpreter
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(affine=False),
+        dict(bias=False),
+        dict(track_running_stats=False),
+        dict(affine=False, track_running_stats=False),
+    ],
+    ids=str,
+)
+def test_the_modules_options_are_those_of_torchs_batch_norm(options, pool):
+    if "bias" in options and "bias" not in inspect.signature(torch.nn.BatchNorm2d).parameters:
+        pytest.skip("this torch's batch norm has no such option")
+    fused = BatchNormCELU2d(6, alpha=0.075, pool=pool, **options).to(DEVICE)
+    plain = torch.nn.BatchNorm2d(6, **options).to(DEVICE)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    for training in (True, False):
+        fused.train(training), plain.train(training)
+        x = make((4, 6, 6, 6), torch.float32)[0]
+        xs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        ys = fused(xs[0]), F.celu(plain(F.max_pool2d(xs[1], pool)), 0.075)
+        torch.testing.assert_close(*ys, rtol=1e-5, atol=1e-6)
+        for y in ys:
+            y.square().sum().backward()
+        torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=1e-4, atol=1e-5)
+    for mine, its in zip(fused.parameters(), plain.parameters()):
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["statistics to None", "no longer tracked", "tracked again"])
+def test_statistics_changed_after_the_module_was_made(change):
+    modules = BatchNormCELU2d(6, alpha=0.075).to(DEVICE), torch.nn.BatchNorm2d(6).to(DEVICE)
+    for module in modules:
+        if change == "statistics to None":
+            torch.func.replace_all_batch_norm_modules_(module)
+        else:
+            module.track_running_stats = False
+    for training in (True, False):
+        if change == "tracked again":
+            for module in modules:
+                module.track_running_stats = True
+        x = make((4, 6, 6, 6), torch.float32)[0]
+        fused, plain = (module.train(training)(x) for module in modules)
+        torch.testing.assert_close(fused, F.celu(plain, 0.075), rtol=1e-5, atol=1e-6)
+    for name, tensor in modules[1].state_dict().items():
+        torch.testing.assert_close(modules[0].state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "sliced", "every other channel", "reversed rows"])
+def test_the_module_takes_any_layout(layout):
+    x = make((4, 12, 6, 6), torch.float32)[0]
+    x = {
+        "NCHW": lambda: x.contiguous()[:, :6].contiguous(),
+        "sliced": lambda: x[:, 3:9, 1:5, 2:],
+        "every other channel": lambda: x[:, ::2],
+        "reversed rows": lambda: x[:, :6].transpose(2, 3),
+    }[layout]()
+    for training in (True, False):
+        fused, plain = BatchNormCELU2d(6, alpha=0.075).to(DEVICE), torch.nn.BatchNorm2d(6).to(DEVICE)
+        y = fused.train(training)(x)
+        torch.testing.assert_close(y, F.celu(plain.train(training)(x), 0.075), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+def test_an_empty_batch_in_evaluation_is_empty(pool):
+    x = torch.zeros(0, 6, 4, 4, device=DEVICE, requires_grad=True)
+    module = BatchNormCELU2d(6, alpha=0.075, pool=pool).to(DEVICE).eval()
+    y = module(x)
+    assert y.shape == (0, 6, 4 // pool, 4 // pool)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    with pytest.raises(ValueError, match="at least one value per channel"):
+        module.train()(x)
+
+
+def test_the_average_over_all_batches_is_exact_in_float64():
+    module = BatchNormCELU2d(5, momentum=None, alpha=0.075, dtype=torch.float64, device=DEVICE)
+    batches = [make((4, 5, 3, 3), torch.float64, seed)[0] for seed in range(7)]
+    for batch in batches:
+        module(batch)
+    for mine, of_batches in (
+        (module.running_mean, [batch.mean((0, 2, 3)) for batch in batches]),
+        (module.running_var, [batch.var((0, 2, 3)) for batch in batches]),
+    ):
+        torch.testing.assert_close(mine, torch.stack(of_batches).mean(0), rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize(
+    "change", [lambda y, other: y.add_(other), lambda y, other: F.relu_(y), lambda y, other: y.mul_(2)]
+)
+def test_the_result_may_be_changed_in_place(change, pool):
+    """As torch's own may, by a shortcut or by an activation after it."""
+    x, weight, bias, mean, var = make((3, 6, 4, 4), torch.float32)
+    gradients = []
+    for function in (batch_norm_celu, batch_norm_celu_reference):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        y = function(*inputs, mean.clone(), var.clone(), training=True, alpha=0.075, pool=pool)
+        other = torch.ones_like(y) * 0.3
+        change(y, other).square().sum().backward()
+        gradients.append([tensor.grad for tensor in inputs])
+    for mine, its in zip(*gradients):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_is_refused():
+    tensors = make((2, 3, 4, 4), torch.float32)
+
+    def through(x, weight):
+        return batch_norm_celu(x, weight, *tensors[2:], training=True, alpha=0.075)
+
+    for which in (0, 1):
+        tangents = [torch.zeros_like(tensors[0]), torch.zeros_like(tensors[1])]
+        tangents[which] += 1
+        with pytest.raises(RuntimeError, match="no derivative in forward mode"):
+            torch.func.jvp(through, tuple(tensors[:2]), tuple(tangents))
+    with pytest.raises(RuntimeError, match="no derivative in forward mode"):
+        torch.func.jacfwd(lambda x: through(x, tensors[1]))(tensors[0])
+    assert through(*tensors[:2]).isfinite().all()
+
+
+def network():
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 6, 3, padding=1, bias=False), BatchNormCELU2d(6, alpha=0.075, pool=2)
+    return torch.nn.Sequential(*layers).to(DEVICE)
+
+
+def test_tools_that_would_replace_it_by_a_plain_norm_fail_with_a_word():
+    model = network()
+    with pytest.raises(TypeError, match="a max-pool, a batch norm and a CELU in one"):
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with pytest.raises(TypeError, match="a max-pool, a batch norm and a CELU in one"):
+        fuse_conv_bn_eval(*model.eval())
+    assert "eps=1e-05" in repr(model) and type(copy.deepcopy(model)[1]) is BatchNormCELU2d
+
+
+def test_update_bn_keeps_working():
+    model, plain = network(), network()
+    batches = [make((4, 3, 8, 8), torch.float32, seed)[0] for seed in range(3)]
+    plain[1] = torch.nn.Sequential(torch.nn.MaxPool2d(2), torch.nn.BatchNorm2d(6), torch.nn.CELU(0.075)).to(DEVICE)
+    for each in (model, plain):
+        each(make((4, 3, 8, 8), torch.float32, 9)[0])
+        update_bn(batches, each)
+    for name in ("running_mean", "running_var", "num_batches_tracked", "momentum"):
+        torch.testing.assert_close(getattr(model[1], name), getattr(plain[1][1], name))
+
+
+# -- as an operator of torch
+
+
+@pytest.mark.slow  # torch's whole check
+@pytest.mark.parametrize(("pool", "gradient"), list(itertools.product([1, 2], [True, False])))
+def test_opcheck(pool, gradient):
+    """In evaluation: in training the gradient is that through the statistics, which are an argument here."""
+    x, weight, bias, mean, var = make((2, 5, 5, 4), torch.float32)
+    _, pooled, argmax = statistics_op(x, None, None, None, False, 0.0, 1e-5, pool)
+    for tensor in (x, weight, bias):
+        tensor.requires_grad_(gradient)
+    given = torch.stack((mean, var, (var + 1e-5).rsqrt()))
+    torch.library.opcheck(forward_op, (x, pooled, argmax, given, weight, bias, False, 0.075, pool))
+
+
+@pytest.mark.slow  # torch's whole check
+@pytest.mark.parametrize(("pool", "running", "training"), list(itertools.product([1, 2], [True, False], [True, False])))
+def test_opcheck_of_the_statistics(pool, running, training):
+    x, _, _, mean, var = make((2, 5, 5, 4), torch.float32)
+    tracked = (mean, var, torch.tensor(3, device=DEVICE)) if running else (None, None, None)
+    torch.library.opcheck(statistics_op, (x, *tracked, training, 0.1, 1e-5, pool))
+
+
+def test_opcheck_of_inference():
+    torch.library.opcheck(inference_op, (*make((2, 5, 4, 4), torch.float32), 1e-5, 0.075, 2))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "inference"])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_a_launch_says_what_it_reads_and_writes(direction, pool):
+    """x of 512 x 64 x 8 x 8 in float16: what goes through memory in all, but for scratch and values per channel."""
+    settings = dict(pool=pool, dtype=torch.float16, parameter_dtype=torch.float16, alpha=0.075)
+    launches = example_launches((512, 64, 8, 8), direction=direction, **settings)
+    x = 512 * 64 * 8 * 8 * 2
+    p, argmax = (x, 0) if pool == 1 else (x // 4, x // 8)
+    kept = 0 if pool == 1 else p + argmax  # pooled and argmax, written by the first pass of forward
+    expected = {"forward": x + kept + p + p, "backward": 4 * p + argmax + x, "inference": x + p}[direction]
+    moved = sum(launch.bytes_read + launch.bytes_written for launch in launches)
+    assert expected <= moved <= 1.1 * expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", [1, 2])
+def test_compile_takes_it_without_a_graph_break(pool):
+    """A convolution before it, as in the model, so that the compiler has strides to choose."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 6, 3, padding=1, bias=False), BatchNormCELU2d(6, alpha=0.075, pool=pool)
+    ).to(DEVICE)
+    model = model.to(memory_format=torch.channels_last)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = make((2, 3, 6, 6), torch.float32)[0]
+
+    def train(function):
+        model.load_state_dict(before)
+        model.zero_grad()
+        y = function(x)
+        y.square().sum().backward()
+        return [
+            y.detach(),
+            *(parameter.grad for parameter in model.parameters()),
+            *(buffer.clone() for buffer in model.buffers()),
+        ]
+
+    torch.compiler.reset()
+    plain, compiled = train(model), train(torch.compile(model, fullgraph=True, dynamic=False))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(plain, compiled, strict=True))
+    assert compiled[0].is_contiguous(memory_format=torch.channels_last)
+
+
+# -- what is refused
+
+
+def wrong(**changes):
+    names = ("x", "weight", "bias", "running_mean", "running_var")
+    arguments = dict(zip(names, make((2, 4, 4, 4), torch.float32))) | dict(training=True, alpha=0.075) | changes
+    return batch_norm_celu(*[arguments.pop(name) for name in names], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        (dict(x=torch.zeros(2, 4, 4)), ValueError, r"x must have the shape \[N, C, H, W\], not \[2, 4, 4\]"),
+        (
+            dict(x=torch.zeros(2, 4, 4, 4, dtype=torch.int32)),
+            TypeError,
+            "x must be float16, bfloat16, float32 or float64, not torch.int32",
+        ),
+        (dict(x=torch.zeros(2, 4, 4, 4)), ValueError, "x must be in channels_last"),
+        (dict(x=torch.zeros(0, 4, 4, 4)), ValueError, "at least one value per channel"),
+        (dict(x=torch.zeros(2, 4, 1, 1), pool=2), ValueError, "at least one value per channel"),
+        (dict(x=torch.zeros(1, 4, 1, 1)), ValueError, "Expected more than 1 value per channel when training"),
+        (dict(x=torch.zeros(1, 4, 3, 3), pool=2), ValueError, "Expected more than 1 value per channel when training"),
+        (dict(pool=3), ValueError, "pool must be 1 or 2, not 3"),
+        (dict(alpha=0.0), ValueError, "alpha and eps must be above 0"),
+        (dict(weight=torch.ones(5)), ValueError, r"weight must have the shape \[4\], not \[5\]"),
+        (dict(bias=torch.ones(4, dtype=torch.int64)), TypeError, "bias must be float16 or .*, not torch.int64"),
+        (dict(bias="none"), TypeError, "bias must be a tensor, not 'none'"),
+        (dict(running_mean=None), ValueError, "must both be given, or neither"),
+        (dict(weight=torch.ones(4, device="meta")), RuntimeError, "weight must be on .*, as x is, not on meta"),
+    ],
+)
+def test_wrong_arguments_of_the_norm_are_refused(changes, error, words):
+    changes = {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(error, match=words):
+        wrong(**changes)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="for a machine without a GPU")
+def test_without_gpu_and_interpreter_the_error_says_what_to_do(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match=r"need tensors on a GPU.*TRITON_INTERPRET=1"):
+        wrong()
+
+
+# -- what the interpreter cannot see
+
+
+@pytest.mark.parametrize("path", sorted(TABLE.parent.glob("*.py")), ids=lambda path: path.name)
+def test_every_masked_load_says_what_the_rest_is(path):
+    """The interpreter fills what a mask leaves out with zero, a GPU with anything."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
+            words = {keyword.arg for keyword in node.keywords}
+            assert "mask" not in words or "other" in words, f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.Call):
+            assert "atomic" not in ast.unparse(node.func), f"{path.name}:{node.lineno}"
+
+
+RECIPE_SHAPES = [
+    pytest.param((n, *shape), marks=[pytest.mark.slow] * (n == 512), id="x".join(map(str, (n, *shape))))
+    for n in (8, 512)
+    for shape in dict.fromkeys((block.c_out, block.size, block.size, block.pool) for block in Recipe().blocks())
+]
+
+
+slow_dtypes = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, *slow_dtypes])
+@pytest.mark.parametrize("shape", RECIPE_SHAPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_parity_at_the_recipes_shapes_on_a_gpu(shape, dtype, training):
+    assert_as_good_as_eager(make(shape[:4], dtype), training=training, pool=shape[4])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", RECIPE_SHAPES)
+def test_capture_and_replay_give_what_a_plain_launch_gives(shape):
+    tensors = make(shape[:4], torch.float16)
+    dy = torch.randn_like(batch_norm_celu(*tensors, training=False, alpha=0.075, pool=shape[4]))
+    expected = everything(batch_norm_celu, tensors, dy=dy, training=True, pool=shape[4])
+    x, weight, bias, mean, var = (tensor.clone() for tensor in tensors)
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = batch_norm_celu(*leaves, mean, var, training=True, alpha=0.075, pool=shape[4])
+        gradients = torch.autograd.grad(y, leaves, dy)
+    for tensor, start in zip((mean, var), tensors[3:]):
+        tensor.copy_(start)
+    graph.replay()
+    torch.cuda.synchronize()
+    replayed = dict(zip(expected, (y.detach(), *gradients, mean, var)))
+    assert all(torch.equal(replayed[name], expected[name]) for name in expected)

@@ -1,0 +1,378 @@
+"""torchrun shares runs over processes: what one process gives, whichever of them dies, however many go on."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_fast import InputError, Recipe, fit
+from cifar_fast.backends.select import BackendConfig
+from cifar_fast.cli.main import main as command
+from cifar_fast.train import main
+from cifar_fast.training.checkpoint import read_checkpoint
+from cifar_fast.utils.distributed import World
+from cifar_fast.utils.progress import lines_to
+from tests.helpers import contents, stop_after
+
+RECIPE = Recipe(epochs=30, batch_size=16, widths=(4, 8))
+FLAGS = "--dataset npz --widths 4 8 --epochs 30 --batch-size 16 --device cpu --dtype float32 --backend eager --seed 3"
+SPEC = """
+dataset = "npz"
+data_dir = "{data}"
+output = "{output}"
+runs = 2
+backend = "eager"
+device = "cpu"
+dtype = "float32"
+[recipe]
+epochs = {epochs}
+batch_size = 16
+widths = [4, 8]
+[variants.baseline]
+[variants.momentum]
+momentum = 0.8
+"""
+
+
+@pytest.fixture(scope="module")
+def no_curves_here():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "cifar_fast.training.run_folder.draw_curves", lambda result, path: path.touch()
+        )  # which take longest
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, npz, no_curves_here):
+    """The folder of three runs by one process."""
+    folder = tmp_path_factory.mktemp("whole") / "whole"
+    assert main(f"{FLAGS} --data-dir {npz} --runs 3 --save-logits --output {folder}".split()) == 0
+    return folder
+
+
+def torchrun(flags, processes=2, module="cifar_fast.train", restarts=0, cwd=None):
+    options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options]
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen([*launcher, "-m", module, *flags.split()], env=environment, **how)
+
+
+def ended(process):
+    """Exit code, and the lines of standard output and standard error that are ours and not torchrun's."""
+    out, error = process.communicate(timeout=240)
+    ours = [line for line in error.splitlines() if line.startswith(("error: ", "interrupted"))]
+    assert "cifar_fast/" not in error, "a traceback of ours"
+    return process.returncode, out.splitlines(), ours
+
+
+def kill_when(process, rank, rows):
+    """Kill the process of that rank which torchrun has started, when the file ``rows`` has two, one a checkpoint."""
+    while not rows.exists() or rows.read_text().count("\n") < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            os.kill(int(child), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, npz):
+    """The folder of three runs shared by two processes, of which the second is killed in its first run."""
+    folder = tmp_path_factory.mktemp("original") / "shared"
+    process = torchrun(f"{FLAGS} --data-dir {npz} --runs 3 --save-logits --output {folder}")
+    kill_when(process, 1, folder / "parts/run-1/metrics.jsonl")
+    code, _, ours = ended(process)
+    assert code == 1 and ours in ([], [f"interrupted; to go on: cifar-fast train --resume {folder}"])
+    return folder
+
+
+@pytest.fixture
+def killed(tmp_path, original):
+    return shutil.copytree(original, tmp_path / "shared")
+
+
+def epochs_in(lines):
+    return [int(line.split()[1]) for line in lines if line.startswith("epoch ")]
+
+
+@pytest.mark.slow  # processes of their own
+def test_two_processes_leave_what_one_leaves(tmp_path, npz, whole):
+    process = torchrun(f"{FLAGS} --data-dir {npz} --runs 3 --save-logits --output {tmp_path}/shared")
+    code, lines, errors = ended(process)
+    assert (code, errors) == (0, [])
+    assert contents(tmp_path / "shared") == contents(whole)
+    assert (tmp_path / "shared/logits.npz").read_bytes() == (whole / "logits.npz").read_bytes()
+    told = [line for line in lines if line.startswith("run ")]
+    assert told == ["run 1 of 3, seed 3", "run 3 of 3, seed 5"], "of two processes the first tells of its own"
+
+
+@pytest.mark.slow  # processes of their own
+def test_where_a_process_was_killed_one_alone_goes_on_to_the_same_bits(killed, whole, capfd, no_curves_here):
+    assert main(["--resume", str(killed)]) == 0
+    shown = capfd.readouterr().out
+    assert "going on after epoch" in shown and len(epochs_in(shown.splitlines())) < 3 * 30
+    assert contents(killed) == contents(whole)
+    assert (killed / "logits.npz").read_bytes() == (whole / "logits.npz").read_bytes()
+
+
+@pytest.mark.slow  # processes of their own
+def test_a_call_goes_on_with_what_processes_have_left_and_with_their_threads(
+    killed, whole, tiny, no_curves_here, monkeypatch
+):
+    for module in ("runs", "trainer"):
+        monkeypatch.setattr(f"cifar_fast.{module}.DEFAULT_NUM_THREADS", 2)
+    how = dict(seed=3, backend="eager", device="cpu", dtype="float32", save_logits=True, log=None)
+    result = fit(RECIPE, tiny, resume=killed, runs=3, **how)
+    assert contents(killed, "data_source") == contents(whole, "data_source") and len(result.rows) == 3 * 30
+
+
+@pytest.mark.slow  # processes of their own
+def test_what_processes_have_left_is_kept_unless_told(npz, killed, capfd, no_curves_here):
+    flags = f"{FLAGS} --epochs 1 --data-dir {npz} --output {killed}".split()
+    assert main(flags) == 2
+    assert "--resume to go on with it, --overwrite to replace" in capfd.readouterr().err
+    for contradiction, words in {"--seed 4": "--seed was 3", "--runs 2": "--runs was 3"}.items():
+        assert main(["--resume", str(killed), *contradiction.split()]) == 2
+        assert words in capfd.readouterr().err
+    assert (killed / "parts").exists()
+    assert main([*flags, "--overwrite"]) == 0
+    assert sorted(os.listdir(killed)) == ["curves.png", "metrics.jsonl", "model.pt", "summary.json"]
+
+
+@pytest.mark.slow  # whole trainings
+def test_processes_go_on_with_the_epochs_and_runs_that_one_alone_has_left(tmp_path, tiny, npz, capfd, no_curves_here):
+    recipe = Recipe(epochs=3, batch_size=16, widths=(4, 8))
+    how = dict(seed=3, backend="eager", device="cpu", dtype="float32")
+    folder, lines = tmp_path / "shared", []
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, tiny, runs=2, output=folder, log=stop_after((1, 3)), **how)
+    (folder / "parts").mkdir()  # as processes leave it that are killed at once
+    fit(recipe, tiny, runs=2, resume=folder, log=lines.append, **how)
+    assert "going on after epoch 2" in lines and not (folder / "parts").exists()
+    (folder / "parts").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, tiny, runs=4, resume=folder, log=stop_after((2, 2)), **how)
+    assert main(["--resume", str(folder), "--data-dir", str(npz)]) == 0, "which knows how many runs there are to be"
+    assert epochs_in(capfd.readouterr().out.splitlines()) == [2, 3, 1, 2, 3]
+    fit(recipe, tiny, runs=4, output=tmp_path / "whole", log=None, **how)
+    assert contents(folder, "data_source") == contents(tmp_path / "whole", "data_source")
+
+
+@pytest.mark.slow  # whole trainings
+def test_runs_by_different_backends_make_no_result(tmp_path, npz, capfd, monkeypatch, no_curves_here):
+    flags = f"{FLAGS} --data-dir {npz} --epochs 2 --runs"
+    folder = tmp_path / "shared"
+    assert main(f"{flags} 1 --output {folder}".split()) == 0
+    (folder / "parts").mkdir()
+    with lines_to(stop_after((2, 1))):
+        assert main(["--resume", str(folder), "--runs", "3"]) == 130
+    saved = torch.load(folder / "parts/run-1/checkpoint.pt", weights_only=True)
+    saved["result"]["backend"] = "compiled"  # as where auto has not found the same in all processes
+    torch.save(saved, folder / "parts/run-1/checkpoint.pt")
+    assert main(["--resume", str(folder)]) == 1
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {folder}: run 2 was trained by compiled, and others by eager; name a --backend")
+    assert len(json.loads((folder / "summary.json").read_text())["runs"]) == 1 and (folder / "parts/run-2").exists()
+
+
+@pytest.mark.nightly  # processes of their own, several times
+def test_the_first_process_names_the_folder_and_takes_the_place_of_earlier_results(tmp_path, npz):
+    flags = f"{FLAGS} --data-dir {npz} --epochs 2 --runs"
+    code, _, errors = ended(torchrun(f"{flags} 2", cwd=tmp_path))
+    assert (code, errors) == (0, [])
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(json.loads((folder / "summary.json").read_text())["runs"]) == 2
+    code, _, errors = ended(torchrun(f"{flags} 1 --seed 9 --overwrite --output {folder}"))
+    assert (code, errors) == (0, [])
+    assert [run["seed"] for run in json.loads((folder / "summary.json").read_text())["runs"]] == [9]
+    assert sorted(os.listdir(folder)) == ["curves.png", "metrics.jsonl", "model.pt", "summary.json"]
+
+
+@pytest.mark.nightly  # processes of their own, several times
+def test_other_numbers_of_processes_go_on_and_runs_may_grow(tmp_path, npz, no_curves_here):
+    """One process begins, two go on, of which the first is killed, and three do the rest, with another run."""
+    flags = f"{FLAGS} --data-dir {npz} --log tensorboard --runs"
+    assert main(f"{flags} 5 --output {tmp_path}/whole".split()) == 0
+    folder = tmp_path / "parts"
+    alone = [sys.executable, "-m", "cifar_fast.train", *f"{flags} 4 --output {folder}".split()]
+    process = subprocess.Popen(alone, stdout=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("run 2 of 4"):
+        assert process.poll() is None
+    process.stdout.readline()
+    process.kill()
+    process.communicate()
+    process = torchrun(f"--resume {folder}")
+    kill_when(process, 0, folder / "parts/run-2/metrics.jsonl")
+    assert ended(process)[0] == 1
+    code, _, errors = ended(torchrun(f"--resume {folder} --runs 5", processes=3))
+    assert (code, errors) == (0, []) and contents(folder) == contents(tmp_path / "whole")
+    assert sorted(os.listdir(folder / "tensorboard")) == [f"run-{run}" for run in range(5)]
+    code, lines, errors = ended(torchrun(f"--resume {folder}"))
+    assert (code, errors, len(lines)) == (0, [], 1) and lines[0].startswith("nothing to do: ")
+
+
+@pytest.mark.nightly  # processes of their own, several times
+def test_a_sweep_is_shared_and_goes_on_by_the_same_command(tmp_path, npz, no_curves_here, capfd):
+    def spec(folder):
+        (tmp_path / f"{folder}.toml").write_text(SPEC.format(data=npz, output=tmp_path / folder, epochs=30))
+        return f"sweep {tmp_path}/{folder}.toml"
+
+    names = ("baseline", "momentum")
+    assert command(spec("whole").split()) == 0
+    process = torchrun(spec("restarted"), module="cifar_fast", restarts=1)
+    kill_when(process, 1, tmp_path / "restarted/momentum/parts/run-0/metrics.jsonl")
+    code, lines, _ = ended(process)
+    assert code == 0 and lines[-1].startswith("written to ")
+    process = torchrun(spec("killed"), module="cifar_fast")
+    kill_when(process, 1, tmp_path / "killed/momentum/parts/run-0/metrics.jsonl")
+    assert ended(process)[0] == 1
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+    code, _, errors = ended(torchrun(spec("killed"), module="cifar_fast"))
+    assert (code, errors) == (0, [])
+    capfd.readouterr()
+    assert command([*spec("alone").split(), "--dry-run"]) == 0
+    assert "run 1 of momentum, seed 0: goes on after epoch" in capfd.readouterr().out
+    assert command(spec("alone").split()) == 0
+    for folder in ("restarted", "killed", "alone"):
+        assert sorted(os.listdir(tmp_path / folder)) == ["baseline", "momentum", "sweep.json"]
+        for name in names:
+            assert contents(tmp_path / folder / name) == contents(tmp_path / "whole" / name)
+
+
+@pytest.mark.nightly  # processes of their own, several times
+def test_what_is_wrong_is_one_line_and_leaves_nothing(tmp_path, npz, whole):
+    before = sorted(os.listdir(whole))
+    flags = f"{FLAGS} --data-dir {npz}"
+    for wrong, words in {
+        f"{flags} --output {whole}": f"error: {whole} already holds results",
+        f"{flags} --nonsense": "error: unrecognized arguments: --nonsense",
+        f"{flags} --batch-size 64 --runs 2 --output {tmp_path}/out": "error: ",
+        f"{FLAGS} --data-dir {tmp_path}/none.npz --output {tmp_path}/out": "error: ",
+        f"{flags} --also-test a={tmp_path}/none --runs 2 --output {tmp_path}/out": "error: ",
+    }.items():
+        code, lines, errors = ended(torchrun(wrong))
+        assert code == 1 and len(errors) == 1 and errors[0].startswith(words), (lines, errors)
+    assert not os.listdir(tmp_path) and sorted(os.listdir(whole)) == before
+
+
+@pytest.mark.nightly  # processes of their own
+def test_a_run_that_diverges_is_told_with_the_rank_of_its_process(tmp_path, npz):
+    wild = "--lr-values 1e30 1e30 0 --init-seed 0 --runs 2"
+    code, _, errors = ended(torchrun(f"{FLAGS} {wild} --data-dir {npz} --output {tmp_path}/out"))
+    told = [line for line in errors if "the loss is not finite" in line]
+    assert code == 1 and told and all(line.startswith("error: rank ") for line in told)
+
+
+@pytest.mark.nightly  # processes of their own
+def test_a_variant_that_diverges_is_told_once_and_left_out(tmp_path, npz):
+    text = SPEC.format(data=npz, output=tmp_path / "sweep", epochs=2) + "lr_values = [1e30, 1e30, 0]\n"
+    (tmp_path / "spec.toml").write_text(text)
+    code, lines, _ = ended(torchrun(f"sweep {tmp_path}/spec.toml", module="cifar_fast"))
+    assert code == 1 and sum("momentum: the loss is not finite" in line for line in lines) == 1
+    assert len(json.loads((tmp_path / "sweep/baseline/summary.json").read_text())["runs"]) == 2
+
+
+def by_hand(flags, rank, port, program=("-m", "cifar_fast.train")):
+    """A process of two, as torchrun would start it."""
+    world = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {name: str(value) for name, value in world.items()}
+    return subprocess.Popen([sys.executable, *program, *flags.split()], env=environment, **how)
+
+
+def both_by_hand(flags, begun):
+    """The two processes of a launch, when the file ``begun`` is there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    both = by_hand(flags, 0, port), by_hand(flags, 1, port)
+    while not begun.exists():
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.01)
+    return both
+
+
+@pytest.mark.nightly  # processes of their own
+def test_a_process_that_waits_for_one_that_has_died_ends_at_once_and_says_so(tmp_path, npz):
+    """Where nothing else ends it, as on another machine; it waits because there is but one run."""
+    flags = f"{FLAGS} --data-dir {npz} --epochs 100000 --output {tmp_path}/out"
+    first, second = both_by_hand(flags, tmp_path / "out/parts/run-0/metrics.jsonl")
+    first.kill()
+    first.communicate()
+    _, error = second.communicate(timeout=20)
+    assert (second.returncode, error) == (1, "error: rank 1: another process has ended before its runs had\n")
+
+
+@pytest.mark.nightly  # processes of their own
+def test_a_signal_ends_a_process_that_has_done_its_runs_and_waits(tmp_path, npz):
+    flags = f"{FLAGS} --data-dir {npz} --runs 2 --output {tmp_path}/out"
+    first, second = both_by_hand(flags, tmp_path / "out/parts/run-1/metrics.jsonl")
+    second.send_signal(signal.SIGSTOP)
+    assert any(line.startswith("epoch 30") for line in first.stdout)
+    time.sleep(1)
+    first.send_signal(signal.SIGINT)
+    _, error = first.communicate(timeout=20)
+    second.kill()
+    second.communicate()
+    assert (first.returncode, error) == (130, f"interrupted; to go on: cifar-fast train --resume {tmp_path}/out\n")
+
+
+def test_more_processes_than_gpus_is_refused_where_they_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    plan = BackendConfig(("eager",), torch.device("cuda"), torch.float32, torch.channels_last, "")
+    assert World(5, 8, 1).own_device(plan, "auto").device == torch.device("cuda", 1)
+    assert World(5, 8, 1).own_device(plan, "cuda:0") is plan and World().own_device(plan, "auto") is plan
+    with pytest.raises(InputError, match="more processes than GPUs, 2 on this machine; start torchrun with"):
+        World(6, 8, 2).own_device(plan, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.nightly  # processes of their own
+def test_each_process_takes_a_gpu_of_its_own(tmp_path, npz):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    flags = f"{FLAGS} --data-dir {npz} --epochs 2 --runs 3 --device cuda"
+    environment = {}
+    for folder, start in {"one": main, "two": None}.items():
+        arguments = f"{flags} --output {tmp_path}/{folder}"
+        assert (start(arguments.split()) if start else ended(torchrun(arguments))[0]) == 0
+        environment[folder] = json.loads((tmp_path / folder / "summary.json").read_text())["environment"]
+    assert environment["two"]["device"] == "cuda:0"
+    assert contents(tmp_path / "two")[1] == contents(tmp_path / "one")[1]
+
+
+@pytest.mark.nightly  # processes of their own, in which what the kernels compute is emulated
+def test_on_a_stand_in_for_two_gpus_each_process_takes_one_and_the_rows_are_those_of_one_process(tmp_path, npz, shared):
+    stand_in = [shared("gpu_stand_in/run.py"), "--values", "--devices", "2", "--log"]
+    if not shutil.which("gcc"):
+        pytest.skip("the stand-in needs gcc")
+
+    def on_gpus(log):
+        return [*map(str, stand_in), str(tmp_path / log), "-m", "cifar_fast.train"]
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    flags = f"{FLAGS} --device auto --data-dir {npz} --epochs 2 --runs 2 --output {tmp_path}"
+    both = [by_hand(f"{flags}/two", rank, port, on_gpus(f"{rank}.log")) for rank in range(2)]
+    part, devices = tmp_path / "two/parts/run-1", set()
+    while any(process.poll() is None for process in both):
+        with contextlib.suppress(InputError):
+            devices.add(read_checkpoint(part, "a part").result.environment["device"])
+        time.sleep(0.01)
+    assert [process.wait() for process in both] == [0, 0], [process.communicate() for process in both]
+    assert devices == {"cuda:1"}
+    done = subprocess.run(
+        [sys.executable, *on_gpus("one.log"), *f"{flags}/one".split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "two")[1] == contents(tmp_path / "one")[1]

@@ -1,0 +1,336 @@
+import contextlib
+import dataclasses
+import html
+import io
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from base64 import b64decode
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cifar_fast import CNN, Diverged, InputError, Recipe, fit
+from cifar_fast.training.metrics import confidence_interval_95
+from cifar_fast.training.run_folder import Output
+from tests.helpers import HOW, NARROW
+
+RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
+
+
+def test_the_files_of_a_training(tmp_path, small):
+    output = tmp_path / "a" / "b"
+    result = fit(RECIPE, small, runs=3, seed=2, output=output, **HOW)
+    assert sorted(path.name for path in output.iterdir()) == ["curves.png", "metrics.jsonl", "model.pt", "summary.json"]
+
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["run"], row["epoch"]) for row in rows] == [(run, epoch) for run in range(3) for epoch in (1, 2)]
+    assert set(rows[0]) == {
+        "run",
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "test_accuracy",
+        "train_seconds",
+        "evaluation_seconds",
+    }
+
+    summary = json.loads((output / "summary.json").read_text())
+    assert Recipe(**summary["recipe"]) == RECIPE
+    assert (summary["backend"], summary["dtype"], summary["dataset"]["digest"]) == ("eager", "float32", small.digest)
+    assert summary["environment"]["torch"] == torch.__version__
+    accuracies = [run["test_accuracy"] for run in summary["runs"]]
+    assert accuracies == [row["test_accuracy"] for row in rows if row["epoch"] == 2]
+    assert [run["seed"] for run in summary["runs"]] == [2, 3, 4]
+    assert summary["test_accuracy_mean"] == pytest.approx(statistics.mean(accuracies))
+    assert summary["test_accuracy_std"] == pytest.approx(statistics.stdev(accuracies))
+    low, high = summary["test_accuracy_ci95"]
+    assert low <= summary["test_accuracy_mean"] <= high
+    seconds = sorted(run["train_seconds"] for run in summary["runs"])
+    assert (summary["train_seconds_min"], summary["train_seconds_median"]) == (seconds[0], seconds[1])
+    assert summary["train_seconds_mean"] == pytest.approx(sum(seconds) / 3)
+
+    with Image.open(output / "curves.png") as image:
+        image.load()
+        assert image.format == "PNG" and len(image.getcolors(1 << 20)) > 10
+    saved = torch.load(output / "model.pt", weights_only=True)
+    model = CNN(Recipe(**saved["recipe"]), len(saved["class_names"]))
+    model.load_state_dict(saved["state_dict"])
+    assert all(torch.equal(tensor, result.state_dict[name]) for name, tensor in model.state_dict().items())
+    pixels = small.train_images.astype(np.float64)
+    assert saved["mean"] == pytest.approx(pixels.mean((0, 1, 2)))
+    assert saved["std"] == pytest.approx(pixels.std((0, 1, 2), ddof=1))
+    assert saved["format"] == 1
+
+
+def test_a_notebook_shows_a_row_for_each_run_and_the_curves(tmp_path, small):
+    np.savez(tmp_path / "test.npz", images=small.test_images, labels=small.test_labels)
+    also_test = {"<shifted>": tmp_path / "test.npz"}
+    result = fit(RECIPE, small, runs=2, seed=7, also_test=also_test, output=tmp_path / "out", **HOW)
+    page = result._repr_html_()  # IPython's protocol
+    header, *rows = re.findall(r"<tr>(.*?)</tr>", page)
+    assert "<th>&lt;shifted&gt; accuracy</th>" in header  # a name is text, not HTML
+    for row, run, last in zip(rows, result.runs, result.rows[1::2], strict=True):
+        assert f"<td>{run.seed}</td><td>2</td><td>{last.train_loss:.3f}</td>" in row
+        assert f"<td>{last.train_accuracy:.2f} %</td><td>{run.test_accuracy:.2f} %</td>" in row
+    assert html.escape(result.summary_line()) in page
+    (png,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert b64decode(png) == (tmp_path / "out/curves.png").read_bytes()
+
+
+def test_a_results_figure_has_the_curves_and_can_be_saved(small):
+    result = fit(RECIPE, small, runs=2, **HOW)
+    figure = result.figure()
+    loss, accuracy, rate = figure.axes
+    for axes, columns in ((loss, ["train_loss"]), (accuracy, ["train_accuracy", "test_accuracy"])):
+        drawn = [list(line.get_ydata()) for line in axes.lines]
+        assert drawn == [
+            [getattr(row, column) for row in result.rows if row.run == run] for run in (0, 1) for column in columns
+        ]
+    assert list(rate.lines[0].get_ydata()) == list(RECIPE.lr_values)
+    figure.savefig(svg := io.StringIO(), format="svg")
+    assert "<svg" in svg.getvalue()
+
+
+@pytest.mark.slow  # a process of its own
+def test_drawing_leaves_matplotlibs_state_alone():
+    code = """
+import sys, matplotlib
+from tests.training.test_results import HOW, RECIPE, fit
+from tests.helpers import small_dataset
+matplotlib.rcParams["lines.linewidth"] = 7
+before = list(dict.items(matplotlib.rcParams))  # as it is: reading the backend would settle it
+result = fit(RECIPE, small_dataset(), **HOW)
+result.figure(), result._repr_html_()
+print(list(dict.items(matplotlib.rcParams)) == before, "matplotlib.pyplot" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True False\n", done.stderr
+
+
+def test_a_result_prints_in_one_short_line(small):
+    result = fit(RECIPE, small, runs=2, **HOW)
+    mean = statistics.mean(run.test_accuracy for run in result.runs)
+    where = result.environment["device_name"]
+    assert repr(result) == f"<Result: npz, eager backend, float32, {where}, 2 runs, test accuracy {mean:.2f} %>"
+
+
+def test_one_run_has_no_deviation_and_no_interval(small):
+    summary = fit(RECIPE, small, **HOW).summary()
+    assert summary["test_accuracy_std"] is None
+    assert summary["test_accuracy_ci95"] is None
+
+
+@pytest.mark.parametrize(("n", "quantile"), [(2, 12.7062), (3, 4.3027), (10, 2.2622), (40, 2.0227)])
+def test_the_interval_is_students(n, quantile):
+    """The quantiles are those of the tables."""
+    values = [50.0 + 0.15 * math.sin(i) for i in range(n)]
+    low, high = confidence_interval_95(values)
+    assert (high - low) / 2 == pytest.approx(quantile * statistics.stdev(values) / n**0.5, rel=1e-3)
+
+
+def test_results_that_are_there_are_kept_unless_told(tmp_path, small):
+    fit(RECIPE, small, output=tmp_path / "out", **HOW)
+    before = (tmp_path / "out/metrics.jsonl").read_text()
+    with pytest.raises(InputError, match=r"already holds results .*--overwrite"):
+        fit(RECIPE, small, output=tmp_path / "out", **HOW)
+    assert (tmp_path / "out/metrics.jsonl").read_text() == before
+    fit(RECIPE, small, output=tmp_path / "out", seed=1, overwrite=True, **HOW)
+    assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_diverging_run_leaves_no_folder_behind(tmp_path, small):
+    wild = Recipe(epochs=2, batch_size=32, widths=NARROW, lr_values=(1e30, 1e30, 0))
+    with pytest.raises(Diverged, match="not finite"):
+        fit(wild, small, output=tmp_path / "a" / "b", **HOW)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("accuracies", [[100.0, 90.0], [0.0, 10.0]])
+def test_the_interval_ends_where_accuracies_end(accuracies):
+    low, high = confidence_interval_95(accuracies)
+    assert 0 <= low < high <= 100
+
+
+FULL = OSError(28, "No space left on device")
+ZIP = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nand more lines")
+
+
+@pytest.mark.slow  # whole trainings
+@pytest.mark.parametrize(
+    ("target", "error", "lost"),
+    [
+        ("torch.save", ZIP, "model.pt"),
+        ("torch.save", FULL, "model.pt"),
+        ("matplotlib.figure.Figure.savefig", ValueError("no such backend"), "curves.png"),
+        ("matplotlib.figure.Figure.savefig", ImportError("no PNG here"), "curves.png"),
+        ("cifar_fast.training.results.Result.summary", TypeError("not JSON"), "summary.json"),
+    ],
+)
+def test_a_file_that_cannot_be_written_takes_nothing_with_it(tmp_path, small, monkeypatch, target, error, lost):
+    def fail(*args, **kwargs):
+        raise error
+
+    lines = []
+    if lost == "summary.json":
+        monkeypatch.setattr("cifar_fast.training.run_folder.json.dumps", fail_after(4, error))
+    else:
+        monkeypatch.setattr(target, fail)
+    result = fit(RECIPE, small, output=tmp_path / "out", runs=2, **HOW | {"log": lines.append})
+    expected = {"curves.png", "metrics.jsonl", "model.pt", "summary.json"} - {lost}
+    expected |= {"checkpoint.pt"} if lost == "summary.json" else set()  # to go on from
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+    (line,) = result.unwritten
+    assert lost in line and "could not be written" in line and "\n" not in line
+    assert line in lines and any(line.startswith("test accuracy") for line in lines)
+
+
+def fail_after(n, error):
+    """json.dumps that fails after its first ``n`` calls."""
+    calls, dumps = iter(range(n)), json.dumps
+
+    def dump(*args, **kwargs):
+        if next(calls, None) is None:
+            raise error
+        return dumps(*args, **kwargs)
+
+    return dump
+
+
+@pytest.mark.slow  # whole trainings
+def test_rows_that_could_not_be_written_are_there_when_there_is_room_again(tmp_path, small, monkeypatch):
+    lines, opened = [], open
+
+    def full(path, *args, **kwargs):
+        if str(path).endswith("metrics.jsonl"):
+            raise FULL
+        return opened(path, *args, **kwargs)
+
+    def log(line):
+        lines.append(line)
+        with contextlib.suppress(AttributeError):
+            monkeypatch.delattr("cifar_fast.training.run_folder.open")
+        if "epoch  1" in line:  # of the first run: its second row finds no room, the next one does
+            monkeypatch.setattr("cifar_fast.training.run_folder.open", full, raising=False)
+
+    result = fit(RECIPE, small, runs=2, output=tmp_path / "out", **HOW | {"log": log})
+    assert sum("metrics.jsonl could not be written" in line for line in lines) == 2  # an epoch of each run
+    assert result.unwritten == []
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [(row["run"], row["epoch"]) for row in rows] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+
+
+@pytest.mark.nightly  # processes
+def test_a_disk_that_fills_up_in_a_row_leaves_no_half_line(tmp_path, small):
+    """/dev/full cannot hold a folder, so the limit on a file's size stands for the full disk."""
+    resource = pytest.importorskip("resource")
+    code = f"""
+import resource, signal
+from tests.training.test_results import HOW, RECIPE, fit
+from tests.helpers import small_dataset
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, {resource.RLIM_INFINITY}))
+result = fit(RECIPE, small_dataset(), runs=2, output={str(tmp_path / "out")!r}, **HOW)
+print(len(result.rows), *result.unwritten, sep="\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, *unwritten = done.stdout.splitlines()
+    assert count == "4" and len(unwritten) == 4 and "metrics.jsonl could not be written" in unwritten[0]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+    text = (tmp_path / "out/metrics.jsonl").read_text()
+    assert text.endswith("\n") and all(json.loads(line) for line in text.splitlines())
+
+
+def test_earlier_results_are_there_until_the_first_new_row_is(tmp_path, small):
+    output = tmp_path / "out"
+    fit(RECIPE, small, output=output, **HOW)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    wild = dataclasses.replace(RECIPE, lr_values=(1e30, 1e30, 0))
+    with pytest.raises(Diverged):
+        fit(wild, small, output=output, overwrite=True, **HOW)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+    def stop(line):
+        if "epoch  1" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(RECIPE, small, output=output, seed=1, overwrite=True, **HOW | {"log": stop})
+    assert [path.name for path in output.iterdir()] == ["metrics.jsonl"]
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow  # whole trainings
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_runs_told_one_folder_never_mix(tmp_path, small, overwrite):
+    refused = []
+
+    def second(line):
+        if line.startswith("torch"):  # the first is at work, and has written nothing yet
+            with pytest.raises(InputError, match=r"--output .*: another run is writing its results there") as caught:
+                fit(RECIPE, small, output=tmp_path / "out", overwrite=overwrite, **HOW)
+            refused.append(caught.value)
+
+    fit(RECIPE, small, output=tmp_path / "out", overwrite=overwrite, **HOW | {"log": second})
+    assert len(refused) == 1
+    assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_results_that_came_in_the_meantime_are_kept(tmp_path, small):
+    late = Output(tmp_path / "out")
+    fit(RECIPE, small, output=tmp_path / "out", **HOW)
+    with pytest.raises(InputError, match="already holds results"), late:
+        pass
+
+
+def test_a_new_folder_is_one_runs_own(tmp_path):
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(Output(tmp_path / "runs" / "x", new=True)) for _ in range(3)]
+        assert [output.path.name for output in outputs] == ["x", "x-2", "x-3"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_numbers_of_numpy_do_for_seed_and_runs(tmp_path, small):
+    named = dataclasses.replace(small, name=Path("a/name"))  # and what has a text does for a name
+    result = fit(RECIPE, named, output=tmp_path / "out", seed=np.int64(3), runs=np.int32(1), **HOW)
+    assert not result.unwritten
+    assert json.loads((tmp_path / "out/summary.json").read_text())["runs"][0]["seed"] == 3
+    with pytest.raises(InputError, match=r"seed and runs must be whole numbers, not 1\.0 and 1"):
+        fit(RECIPE, small, seed=1.0, **HOW)
+
+
+def test_a_log_that_lacks_a_letter_gets_it_escaped(tmp_path, small):
+    lines = []
+
+    def ascii_only(line):
+        line.encode("ascii")
+        lines.append(line)
+
+    np.savez(tmp_path / "test.npz", images=small.test_images, labels=small.test_labels)
+    fit(RECIPE, small, also_test={"ä": tmp_path / "test.npz"}, **HOW | {"log": ascii_only})
+    assert any("also tested on \\xe4" in line for line in lines)
+
+
+def test_rows_can_be_read_while_the_run_goes_on(tmp_path, small):
+    seen = []
+    how = HOW | {
+        "log": lambda line: (
+            seen.append(len((tmp_path / "out/metrics.jsonl").read_text().splitlines())) if "epoch" in line else None
+        )
+    }
+    fit(RECIPE, small, output=tmp_path / "out", **how)
+    assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--output"), Output(tmp_path / place):
+        pass

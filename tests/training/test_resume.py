@@ -1,0 +1,424 @@
+"""A training that was stopped at any moment goes on, and ends with the bits of one that was not."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
+from cifar_fast.backends.fused import Fused
+from cifar_fast.cli.flags import interruptible
+from cifar_fast.train import main
+from cifar_fast.training.checkpoint import read_checkpoint
+from cifar_fast.training.results import Result
+from cifar_fast.utils.progress import lines_to
+from tests.helpers import DEVICE, HOW, contents, save_npz, small_dataset, stop_after
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings, by the command and from Python
+
+RECIPE = Recipe(epochs=3, batch_size=16, widths=(4, 8, 8, 16))
+FLAGS = "--dataset npz --widths 4 8 8 16 --epochs 3 --batch-size 16 --device cpu --dtype float32 --seed 3"
+FUSED = Recipe(epochs=2, batch_size=4, widths=(4, 8, 8, 16))
+
+
+def stopped_and_resumed(recipe, dataset, folder, stops, **how):
+    log = stop_after(*stops)
+    how |= {"log": log}
+    place = "output"
+    for _ in stops:
+        with pytest.raises(KeyboardInterrupt):
+            fit(recipe, dataset, **{place: folder}, **how)
+        place = "resume"
+    return fit(recipe, dataset, resume=folder, **how)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_the_bits_are_those_of_an_uninterrupted_training(tmp_path, tiny, uncompiled, backend, dtype):
+    how = HOW | dict(backend=backend, dtype=dtype, runs=2, seed=4)
+    fit(RECIPE, tiny, output=tmp_path / "whole", **how)
+    stopped_and_resumed(RECIPE, tiny, tmp_path / "parts", [(0, 1), (0, 3), (1, 3)], **how)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow  # the interpreter
+def test_the_bits_of_fused_are_those_of_an_uninterrupted_training(tmp_path, uncompiled, few_programs):
+    dataset, how = small_dataset(train=8, test=4), HOW | dict(backend="fused", device=DEVICE.type)
+    fit(FUSED, dataset, output=tmp_path / "whole", **how)
+    stopped_and_resumed(FUSED, dataset, tmp_path / "parts", [(0, 2)], **how)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow  # the interpreter
+def test_a_state_is_copied_to_where_the_graphs_of_fused_have_captured_it(uncompiled, few_programs):
+    def addresses():
+        momenta = [state["momentum_buffer"] for state in backend.optimizer.state.values()]
+        return [tensor.data_ptr() for tensor in (*backend.model.parameters(), *backend.model.buffers(), *momenta)]
+
+    backend = Fused(FUSED, small_dataset(train=4, test=4), DEVICE, torch.float32, torch.channels_last)
+    backend.reset(CNN(FUSED, 3))
+    before = addresses()
+    backend.load_training_state(backend.training_state())
+    assert addresses() == before
+
+
+@pytest.mark.nightly
+def test_the_bits_of_what_torch_compiles_are_those_of_an_uninterrupted_training(tmp_path, tiny):
+    how = HOW | dict(backend="compiled", runs=2)
+    fit(RECIPE, tiny, output=tmp_path / "whole", **how)
+    stopped_and_resumed(RECIPE, tiny, tmp_path / "parts", [(0, 3), (1, 2)], **how)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_streams_apart_and_other_test_sets_go_on_too(tmp_path, tiny):
+    np.savez(tmp_path / "test.npz", images=tiny.test_images, labels=tiny.test_labels)
+    how = HOW | dict(runs=2, order_seed=9, also_test={"again": tmp_path / "test.npz"})
+    fit(RECIPE, tiny, output=tmp_path / "whole", **how)
+    stopped_and_resumed(RECIPE, tiny, tmp_path / "parts", [(0, 3), (1, 1)], **how)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_fewer_checkpoints_cost_epochs_and_no_bits(tmp_path, tiny, every):
+    how = HOW | dict(runs=2, checkpoint_every=every)
+    fit(RECIPE, tiny, output=tmp_path / "whole", **how)
+    lines = []
+    stops = stop_after((0, 2), (1, 3))
+    for place in ("output", "resume"):
+        with pytest.raises(KeyboardInterrupt):
+            fit(RECIPE, tiny, **{place: tmp_path / "parts"}, **how | {"log": stops})
+    rows = (tmp_path / "parts/metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 6, "a row is there before its checkpoint"
+    fit(RECIPE, tiny, resume=tmp_path / "parts", **how | {"log": lines.append})
+    assert [line.split()[1] for line in lines if line.startswith("epoch")] == (["3"] if every else ["1", "2", "3"])
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_elapsed_seconds_go_on(tmp_path, tiny):
+    result = stopped_and_resumed(RECIPE, tiny, tmp_path / "out", [(0, 3)], **HOW)
+    seconds = [row.train_seconds for row in result.rows]
+    assert seconds == sorted(seconds) and len(set(seconds)) == 3
+    evaluation = [row.evaluation_seconds for row in result.rows]
+    assert evaluation == sorted(evaluation) and len(set(evaluation)) == 3
+
+
+# -- the command
+
+
+def train(npz, flags):
+    return main(f"{FLAGS} --data-dir {npz} {flags}".split())
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, npz):
+    """The folder of a training of two runs by the command, stopped in the second epoch of the second run."""
+    folder = tmp_path_factory.mktemp("original") / "parts"
+    with lines_to(stop_after((1, 2))):
+        assert train(npz, f"--backend eager --runs 2 --output {folder}") == 130
+    return folder
+
+
+@pytest.fixture
+def stopped(tmp_path, original):
+    return shutil.copytree(original, tmp_path / "parts")
+
+
+def test_the_folder_knows_what_was_asked_for(tmp_path, npz, stopped, capfd):
+    assert main(["--resume", str(stopped)]) == 0
+    shown = capfd.readouterr().out
+    assert "run 2 of 2, seed 4\ngoing on after epoch 1\nepoch  2" in shown and "run 1 of 2" not in shown
+    assert train(npz, f"--backend eager --runs 2 --output {tmp_path}/whole") == 0
+    assert contents(stopped) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_an_interruption_says_in_a_line_how_to_go_on_if_there_is_something(tmp_path, npz, monkeypatch, capfd, epochs):
+    drawn = []
+
+    def draw(*args, **how):
+        if len(drawn) == epochs:
+            raise KeyboardInterrupt
+        drawn.append(draw_epoch(*args, **how))
+        return drawn[-1]
+
+    monkeypatch.setattr("cifar_fast.training.trainer.draw_epoch", draw)
+    assert train(npz, f"--output {tmp_path}/out") == 130
+    how = f"interrupted; to go on: cifar-fast train --resume {tmp_path}/out\n"
+    assert capfd.readouterr().err == (how if epochs else "interrupted before there was anything to go on from\n")
+    assert (tmp_path / "out").exists() == bool(epochs)
+
+
+def test_a_half_line_is_dropped(tmp_path, npz, stopped):
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write('{"run": 1, "epo')
+    assert main(["--resume", str(stopped)]) == 0
+    rows = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["run"], row["epoch"]) for row in rows] == [(run, epoch) for run in (0, 1) for epoch in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_runs_may_grow(tmp_path, npz, stopped, ended):
+    if ended:
+        assert main(["--resume", str(stopped)]) == 0
+    assert main(["--resume", str(stopped), "--runs", "3"]) == 0
+    assert train(npz, f"--backend eager --runs 3 --output {tmp_path}/whole") == 0
+    assert contents(stopped) == contents(tmp_path / "whole")
+
+
+def test_of_a_training_that_has_ended_there_is_nothing_to_do(tmp_path, npz, stopped, capfd):
+    assert main(["--resume", str(stopped)]) == 0
+    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    capfd.readouterr()
+    assert main(["--resume", str(stopped)]) == 0
+    shown = capfd.readouterr()
+    assert shown.out.startswith("nothing to do: ") and (shown.out.count("\n"), shown.err) == (1, "")
+    assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
+    assert main(["--resume", str(stopped), "--seed", "5"]) == 2
+
+
+def test_a_result_can_be_read_back(tmp_path, tiny):
+    result = fit(RECIPE, tiny, output=tmp_path / "out", runs=2, **HOW)
+    for again in (
+        Result.load(tmp_path / "out"),
+        fit(RECIPE, tiny, resume=tmp_path / "out", runs=2, **HOW),
+    ):
+        assert (again.rows, again.runs, again.recipe) == (result.rows, result.runs, result.recipe)
+        assert json.dumps(again.summary()) == json.dumps(result.summary())
+        assert all(torch.equal(again.state_dict[name], tensor) for name, tensor in result.state_dict.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--seed 4", "--seed was 3, not 4"),
+        ("--init-seed 4", "--init-seed was not given, not 4"),
+        ("--epochs 4", "--epochs was 3, not 4"),
+        ("--widths 4 8", "--widths was 4 8 8 16, not 4 8"),
+        ("--no-flip", "--flip was True, not False"),
+        ("--recipe {folder}/recipe.json", "--epochs was 3, not 7"),
+        ("--backend compiled", "--backend was eager, not compiled"),
+        ("--dtype bfloat16", "--dtype was float32, not bfloat16"),
+        ("--memory-format channels_last", "--memory-format was contiguous_format, not channels_last"),
+        ("--also-test a={folder}/other.npz", "--also-test was not given, not a"),
+        ("--runs 1", "--runs was 2, and may grow, but not shrink to 1"),
+        ("--data-dir {folder}/other.npz", "is not the data set that was trained on"),
+        ("--checkpoint-every -1", "checkpoint_every must be a whole number from 0"),
+        ("--output {folder}/other", "--resume stands in the place of --output"),
+        ("--overwrite", "--resume stands in the place of --output"),
+    ],
+)
+def test_a_contradiction_is_one_line_and_exit_code_2_and_changes_nothing(tmp_path, stopped, capfd, flags, words):
+    save_npz(tmp_path / "other.npz", small_dataset(seed=1))
+    Recipe(epochs=7).save(tmp_path / "recipe.json")
+    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    capfd.readouterr()
+    assert main(["--resume", str(stopped), *flags.format(folder=tmp_path).split()]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
+
+
+def test_the_data_may_have_moved(tmp_path, tiny, stopped):
+    moved = save_npz(tmp_path / "moved.npz", tiny)
+    assert main(["--resume", str(stopped), "--data-dir", str(moved)]) == 0
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "no archive", "foreign", "another format", "a folder"])
+def test_a_checkpoint_that_cannot_be_read_is_one_line_and_exit_code_2(stopped, capfd, damage):
+    path = stopped / "checkpoint.pt"
+    whole = path.read_bytes()
+    if damage == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif damage == "foreign":
+        torch.save({"format": 1, "state_dict": {}}, path)
+    elif damage == "another format":
+        torch.save(torch.load(path, weights_only=True) | {"format": 2}, path)
+    else:
+        path.write_bytes({"empty": b"", "cut off": whole[: len(whole) // 2], "no archive": b"hello\n" * 99}[damage])
+    capfd.readouterr()
+    assert main(["--resume", str(stopped)]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: --resume {stopped}: checkpoint.pt cannot be read (") and error.count("\n") == 1
+
+
+def test_where_there_is_nothing_to_go_on_from_nothing_is_made(tmp_path, capfd):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "none"):
+        assert main(["--resume", f"{tmp_path}/{name}"]) == 2
+        error = capfd.readouterr().err
+        assert "holds no checkpoint.pt" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"] and not list((tmp_path / "empty").iterdir())
+
+
+def test_a_checkpoint_is_plain_tensors_and_numbers(stopped):
+    saved = torch.load(stopped / "checkpoint.pt", weights_only=True)
+    assert [run["seed"] for run in saved["result"]["runs"]] == [3] and saved["state"]["epoch"] == 1
+
+
+def test_a_stopped_training_is_kept_unless_told(npz, stopped, capfd):
+    assert train(npz, f"--output {stopped}") == 2
+    assert "--resume to go on with it, --overwrite to replace" in capfd.readouterr().err
+    assert train(npz, f"--output {stopped} --overwrite --seed 7") == 0
+    assert "checkpoint.pt" not in os.listdir(stopped)
+    assert json.loads((stopped / "summary.json").read_text())["runs"][0]["seed"] == 7
+
+
+def test_a_folder_in_use_is_refused(tmp_path, tiny):
+    """Of a new training and of one that goes on."""
+    refused = []
+
+    def second(line):
+        if line.startswith("epoch  2"):
+            with pytest.raises(InputError, match=r"--resume .*: another run is writing its results there"):
+                fit(RECIPE, tiny, resume=tmp_path / "out", **HOW)
+            refused.append(line)
+        stop(line)
+
+    stop = stop_after((0, 3))
+    with pytest.raises(KeyboardInterrupt):
+        fit(RECIPE, tiny, output=tmp_path / "out", **HOW | {"log": second})
+    fit(RECIPE, tiny, resume=tmp_path / "out", **HOW | {"log": second})
+    assert len(refused) == 1 and len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_another_version_or_machine_is_told_and_goes_on(stopped, capfd):
+    saved = torch.load(stopped / "checkpoint.pt", weights_only=True)
+    saved["result"]["environment"] |= {"torch": "2.0.0", "device_name": "another"}
+    torch.save(saved, stopped / "checkpoint.pt")
+    assert main(["--resume", str(stopped)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert f"torch was 2.0.0, now {torch.__version__}: the last bits may differ" in lines
+    assert any(line.startswith("device_name was another, now ") for line in lines)
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (4, "cuda:3")])
+def test_what_one_of_several_gpus_has_begun_goes_on_where_there_are_fewer(stopped, monkeypatch, gpus, device):
+    checkpoint = read_checkpoint(stopped, str(stopped))
+    checkpoint.result.environment["device"] = "cuda:3"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert checkpoint.plan("auto", "auto", "auto", "auto").device == torch.device(device)
+
+
+def test_it_goes_on_with_the_threads_it_began_with(tmp_path, tiny):
+    """Sums over a batch are cut between threads, so that the last bits depend on them."""
+    recipe = Recipe(epochs=2, batch_size=32, widths=(4,))
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, tiny, output=tmp_path / "out", threads=2, **HOW | {"log": stop_after((0, 2))})
+    assert fit(recipe, tiny, resume=tmp_path / "out", **HOW).environment["threads"] == 2
+
+
+def test_drafts_of_a_process_that_was_killed_are_removed(stopped):
+    (stopped / ".checkpoint.pt.123").touch()
+    assert main(["--resume", str(stopped)]) == 0
+    assert sorted(os.listdir(stopped)) == ["curves.png", "metrics.jsonl", "model.pt", "summary.json"]
+
+
+def test_weights_that_could_not_be_written_stay_in_the_checkpoint(tmp_path, tiny, monkeypatch):
+    save = torch.save
+
+    def full(what, path):
+        if "model.pt" in str(path):
+            raise OSError(28, "No space left on device")
+        save(what, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        result = fit(RECIPE, tiny, output=tmp_path / "out", **HOW)
+    assert len(result.unwritten) == 1 and (tmp_path / "out/checkpoint.pt").exists()
+    fit(RECIPE, tiny, resume=tmp_path / "out", **HOW)
+    fit(RECIPE, tiny, output=tmp_path / "whole", **HOW)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_call_takes_no_signal_handler(tiny):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    during = []
+
+    def log(line):
+        during.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
+
+    fit(RECIPE, tiny, **HOW | {"log": log})
+    assert all(seen == handlers for seen in during)
+
+
+def test_the_command_gives_the_signal_handlers_back(tmp_path, npz):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert train(npz, f"--output {tmp_path}/out") == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_first_signal_waits_for_the_step_and_a_second_does_not():
+    with interruptible() as on_step:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # no step that could end
+        on_step()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            on_step()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+# -- processes
+
+
+def start(flags):
+    command = [sys.executable, "-m", "cifar_fast.train", *flags.split()]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow  # processes of their own
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_after_its_step(tmp_path, npz, number):
+    process = start(f"{FLAGS} --data-dir {npz} --output {tmp_path}/out --epochs 100000")
+    for line in process.stdout:
+        if line.startswith("epoch  2"):
+            process.send_signal(number)
+            break
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, f"interrupted; to go on: cifar-fast train --resume {tmp_path}/out\n")
+    rows = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    saved = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
+    assert len(saved["result"]["rows"]) == len(rows) >= 2, "no epoch that ended is lost"
+
+
+def whole_and_killed(tmp_path, npz, kills, seed):
+    """The contents of a training's folder, and of that of the same one killed at random moments and resumed."""
+    flags = f"{FLAGS} --data-dir {npz} --backend eager --epochs 8 --runs 3"
+    process = start(f"{flags} --output {tmp_path}/whole")
+    begun = time.monotonic() if process.stdout.readline() else 0  # what comes before it is imports
+    assert process.communicate(timeout=120)[1] == ""
+    seconds = time.monotonic() - begun
+    moments, command = random.Random(seed), f"{flags} --output {tmp_path}/parts"
+    for _ in range(kills):
+        process = start(command)
+        process.stdout.readline()
+        time.sleep(moments.uniform(0, seconds / kills))
+        process.kill()
+        process.communicate()
+        if (tmp_path / "parts/checkpoint.pt").exists():
+            command = f"--resume {tmp_path}/parts"
+    assert start(command).communicate(timeout=120)[1] == ""
+    return contents(tmp_path / "whole"), contents(tmp_path / "parts")
+
+
+@pytest.mark.nightly  # a process a kill
+def test_three_kills_at_random_moments_cost_no_bit(tmp_path, npz):
+    whole, parts = whole_and_killed(tmp_path, npz, kills=3, seed=0)
+    assert parts == whole
+
+
+@pytest.mark.nightly
+def test_twenty_kills_at_random_moments_cost_no_bit(tmp_path, npz):
+    whole, parts = whole_and_killed(tmp_path, npz, kills=20, seed=1)
+    assert parts == whole

@@ -1,0 +1,108 @@
+"""Where a run's random numbers come from: ``--seed`` for all, or a seed each for weights, order and augmentation."""
+
+import json
+
+import pytest
+import torch
+
+import cifar_fast.training.fit
+import cifar_fast.training.trainer
+from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
+from cifar_fast.train import main
+from cifar_fast.utils.seeds import Seeds
+from tests.helpers import NARROW
+
+FLAGS = "--dataset npz --widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu --backend eager"
+SOURCES = ("weights", "permutation", "crop", "flip", "cutout")
+
+
+@pytest.fixture
+def drawn(tmp_path, npz, monkeypatch, no_curves):
+    """Gives what the command draws with these flags: of each run the weights and the draws of its two epochs."""
+
+    def draw(flags):
+        models, epochs = [], []
+
+        def model(*args):
+            made = CNN(*args)
+            models.append(torch.cat([parameter.detach().flatten().clone() for parameter in made.parameters()]))
+            return made
+
+        def epoch(*args, **how):
+            epochs.append(draw_epoch(*args, **how))
+            return epochs[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cifar_fast.training.fit, "CNN", model)
+            patch.setattr(cifar_fast.training.trainer, "draw_epoch", epoch)
+            assert main(f"{FLAGS} --data-dir {npz} --output {tmp_path}/out --overwrite {flags}".split()) == 0
+        pairs = [torch.stack([draws.tensor for draws in epochs[i : i + 2]]) for i in range(0, len(epochs), 2)]
+        return [dict(weights=weights, **dict(zip(SOURCES[1:], pair.unbind(1)))) for weights, pair in zip(models, pairs)]
+
+    return draw
+
+
+def differing(one, other):
+    return {name for name in SOURCES if not torch.equal(one[name], other[name])}
+
+
+@pytest.mark.slow  # whole trainings
+@pytest.mark.parametrize(
+    ("varied", "differs"),
+    [("init", {"weights"}), ("order", {"permutation"}), ("augment", {"crop", "flip", "cutout"})],
+)
+def test_a_seed_apart_varies_its_source_alone(drawn, varied, differs):
+    fixed = " ".join(f"--{name}-seed 5" for name in ("init", "order", "augment") if name != varied)
+    (one,), (other,) = (drawn(f"{fixed} --{varied}-seed {seed}") for seed in (6, 7))
+    assert differing(one, other) == differs
+
+
+def test_what_is_given_is_the_same_in_all_runs_and_the_rest_is_of_their_seeds(drawn, tmp_path):
+    """The same initial weights in another order and under other augmentation."""
+    first, second = drawn("--init-seed 5 --seed 3 --runs 2")
+    assert differing(first, second) == set(SOURCES) - {"weights"}
+    runs = json.loads((tmp_path / "out/summary.json").read_text())["runs"]
+    names = ("seed", "init_seed", "order_seed", "augment_seed")
+    assert [[run[name] for name in names] for run in runs] == [[3, 5, 3, 3], [4, 5, 4, 4]]
+    (alone,) = drawn("--init-seed 5 --seed 4")
+    assert not differing(alone, second)
+
+
+def test_an_init_seed_gives_the_weights_of_that_seed(drawn):
+    (apart,), (together,) = drawn("--init-seed 5 --seed 9"), drawn("--seed 5")
+    assert torch.equal(apart["weights"], together["weights"])
+
+
+def test_with_none_apart_all_numbers_come_from_one_stream_as_the_references(drawn, tmp_path, tiny):
+    torch.manual_seed(5)
+    weights = torch.cat([parameter.flatten() for parameter in CNN(Recipe(widths=NARROW), 3).parameters()])
+    epochs = torch.stack([draw_epoch(len(tiny.train_images), device="cpu").tensor for _ in range(2)])
+    (run,) = drawn("--seed 5")
+    assert not differing(run, dict(weights=weights.detach(), **dict(zip(SOURCES[1:], epochs.unbind(1)))))
+    (run,) = json.loads((tmp_path / "out/summary.json").read_text())["runs"]
+    assert (run["seed"], run["init_seed"], run["order_seed"], run["augment_seed"]) == (5, None, None, None)
+
+
+def test_equal_seeds_do_not_tie_the_crops_to_the_order():
+    """One stream read twice would: a shuffle and a crop are remainders of the same random number."""
+    generators = Seeds(5, 5, 5, 5).generators(torch.device("cpu"))
+    assert len({tuple(generator.get_state().tolist()) for generator in generators}) == 3
+
+
+@pytest.mark.parametrize(("seed", "words"), [(-1, "order_seed must lie between 0"), (1.5, "must be whole numbers")])
+def test_a_seed_apart_that_cannot_be_one_is_refused(small, seed, words):
+    with pytest.raises(InputError, match=words):
+        fit(Recipe(epochs=1, batch_size=32, widths=NARROW), small, device="cpu", order_seed=seed, log=None)
+
+
+def test_a_profile_takes_the_draws_of_the_seeds_that_train_is_given(tmp_path, npz, monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        "cifar_fast.diagnostics.profile.profile", lambda backend, draws, *given, **how: taken.append(draws)
+    )
+    flags = f"{FLAGS} --data-dir {npz} --profile {tmp_path}/out"
+    for seeds in ("--order-seed 6", "--order-seed 7", "--order-seed 7 --augment-seed 8"):
+        assert main(f"{flags} {seeds}".split()) == 0
+    first, second, third = taken
+    assert torch.equal(first.crop, second.crop) and not torch.equal(first.permutation, second.permutation)
+    assert torch.equal(second.permutation, third.permutation) and not torch.equal(second.crop, third.crop)

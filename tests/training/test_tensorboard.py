@@ -1,0 +1,114 @@
+"""``--log tensorboard``, read back with TensorBoard's own reader."""
+
+import json
+import sys
+
+import pytest
+
+from cifar_fast import Recipe
+from cifar_fast.train import main
+from cifar_fast.utils.progress import lines_to
+from tests.helpers import stop_after
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+FLAGS = (
+    "--dataset npz --widths 4 8 8 16 --epochs 3 --batch-size 16 --device cpu --dtype float32 --backend eager --seed 3"
+)
+TAGS = {"loss/train": "train_loss", "accuracy/train": "train_accuracy", "accuracy/test": "test_accuracy"}
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+
+
+def train(npz, flags):
+    return main(f"{FLAGS} --data-dir {npz} {flags}".split())
+
+
+def points(reader, folder):
+    """Steps and values by tag, for each run in the folder of a training."""
+    found = {}
+    for run in sorted((folder / "tensorboard").iterdir()):
+        events = reader(str(run)).Reload()
+        found[run.name] = {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        }
+    return found
+
+
+def expected(folder):
+    """The same from metrics.jsonl, and the learning rate from the recipe: knots at 0, 1/5 and all of the run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    low, high, last = Recipe().lr_values
+    assert (low, high, last) == (0.1, 0.6, 0)
+    found = {}
+    for run in sorted({row["run"] for row in rows}):
+        own = [row for row in rows if row["run"] == run]
+        found[f"run-{run}"] = {
+            tag: [(row["epoch"], pytest.approx(row[key], rel=1e-6)) for row in own] for tag, key in TAGS.items()
+        }
+        rates = [(epoch, pytest.approx(0.6 * (1 - (epoch / 3 - 0.2) / 0.8), abs=1e-7)) for epoch in (1, 2, 3)]
+        found[f"run-{run}"]["learning_rate"] = rates[: len(own)]
+    return found
+
+
+def test_the_event_files_hold_the_rows_of_each_run(tmp_path, npz, reader):
+    assert train(npz, f"--runs 2 --output {tmp_path}/out --log tensorboard") == 0
+    found = points(reader, tmp_path / "out")
+    assert found == expected(tmp_path / "out") and [*found] == ["run-0", "run-1"]
+
+
+def test_a_resumed_training_goes_on_in_the_same_place_without_double_points(tmp_path, npz, reader, monkeypatch):
+    with lines_to(stop_after((1, 2))):
+        assert train(npz, f"--runs 2 --output {tmp_path}/out --log tensorboard") == 130
+    assert [step for step, _ in points(reader, tmp_path / "out")["run-1"]["loss/train"]] == [1, 2]
+    assert main(["--resume", f"{tmp_path}/out"]) == 0  # epoch 2 again, whose checkpoint was not there
+    assert len(list((tmp_path / "out/tensorboard/run-1").iterdir())) == 2
+    assert points(reader, tmp_path / "out") == expected(tmp_path / "out")
+
+
+def test_points_are_there_while_the_training_goes_on(tmp_path, npz, reader, monkeypatch):
+    seen = []
+
+    def say(line):
+        if line.startswith("epoch"):
+            seen.append(len(points(reader, tmp_path / "out")["run-0"]["loss/train"]))
+
+    with lines_to(say):
+        assert train(npz, f"--output {tmp_path}/out --log tensorboard") == 0
+    assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize("log", ["", "--log tensorboard"])
+def test_overwriting_takes_the_points_of_the_earlier_training_away(tmp_path, npz, reader, log):
+    assert train(npz, f"--runs 2 --output {tmp_path}/out --log tensorboard") == 0
+    assert train(npz, f"--seed 4 --output {tmp_path}/out --overwrite {log}") == 0
+    left = {run: tags for run, tags in points(reader, tmp_path / "out").items() if tags}
+    assert left == (expected(tmp_path / "out") if log else {})
+
+
+def test_without_the_flag_nothing_is_written(tmp_path, npz):
+    assert train(npz, f"--output {tmp_path}/out") == 0
+    assert not (tmp_path / "out/tensorboard").exists()
+
+
+def test_without_tensorboard_one_line_says_how_to_get_it_before_the_work(tmp_path, npz, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert train(npz, f"--output {tmp_path}/out --log tensorboard") == 2
+    shown = capfd.readouterr()
+    assert shown.err == "error: --log tensorboard needs tensorboard: pip install 'cifar_fast[tensorboard]'\n"
+    assert shown.out == "" and not (tmp_path / "out").exists()
+
+
+def test_event_files_that_cannot_be_written_take_nothing_with_them(tmp_path, npz, capfd):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/tensorboard").touch()
+    assert train(npz, f"--output {tmp_path}/out --log tensorboard") == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}/out/tensorboard could not be written (")
+    assert (tmp_path / "out/model.pt").exists()
+    assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 3
