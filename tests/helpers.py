@@ -135,15 +135,31 @@ def untimed(values):
     return {name: value for name, value in values.items() if not name.startswith("train_seconds") and name not in TIMES}
 
 
+def files_in(folder):
+    """The files below ``folder``, without TensorBoard's, whose names hold the time."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in paths if path.parts[0] != "tensorboard")
+
+
+def files_of(runs, *more):
+    """The files of a finished training."""
+    results = [f"run-{run}/result.json" for run in range(runs)]
+    return sorted(["curves.png", "metrics.jsonl", "model.pt", "summary.json", "training.json", *results, *more])
+
+
 def contents(folder, *left_out):
-    """Everything in ``folder`` that does not depend on the clock."""
+    """All in ``folder`` that does not depend on the clock; ``left_out`` names settings, or ``data_source``."""
     rows = [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = untimed(json.loads((folder / "summary.json").read_text()))
     summary["runs"] = [untimed(run) for run in summary["runs"]]
     summary["settings"] = {name: value for name, value in summary["settings"].items() if name not in left_out}
+    training = json.loads((folder / "training.json").read_text())
+    for values in (summary, training):
+        if "data_source" in left_out:
+            values["dataset"].pop("source")
     saved = torch.load(folder / "model.pt", weights_only=True)
     saved["state_dict"] = {name: tensor.tolist() for name, tensor in saved["state_dict"].items()}
-    return sorted(path.name for path in folder.iterdir()), rows, summary, saved
+    return files_in(folder), rows, summary, training, saved
 
 
 def stop_after(*told):

@@ -1,4 +1,4 @@
-"""What the commands share: the flags that say what is trained and how, and how a mistake is told."""
+"""Parts that the commands share: flags made from the options, and how errors and interrupts are reported."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cifar_fast.data.sources import DATA_URL, DATASETS, is_dataset
-from cifar_fast.recipe import BACKENDS, DTYPES, MEMORY_FORMATS, Recipe
-from cifar_fast.utils.distributed import World
+from cifar_fast.recipe import Recipe
+from cifar_fast.training.config import TrainConfig
+from cifar_fast.utils.distributed import ReportedOnRank0, World
 from cifar_fast.utils.errors import Diverged, InputError, MissingRuns
 from cifar_fast.utils.files import check_writable
 from cifar_fast.utils.progress import lines_to
 
+SHARED = ("backend", "device", "dtype", "memory_format", "seed")
+"""Options of a training that ``compare`` and ``profile`` have too."""
+
 
 class Parser(argparse.ArgumentParser):
-    """Raises :class:`InputError` for flags that are wrong, and takes none by its beginning alone."""
+    """A parser that raises :class:`InputError` for wrong flags and accepts no abbreviations."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
@@ -35,20 +39,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[], int], argv: list[str] | None, on_interrupt: str = "interrupted") -> int:
-    """The exit code of ``command``: its own; 2 for :class:`InputError`, 1 for :class:`Diverged` and
-    :class:`MissingRuns`, told in a line; 130 for Ctrl-C, which of torchrun's processes the first one tells.
+    """Run ``command`` and return its exit code.
 
-    With --traceback in ``argv`` (None: the process's own) an error also shows where it came from.
+    An :class:`InputError` is printed in one line and gives 2; :class:`Diverged` and :class:`MissingRuns` give 1. Ctrl-C
+    gives 130, and under torchrun only rank 0 prints about it. With --traceback in ``argv`` (default: ``sys.argv``) an
+    error also shows its traceback.
     """
     show_traceback = "--traceback" in (sys.argv if argv is None else argv)
     if show_traceback:
         logging.getLogger("cifar_fast").setLevel(logging.DEBUG)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # lines go out as they come, escaped where the encoding lacks a letter
+        if isinstance(stream, io.TextIOWrapper):  # lines go out as they come, escaped if the encoding lacks a letter
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        with lines_to(None if World.stated().rank else say):
+        with lines_to(None if World.from_env().rank else print_line):
             return command()
+    except ReportedOnRank0:
+        return 2
     except (InputError, Diverged, MissingRuns) as error:
         if show_traceback:
             traceback.print_exc()
@@ -56,17 +63,17 @@ def run_command(command: Callable[[], int], argv: list[str] | None, on_interrupt
         print(f"error: {message}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as interrupt:
-        if World.stated().rank == 0:
+        if World.from_env().rank == 0:
             print(str(interrupt) or on_interrupt, file=sys.stderr)
         return 130
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
-    """Gives a function to call after each step, which raises KeyboardInterrupt where Ctrl-C or SIGTERM has come.
+    """Yield a function to call after each step, which raises KeyboardInterrupt if Ctrl-C or SIGTERM has come.
 
-    Either waits for that call once there was a first; a second one, or one before, ends at once. For commands: a
-    process has one set of handlers, which are the caller's again afterwards.
+    Once the function was called, the first signal waits for its next call. A second signal, or one before the first
+    call, interrupts at once. The caller's signal handlers are restored afterwards.
     """
     asked = stepping = False
 
@@ -85,7 +92,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as under nohup
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored under nohup
                 before[number] = signal.signal(number, handle)
     try:
         yield on_step
@@ -94,7 +101,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
             signal.signal(number, handler)
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print ``line``. End the command quietly if the reader of its output is gone, as after ``| head -1``.
 
     That is an exit and no error, because code between here and the command would blame one of its own files.
@@ -107,7 +114,7 @@ def say(line: str) -> None:
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which data set, and where it is."""
+    """Add the flags of the data set: its name, and where it is."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
@@ -119,13 +126,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-dir",
         metavar="PATH",
-        help="where the data set is, or for cifar10 and cifar100 goes (their default: data)",
+        help="where the data set is; cifar10 and cifar100 are downloaded there (default for these: data)",
     )
     group.add_argument(
         "--data-url",
         metavar="URL",
-        help="source of the archive of cifar10 or cifar100, a URL or a file, in place of public ones "
-        f"(default: ${DATA_URL})",
+        help=f"URL or file of the archive of cifar10 or cifar100, instead of public sources (default: ${DATA_URL})",
     )
 
 
@@ -136,80 +142,67 @@ def _dataset(name: str) -> str:
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what is trained, on what and how; a flag for each constant of the recipe among them."""
+    """Add the flags that ``train``, ``compare`` and ``profile`` share: data, options, recipe."""
     add_data_flags(parser)
     group = parser.add_argument_group("how it runs")
-    group.add_argument(
-        "--backend",
-        choices=("auto", *BACKENDS),
-        default="auto",
-        help="eager: the reference; compiled: torch.compile; fused: our kernels in one CUDA graph; auto: the "
-        "fastest here",
-    )
-    group.add_argument(
-        "--memory-format",
-        choices=("auto", *MEMORY_FORMATS),
-        default="auto",
-        help="of the batches; contiguous_format (NCHW) is the reference script's; auto: that for eager, else "
-        "channels_last",
-    )
-    group.add_argument(
-        "--seed", type=int, default=0, help="of the weights, the order and the augmentation (default: 0)"
-    )
-    add_device_flags(group)
-
+    add_config_flags(group, SHARED)
+    add_traceback_flag(group)
     group = parser.add_argument_group("the recipe")
     group.add_argument(
         "--recipe",
         metavar="FILE",
-        help="recipe to start from, JSON as --print-recipe gives it (default: the reference's)",
+        help="recipe to start from, JSON as --print-recipe writes it (default: the reference's)",
     )
     for field in dataclasses.fields(Recipe):
-        flag = f"--{field.name.replace('_', '-')}"
-        default: Any = field.default
-        if isinstance(default, bool):
-            group.add_argument(
-                flag,
-                action=argparse.BooleanOptionalAction,
-                default=None,
-                help=f"{field.metadata['help']} (default: {default})",
-            )
-            continue
-        if choices := field.metadata["choices"]:
-            group.add_argument(flag, choices=choices, help=f"{field.metadata['help']} (default: {default})")
-            continue
-        several = isinstance(default, tuple)
-        one = field.metadata["item"] if several else default
-        shown = " ".join(f"{value:g}" for value in default) or "all" if several else f"{default:g}"
+        add_flag(group, field, None)
+
+
+def add_config_flags(group: Any, names: tuple[str, ...]) -> None:
+    """Add a flag for each option of :class:`TrainConfig` in ``names``, with the field's help, to a parser or group."""
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in names:
+            add_flag(group, field, field.default)
+
+
+def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
+    """Add the flag of a field of :class:`Recipe` or :class:`TrainConfig`, with ``default`` if it is left out."""
+    flag, value, text = f"--{field.name.replace('_', '-')}", field.default, field.metadata["help"]
+    if isinstance(value, bool):
         group.add_argument(
-            flag,
-            type=type(one),
-            nargs="+" if several else None,
-            metavar="N" if isinstance(one, int) else "X",
-            help=f"{field.metadata['help']} (default: {shown})",
+            flag, action=argparse.BooleanOptionalAction, default=default, help=f"{text} (default: {value})"
         )
+    elif isinstance(value, str):
+        choices = field.metadata["choices"] or None
+        if choices and value == "auto":
+            choices = ("auto", *choices)
+        group.add_argument(flag, choices=choices, default=default, help=f"{text} (default: {value})")
+    elif isinstance(value, tuple):
+        item = value[0] if value else field.metadata["item"]
+        shown = " ".join(f"{one:g}" for one in value) or "all"
+        metavar = "N" if isinstance(item, int) else "X"
+        group.add_argument(
+            flag, type=type(item), nargs="+", default=default, metavar=metavar, help=f"{text} (default: {shown})"
+        )
+    elif isinstance(value, float):
+        group.add_argument(flag, type=float, default=default, metavar="X", help=f"{text} (default: {value:g})")
+    else:
+        shown = "" if value is None else f" (default: {value})"
+        group.add_argument(flag, type=int, default=default, metavar="N", help=f"{text}{shown}")
 
 
 def add_device_flags(group: Any, dtype: bool = True) -> None:
-    """The flags of how it runs that every command has, ``--dtype`` where it has one, to a parser or a group of one."""
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    if dtype:
-        group.add_argument(
-            "--dtype",
-            choices=("auto", *DTYPES),
-            default="auto",
-            help="float16 and float32 hold everything, bfloat16 keeps float32 weights (autocast)",
-        )
+    """Add --device, --dtype if wanted, and --traceback to a parser or group."""
+    add_config_flags(group, ("device", "dtype") if dtype else ("device",))
     add_traceback_flag(group)
 
 
 def add_traceback_flag(group: Any) -> None:
-    """The flag that :func:`run_command` reads, to a parser or a group of one."""
-    group.add_argument("--traceback", action="store_true", help="show where an error came from")
+    """Add the flag that :func:`run_command` reads, to a parser or group."""
+    group.add_argument("--traceback", action="store_true", help="show the traceback of an error")
 
 
 def name_and_path(text: str) -> tuple[str, str]:
-    """The value of a flag NAME=PATH."""
+    """Return the value of a flag NAME=PATH."""
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
@@ -217,19 +210,25 @@ def name_and_path(text: str) -> tuple[str, str]:
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The recipe that the flags of :func:`add_run_flags` state."""
+    """Return the recipe of the flags of :func:`add_run_flags`."""
     recipe = Recipe.load(args.recipe) if args.recipe else Recipe()
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
     return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
+def config_of(args: argparse.Namespace) -> TrainConfig:
+    """Return the config of the flags, with defaults for options that the command has no flag for."""
+    options = {name: getattr(args, name) for name in TrainConfig.names() if hasattr(args, name)}
+    return TrainConfig(recipe=recipe_of(args), **options)
+
+
 def sentence(summary: str) -> str:
-    """``summary`` with a capital letter and a full stop."""
+    """Return ``summary`` with a capital letter and a full stop."""
     return f"{summary[0].upper()}{summary[1:]}."
 
 
 def interpret_without_gpu(device: str) -> None:
-    """Have Triton interpret kernels where ``--device`` is no GPU; before anything imports it."""
+    """Make Triton interpret kernels if ``device`` is no GPU. Call it before anything imports Triton."""
     import torch
 
     if device == "cpu" or not torch.cuda.is_available():
@@ -237,8 +236,8 @@ def interpret_without_gpu(device: str) -> None:
 
 
 def check_json(path: Path | None) -> None:
-    """Raise :class:`InputError` where ``--json`` names a file that cannot be written."""
+    """Raise :class:`InputError` if ``--json`` names a file that cannot be written."""
     if path:
         if not path.parent.is_dir() or path.is_dir():
-            raise InputError(f"--json {path}: must name a file in a folder that is there")
+            raise InputError(f"--json {path}: must name a file in an existing folder")
         check_writable(path.parent, f"--json {path}", "choose another file")

@@ -1,4 +1,4 @@
-"""``cifar-fast sweep``."""
+"""``cifar-fast sweep``: train variants of the recipe in turn."""
 
 from __future__ import annotations
 
@@ -6,62 +6,57 @@ import argparse
 import shlex
 import sys
 
-from cifar_fast.cli.flags import (
-    Parser,
-    add_traceback_flag,
-    interruptible,
-    run_command,
-    sentence,
-)
+from cifar_fast.cli.flags import Parser, add_traceback_flag, interruptible, run_command, sentence
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.progress import LOGGER
 
-SUMMARY = "train several variants of the recipe in turn, as a file states them, or go on with them"
+SUMMARY = "train variants of the recipe in turn, as a file states them, or resume them"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``cifar-fast sweep``; gives 0, 1 where a variant diverged or a file could not be written, 2 for bad input."""
+    """Run the command; return its exit code: 1 if a variant diverged or a file is missing, 2 for bad input."""
     return run_command(lambda: run(argv), argv)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="cifar-fast sweep", description=sentence(SUMMARY))
-    parser.add_argument("spec", metavar="SPEC", help="TOML file that states the variants, see docs/experiments.md")
-    parser.add_argument("--dry-run", action="store_true", help="list the variants, and where each run stands, and stop")
+    parser.add_argument("spec", metavar="SPEC", help="TOML file with the variants, see docs/experiments.md")
+    parser.add_argument("--dry-run", action="store_true", help="list the variants and the state of each run, and stop")
     add_traceback_flag(parser)
     return parser
 
 
 def run(argv: list[str] | None) -> int:
-    with World.stated().joined() as world:
-        return run_in(world, argv)
+    with World.from_env().process_group() as world:
+        return run_on_rank(world, argv)
 
 
-def run_in(world: World, argv: list[str] | None) -> int:
-    with world.together():
+def run_on_rank(world: World, argv: list[str] | None) -> int:
+    with world.all_or_none():
         args = make_parser().parse_args(argv)
 
-        from cifar_fast.experiments.sweep import Sweep, fit_sweep, outline, plan_of
+        from cifar_fast.backends.select import resolve_backend
+        from cifar_fast.experiments.sweep import Sweep, dry_run, train_sweep
         from cifar_fast.utils.device import tune_malloc
 
-        wanted = Sweep.load(args.spec)
+        sweep = Sweep.load(args.spec)
         if args.dry_run:
-            for line in outline(wanted):
+            for line in dry_run(sweep):
                 LOGGER.info(line)
             return 0
-        on_cpu = plan_of(wanted).device.type == "cpu"
+        on_cpu = resolve_backend(sweep.backend, sweep.device, sweep.dtype, sweep.memory_format).device.type == "cpu"
     if on_cpu:
         tune_malloc()
     with interruptible() as on_step:
         try:
-            results = fit_sweep(wanted, world=world, on_step=on_step)
+            results = train_sweep(sweep, world, on_step)
         except KeyboardInterrupt:
-            go_on = shlex.join(["cifar-fast", "sweep", args.spec])
-            raise KeyboardInterrupt(f"interrupted; to go on: {go_on}") from None
+            command = shlex.join(["cifar-fast", "sweep", args.spec])
+            raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
     if world.rank:
         return 0
     unwritten = [line for result in results.values() for line in result.unwritten]
     for line in unwritten:
         print(f"error: {line}", file=sys.stderr)
-    LOGGER.info(f"written to {wanted.output}; to see it: {shlex.join(['cifar-fast', 'report', wanted.output])}")
-    return 1 if unwritten or len(results) < len(wanted.variants) else 0
+    LOGGER.info(f"written to {sweep.output}; to see it: {shlex.join(['cifar-fast', 'report', sweep.output])}")
+    return 1 if unwritten or len(results) < len(sweep.variants) else 0

@@ -1,8 +1,9 @@
-"""``cifar-fast train``."""
+"""``cifar-fast train``: train the recipe, and write the results to a folder."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 import time
@@ -11,7 +12,9 @@ from typing import Any
 from cifar_fast.cli import profile
 from cifar_fast.cli.flags import (
     Parser,
+    add_config_flags,
     add_run_flags,
+    config_of,
     interruptible,
     name_and_path,
     recipe_of,
@@ -19,64 +22,44 @@ from cifar_fast.cli.flags import (
     sentence,
 )
 from cifar_fast.data.sources import read_dataset
+from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import InputError
 from cifar_fast.utils.progress import LOGGER
 
-SUMMARY = "train the recipe, and write down what came of it"
+SUMMARY = "train the recipe, and write the results to a folder"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``cifar-fast train``, and ``python -m cifar_fast.train``."""
-    return run_command(lambda: run(argv), argv, "interrupted before there was anything to go on from")
+    """Run the command; return its exit code: 1 if the loss diverged or a file could not be written, 2 for bad input."""
+    return run_command(lambda: run(argv), argv, "interrupted before there was anything to resume")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="cifar-fast train", description=sentence(SUMMARY))
     add_run_flags(parser)
-    parser.add_argument(
-        "--runs", type=int, default=1, help="train that often; run i has the seed of the first, plus i (default: 1)"
-    )
-    for name, what in (("init", "initial weights"), ("order", "order"), ("augment", "augmentation")):
-        parser.add_argument(
-            f"--{name}-seed",
-            type=int,
-            metavar="SEED",
-            help=f"of the {what} alone, and the same in all runs; weights, order and augmentation then have a stream "
-            "each, of --seed where none is given (default: one stream of --seed for all three, as the reference)",
-        )
-    group = parser.add_argument_group("what is written")
+    add_config_flags(parser, ("runs", "init_seed", "order_seed", "augment_seed", "threads"))
+    group = parser.add_argument_group("results")
     group.add_argument(
         "--output",
         metavar="DIR",
         help="folder for metrics.jsonl, summary.json, curves.png and model.pt (default: a new one under runs/)",
     )
-    group.add_argument("--overwrite", action="store_true", help="replace the results that the output folder holds")
+    group.add_argument("--overwrite", action="store_true", help="replace the results in the output folder")
     group.add_argument(
         "--resume",
         metavar="DIR",
-        help="in the place of --output: go on with the training in that folder where it stopped, with the flags "
-        "that it was given; --runs may grow",
+        help="continue the training in that folder, with the flags that it was started with; --runs may grow",
     )
-    group.add_argument(
-        "--checkpoint-every",
-        type=int,
-        default=1,
-        metavar="N",
-        help="epochs from a checkpoint to the next; each run leaves one at its end, with 0 that one alone (default: 1)",
-    )
-    group.add_argument(
-        "--save-logits", action="store_true", help="keep each run's logits of the test images, in logits.npz"
-    )
+    add_config_flags(group, ("checkpoint_every", "save_logits"))
     group.add_argument(
         "--log",
         choices=("none", "tensorboard"),
         default="none",
-        help="write each epoch's loss, accuracies and learning rate for TensorBoard too, under tensorboard/ in the "
-        "output folder (default: none)",
+        help=f"tensorboard: {TrainConfig.help('tensorboard')} (default: none)",
     )
     group.add_argument(
-        "--profile", metavar="DIR", help="do not train: the profile command, which writes to that folder"
+        "--profile", metavar="DIR", help="do not train, but run the profile command, which writes to that folder"
     )
     group.add_argument("--print-recipe", action="store_true", help="print the recipe as JSON and stop")
     group.add_argument(
@@ -85,87 +68,85 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="also tell the accuracy at the end of each run on another test set: CIFAR-10.1, CIFAR-10.2, CIFAR-10-C as "
-        "published, or a .npz file with images and labels; may be given several times",
+        help=TrainConfig.help("also_test"),
     )
     return parser
 
 
 def run(argv: list[str] | None) -> int:
-    with World.stated().joined() as world:
-        return run_in(world, argv)
+    with World.from_env().process_group() as world:
+        return run_on_rank(world, argv)
 
 
-def run_in(world: World, argv: list[str] | None) -> int:
-    with world.together():
+def run_on_rank(world: World, argv: list[str] | None) -> int:
+    with world.all_or_none():
         parser = make_parser()
         args = parser.parse_args(argv)
-        output: Any = None
         if args.resume:
-            from cifar_fast.training.run_folder import Output
-
             if args.output or args.overwrite:
-                raise InputError("--resume stands in the place of --output, without --overwrite; give one of them")
-            output = Output(args.resume, resume=True)
-            parser.set_defaults(**output.checkpoint.flags(args))
+                raise InputError("give --resume alone, without --output and --overwrite")
+            from cifar_fast.training.run_folder import RunFolder
+
+            folder: Any = RunFolder(args.resume, resume=True)
+            parser.set_defaults(**flags_of(folder.earlier, args))
             args = parser.parse_args(argv)
-        recipe = recipe_of(args)
         if args.print_recipe:
-            LOGGER.info(recipe.to_json())
+            LOGGER.info(recipe_of(args).to_json())
             return 0
         if args.profile:
             if world.size > 1:
-                raise InputError("--profile is of one process; leave torchrun out")
+                raise InputError("--profile runs in one process; start it without torchrun")
             args.output = args.profile
             return profile.run(args)
-
-        from cifar_fast.backends.select import resolve_backend
-        from cifar_fast.training.fit import check, fit_shared, nothing_to_do
-        from cifar_fast.training.run_folder import Output
-        from cifar_fast.utils.device import tune_malloc
-        from cifar_fast.utils.seeds import Seeds
-
-        # Whatever can be refused is refused before the data, which may take long to come.
-        plan = (output.checkpoint.plan if output else resolve_backend)(
-            args.backend, args.device, args.dtype, args.memory_format
-        )
-        plan = world.own_device(plan, args.device)
-        seeds = Seeds(args.seed, args.init_seed, args.order_seed, args.augment_seed)
-        check(plan, seeds, args.runs, checkpoint_every=args.checkpoint_every)
-        also_test = dict(args.also_test)
-        if len(also_test) < len(args.also_test):
+        if len(dict(args.also_test)) < len(args.also_test):
             raise InputError("--also-test: two test sets have one name; give each its own")
-        if output is None:
-            output = Output(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
-        elif output.checkpoint.nothing_left(output.name, recipe, plan, seeds, args.runs, also_test, args.save_logits):
-            LOGGER.info(nothing_to_do(output))
-            return 0
-        if args.log == "tensorboard":
-            from cifar_fast.training.tensorboard import TensorBoard
+        args.also_test, args.tensorboard = dict(args.also_test), args.log == "tensorboard"
 
-            output.tensorboard = TensorBoard(recipe)
-    if plan.device.type == "cpu":
+        # All that can be refused is refused before the data, which may take long to come.
+        config = config_of(args)
+
+        from cifar_fast.training.fit import Hooks, Training, train_all
+        from cifar_fast.training.run_folder import RunFolder
+        from cifar_fast.utils.device import tune_malloc
+
+        if not args.resume:
+            folder = RunFolder(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
+        training = Training(config, folder, world=world)
+        if training.complete():
+            training.finished()
+            return 0
+    if training.device.type == "cpu":
         tune_malloc()
     with interruptible() as on_step:
+        training.hooks = Hooks(on_step)
         try:
-            dataset = world.first_before_others(
-                lambda: read_dataset(args.dataset, args.data_dir, data_url=args.data_url)
-            )
-            how: dict[str, Any] = dict(checkpoint_every=args.checkpoint_every, also_test=also_test)
-            how |= dict(save_logits=args.save_logits, seeds=seeds, runs=args.runs, output=output, on_step=on_step)
-            result = fit_shared(world, recipe, dataset, plan, **how)
+            dataset = world.rank0_first(lambda: read_dataset(args.dataset, args.data_dir, args.data_url))
+            with world.all_or_none():
+                training.prepare(dataset)
+            results = train_all([training], world, on_step=on_step)
         except KeyboardInterrupt:
-            if not output.resumable:
+            if not folder.resumable:
                 raise
-            go_on = shlex.join(["cifar-fast", "train", "--resume", str(output.path)])
-            raise KeyboardInterrupt(f"interrupted; to go on: {go_on}") from None
-    LOGGER.info(f"written to {output.path}")
-    unwritten = result.unwritten if result else ()
+            command = shlex.join(["cifar-fast", "train", "--resume", str(folder.path)])
+            raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
+    LOGGER.info(f"written to {folder.path}")
+    unwritten = results[0].unwritten if results else ()
     for line in unwritten:
         print(f"error: {line}", file=sys.stderr)
     return 1 if unwritten else 0
 
 
+def flags_of(earlier: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags that the training ``earlier`` was started with, as defaults for those left out of ``args``."""
+    config = earlier.config
+    changeable = ("backend", "device", "dtype", "memory_format")  # auto is what it was
+    flags = {name: getattr(config, name) for name in TrainConfig.names() if name not in changeable}
+    flags["also_test"] = [] if args.also_test else [*config.also_test.items()]  # the flag adds to its default
+    flags |= {"dataset": earlier.dataset["name"], "data_dir": earlier.dataset["source"]}
+    flags["log"] = "tensorboard" if flags.pop("tensorboard") else "none"
+    return flags if args.recipe else flags | dataclasses.asdict(config.recipe)
+
+
 def default_output(dataset: str) -> str:
-    """A name for a new folder for results on the data set of that name, which may have slashes in it."""
+    """Return a name for a new folder for results on a data set, whose name may contain slashes."""
     return time.strftime(f"runs/{dataset.replace('/', '-').replace(':', '-')}-%Y%m%d-%H%M%S")

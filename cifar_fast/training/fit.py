@@ -1,40 +1,48 @@
-""":func:`fit`, which trains a recipe as often as wanted, and what several processes share of that: a part of the folder
-for each run, and one result of all.
-"""
+"""Training as often as wanted: :func:`fit`, and :class:`Training` for the commands and sweeps."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import operator
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from cifar_fast.backends.select import BackendConfig, SetUp, build_backend, once, resolve_backend
+from cifar_fast.backends.base import Backend
+from cifar_fast.backends.select import BackendCache, BackendConfig, local_device, resolve_backend
 from cifar_fast.data.dataset import Dataset
-from cifar_fast.data.eval_sets import read_eval_sets
-from cifar_fast.data.tensors import channel_statistics
-from cifar_fast.model import CNN, CustomModel, Model
+from cifar_fast.data.eval_sets import EvalSet, read_eval_sets
+from cifar_fast.data.tensors import device_data
+from cifar_fast.model import CustomModel, Model
 from cifar_fast.recipe import Recipe
-from cifar_fast.training.checkpoint import Checkpoint, part_folder, read_parts, without_runs
+from cifar_fast.training.checkpoint import Checkpoint
+from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.evaluate import accuracy, plain_logits
-from cifar_fast.training.metrics import Run
-from cifar_fast.training.results import Result
-from cifar_fast.training.run_folder import Output
+from cifar_fast.training.metrics import EpochRow, Run
+from cifar_fast.training.results import Result, RunResult
+from cifar_fast.training.run_folder import RunFolder
+from cifar_fast.training.tensorboard import TensorBoard
 from cifar_fast.training.trainer import train
 from cifar_fast.utils.device import device_guard, device_timer, environment, short_name
 from cifar_fast.utils.distributed import World
-from cifar_fast.utils.errors import InputError, MissingRuns, out_of_memory
-from cifar_fast.utils.files import CHECKPOINT, PARTS, atomic_write, remove_empty, writing
-from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, print_line
+from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, StopTraining, option, out_of_memory
+from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, prefix_lines, print_line
 from cifar_fast.utils.seeds import Seeds
 from cifar_fast.utils.torch_defaults import DEFAULT_NUM_THREADS, torch_defaults
+
+AFFECTS_BITS = ("torch", "triton", "cuda", "cudnn", "device_name", "threads")
+"""Parts of the environment that the last bits of a training depend on."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Functions that a training calls. An error that they raise ends the training."""
+
+    on_step: Callable[[], None] = lambda: None
+    on_epoch: Callable[[EpochRow], object] = lambda row: None
 
 
 def fit(
@@ -57,368 +65,440 @@ def fit(
     checkpoint_every: int = 1,
     also_test: Mapping[str, str | Path] | None = None,
     save_logits: bool = False,
+    tensorboard: bool = False,
     threads: int | None = None,
+    on_epoch: Callable[[EpochRow], object] | None = None,
     log: LogFn | None = print_line,
 ) -> Result:
     """Train ``recipe`` on ``dataset`` from scratch, ``runs`` times.
 
-    Run i (from 0) is seeded with ``seed + i`` and is the run that this seed gives alone, whatever surrounds the call:
-    torch's settings that a result depends on are at their defaults meanwhile (:mod:`cifar_fast.isolation`), and random
-    numbers come from generators of the run's own, so that those of the caller are left as they were. On a CPU a step
-    takes 15 to 30 % less time after :func:`cifar_fast.utils.device.tune_malloc`, which the command calls. In workers
-    of one's own, start processes with ``spawn``: torch's threads do not survive a fork. torchrun shares out the runs of
-    the commands; this function trains all in each process.
+    Run i, from 0, uses ``seed + i`` and equals the run that this seed gives alone. Nothing around the call changes it:
+    torch's settings are at their defaults inside (:mod:`cifar_fast.utils.torch_defaults`), and random numbers come from
+    generators of the run. The caller's settings and generators are as before afterwards.
+
+    On a CPU a step takes 15 to 30 % less time after :func:`cifar_fast.utils.device.tune_malloc`, which the command
+    calls. Start worker processes with ``spawn``: torch's threads do not survive a fork. Under torchrun this function
+    trains all runs in each process; the commands split them.
 
     Args:
-        model: in the place of the recipe's network, a module from images ``[B, 3, 32, 32]`` to logits ``[B, classes]``.
-            Each run starts from its weights, in a copy; for fresh ones give what makes a module, ``MyNet`` or a
-            function, called for each run under the run's seed. What the recipe says of the network, its output scale
-            too, does not hold for it. What it draws while it trains, for dropout, goes with the run's seed, from
-            torch's own generators, which are given back as they were. What a step changes must be in its state dict.
+        model: a module to train instead of the recipe's network, from images ``[B, 3, 32, 32]`` to logits
+            ``[B, classes]``. Each run starts from a copy of its weights. For fresh weights give a function without
+            arguments, such as a class; it is called for each run under the run's seed. The recipe's options of the
+            network, output scale included, do not apply. Random numbers that the model draws in training, such as
+            dropout, follow the run's seed. All that a step changes must be in the model's state dict.
         backend: auto, eager, compiled, fused.
         device: auto, cpu, cuda, cuda:N.
         dtype: auto, float16, bfloat16, float32.
-        memory_format: contiguous_format (NCHW, the reference script's), channels_last; auto is the first for
+        memory_format: auto, contiguous_format (NCHW, as the reference script), channels_last. auto is the first for
             eager by name, the second for all others.
-        init_seed, order_seed, augment_seed: of the initial weights, the order and the augmentation alone, the same in
-            each run; see :class:`cifar_fast.utils.seeds.Seeds`.
-        output: folder for metrics.jsonl, summary.json, curves.png and model.pt; None writes nothing.
-        overwrite: replace the results that ``output`` holds already.
-        resume: in the place of ``output``, the folder of the same call that was stopped: goes on from its checkpoint
-            and ends with the same bits. ``runs`` may have grown; ``auto`` is what it was. Of a training that has ended
-            the result is read.
-        checkpoint_every: epochs from a checkpoint in ``output`` to the next; each run leaves one when it ends, with 0
-            that one alone.
-        also_test: names and paths of other test sets, see :func:`cifar_fast.data.eval_sets.read_eval_sets`; their
-            accuracies stand in each run.
-        save_logits: keep each run's logits of the test images in ``Result.logits``, and in logits.npz of ``output``.
-        threads: of the CPU; None takes those that torch had when this package was imported, whatever
-            ``torch.set_num_threads`` said since, because the last bits depend on it.
-        log: takes the lines that a person reads; None is silent, without a progress bar too.
+        init_seed, order_seed, augment_seed: seeds of the initial weights, the order and the augmentation alone, the
+            same in each run; see :class:`cifar_fast.utils.seeds.Seeds`.
+        output: folder for the results; None writes nothing. See :mod:`cifar_fast.training.run_folder`.
+        overwrite: replace the results that ``output`` holds.
+        resume: folder of the same call that was stopped, instead of ``output``. The training continues from its
+            checkpoints and ends with the same bits. ``runs`` may grow. ``auto`` is what it was. A finished training is
+            read.
+        checkpoint_every: epochs between checkpoints. Each run writes one at its end; with 0 only that one.
+        also_test: names and paths of other test sets, see :func:`cifar_fast.data.eval_sets.read_eval_sets`.
+        save_logits: keep the logits of the test images in ``Result.logits``, and in logits.npz.
+        tensorboard: also write TensorBoard's files to ``output``.
+        threads: CPU threads. None uses those that torch had when this package was imported, whatever
+            ``torch.set_num_threads`` set since, because the last bits depend on it.
+        on_epoch: called with the row of each epoch as it ends. :class:`cifar_fast.StopTraining` raised in it ends the
+            run there; the run counts as finished, with ``stopped`` set.
+        log: called with each line that a person reads; None prints nothing and shows no progress bar. The lines also
+            go to the logger ``cifar_fast``.
 
     Raises:
-        InputError: something given cannot work here.
-        Diverged: the loss stopped being finite.
+        InputError: an argument cannot work here.
+        Diverged: the loss is no longer finite.
 
-    A file of ``output`` that cannot be written takes nothing else with it: see ``Result.unwritten``.
+    A file that cannot be written does not stop the training: see ``Result.unwritten``.
     """
+    config = TrainConfig(
+        recipe=recipe,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        memory_format=memory_format,
+        seed=seed,
+        init_seed=init_seed,
+        order_seed=order_seed,
+        augment_seed=augment_seed,
+        runs=runs,
+        checkpoint_every=checkpoint_every,
+        also_test={str(name): str(path) for name, path in (also_test or {}).items()},
+        save_logits=save_logits,
+        tensorboard=tensorboard,
+        threads=threads,
+    )
     if resume is not None and (output is not None or overwrite):
-        raise InputError("resume stands in the place of output, without overwrite; give one of them")
+        raise InputError(f"give {option('resume')} alone, without {option('output')} and {option('overwrite')}")
     place = output if resume is None else resume
-    folder = Output(place, overwrite, resume=resume is not None) if place is not None else None
-    standing = folder.checkpoint if folder else None
-    plan = (standing.plan if standing else resolve_backend)(backend, device, dtype, memory_format)
-    seeds = Seeds(seed, init_seed, order_seed, augment_seed)
-    own = None if model is None else CustomModel(model)
-    asked: Any = (recipe, plan, seeds, runs, also_test, save_logits, own.name if own else None)
-    if folder and standing and standing.nothing_left(folder.name, *asked):
-        with lines_to(log):
-            LOGGER.info(nothing_to_do(folder))
-        return standing.result
-    how: dict[str, Any] = dict(also_test=also_test, save_logits=save_logits, threads=threads)
-    how |= dict(seeds=seeds, runs=runs, output=folder, checkpoint_every=checkpoint_every)
-    with lines_to(log), own.preserve_rng(plan.device) if own else contextlib.nullcontext():
-        result = fit_shared(
-            World(), recipe, dataset, plan, make_backend=functools.partial(build_backend, custom_model=own), **how
-        )
-    assert result is not None
+    folder = None if place is None else RunFolder(place, overwrite, resume=resume is not None)
+    hooks = Hooks(on_epoch=on_epoch or Hooks.on_epoch)
+    with lines_to(log):
+        training = Training(config, folder, custom_model=None if model is None else CustomModel(model), hooks=hooks)
+        if training.complete():
+            return training.finished()
+        training.prepare(dataset)
+        (result,) = train_all([training])
     return result
 
 
-def nothing_to_do(output: Output) -> str:
-    """What is said where a training that has ended is told to go on; of its parts a kill may have left some."""
-    shutil.rmtree(output.path / PARTS, ignore_errors=True)
-    return f"nothing to do: all runs in {output.path} have ended; a higher --runs adds to them"
+class Training:
+    """The runs of one config, trained one at a time.
 
+    The constructor refuses what cannot work whatever the data; :meth:`prepare` then takes the data.
 
-class Part(Output):
-    """The folder of a run in that of its training: rows and ``checkpoint.pt``, which stays, with the run when it has
-    ended. What another process has begun goes on.
+    Args:
+        folder: where results go; None keeps them in memory.
+        custom_model: a model instead of the recipe's network.
+        backends: backends that other trainings have used, to use again.
+        name: put before each log line.
+
+    Raises:
+        InputError: an option cannot work here, or differs from the training in ``folder`` that is resumed.
     """
 
-    def __init__(self, training: Path, run: int) -> None:
-        path = part_folder(training, run)
-        super().__init__(path, overwrite=True, resume=(path / CHECKPOINT).exists())
-        self.training, self.run = training, run
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder | None = None,
+        *,
+        custom_model: CustomModel | None = None,
+        hooks: Hooks = Hooks(),
+        backends: BackendCache | None = None,
+        name: str = "",
+        world: World = World(),  # noqa: B008  (frozen)
+    ) -> None:
+        earlier = folder.earlier if folder else None
+        asked = config if earlier is None else config.resuming(earlier.config)
+        self.backend_config = local_device(settle_backend(asked), world.size, world.local_rank, asked.device)
+        self.config = used_options(asked, self.backend_config)
+        self.folder, self.custom_model, self.hooks, self.name = folder, custom_model, hooks, name
+        self.backends = backends or BackendCache()
+        self.result = None if earlier is None else dataclasses.replace(earlier, config=self.config)
+        self._runs: dict[int, RunResult] = {}  # trained by this process
+        if earlier:
+            self._refuse_differences(earlier)
+        if folder and config.tensorboard:
+            folder.tensorboard = TensorBoard(config.recipe)
+
+    def _refuse_differences(self, earlier: Result) -> None:
+        assert self.folder is not None
+        where, model = self.folder.name, self.custom_model.name if self.custom_model else None
+        if model != earlier.model:
+            raise InputError(
+                f"{where}: the model was {earlier.model or 'not given'}, now {model or 'not given'}; resume in Python "
+                "with the model that was trained, by fit(..., model=, resume=)"
+            )
+        if changed := self.config.difference(earlier.config):
+            option_name, before, now = changed
+            raise InputError(
+                f"{where}: {option(option_name)} was {before}, not {now}; leave it out, or start another training "
+                f"with {option('output')}"
+            )
+        if self.config.runs < earlier.config.runs:
+            raise InputError(
+                f"{where}: {option('runs')} was {earlier.config.runs}, and may grow, but not shrink to "
+                f"{self.config.runs}"
+            )
 
     @property
-    def events(self) -> Path:
-        return self.training
+    def device(self) -> torch.device:
+        return self.backend_config.device
 
-    def finish(self, result: Result, test_labels: np.ndarray) -> None:
-        """Leave the run in ``checkpoint.pt``, and of the last one the weights."""
-        last = self.run == result.settings["runs"] - 1
-        self.save(Checkpoint(result if last else dataclasses.replace(result, state_dict={})))
+    def complete(self) -> bool:
+        """Return whether all runs have ended and are written."""
+        return bool(self.folder and self.folder.resume and self.folder.all_written(self.config.runs))
 
+    def finished(self) -> Result:
+        """Return the result of a training that is complete."""
+        assert self.folder is not None
+        LOGGER.info(f"nothing to do: all runs in {self.folder.path} have ended; ask for more runs to add to them")
+        return self.folder.result()
 
-def fit_shared(
-    world: World,
-    recipe: Recipe,
-    dataset: Dataset,
-    plan: BackendConfig,
-    *,
-    output: Output | None,
-    seeds: Seeds,
-    runs: int,
-    threads: int | None = None,
-    make_backend: SetUp = build_backend,
-    **how: Any,
-) -> Result | None:
-    """As :func:`cifar_fast.training.fit.fit_plan`, the runs shared by the processes of ``world``: rank r takes every size-th
-    from the r-th on. Goes on with what any number of processes has left. The result is the first process's, None in the
-    others.
-    """
-    if world.size == 1 and not (output and output.resume and (output.path / PARTS).exists()):
-        alone: dict[str, Any] = dict(output=output, seeds=seeds, runs=runs, threads=threads)
-        return fit_plan(recipe, dataset, plan, make_backend=make_backend, **alone, **how)
-    assert output is not None, "what is shared goes over the disk"
-    make_backend = once(make_backend)
+    def prepare(self, dataset: Dataset) -> None:
+        """Prepare the data for all runs: the recipe's selection of it, and the extra test sets.
 
-    with contextlib.ExitStack() as stack:
+        Raises:
+            InputError: the data cannot be trained on, or is not what the resumed training was trained on.
+        """
+        config = self.config
+        self.eval_sets: list[EvalSet] = read_eval_sets(config.also_test, dataset.num_classes, config.recipe.classes)
+        self.dataset = dataset.for_recipe(config.recipe)
+        self.dataset.check_trainable(config.recipe.batch_size)
+        if self.folder and self.folder.earlier:
+            before, now = self.folder.earlier.dataset["digest"], self.dataset.digest
+            if now != before:
+                raise InputError(
+                    f"{self.folder.name}: {dataset.source} is not the data set that was trained on (digest {now[:12]}, "
+                    f"not {before[:12]}); name that one with {option('data_dir')}"
+                )
 
-        def begin() -> tuple[Path, int, list[int]]:
-            used = dataset.for_recipe(recipe)
-            used.steps_per_epoch(recipe.batch_size)
-            read_eval_sets(how.get("also_test") or {}, dataset.num_classes, recipe.classes)
-            stack.enter_context(output).report = LOGGER.info
-            standing = output.checkpoint
-            if standing:
-                standing.refuse_other_data(output.name, used)
-            else:
-                output.delete_earlier()
-            then = standing.result.settings["threads"] if standing else DEFAULT_NUM_THREADS
-            return output.path, then if threads is None else threads, runs_left(output.path, standing, runs)
+    @contextlib.contextmanager
+    def folder_owned(self, shared: bool) -> Iterator[None]:
+        """Own the folder inside the block. Where ranks share the runs, earlier results are replaced now."""
+        with contextlib.ExitStack() as stack:
+            if self.folder:
+                stack.enter_context(self.folder)
+                if shared:
+                    self.folder.replace_earlier()
+                if self.result:
+                    self.folder.begin(self.result)
+            yield
 
-        folder, threads, left = world.from_first(begin)
-        if world.size > 1:
-            LOGGER.info(f"runs to do: {len(left)}, shared by {world.size} processes; what follows is the first one's")
+    def missing(self) -> list[int]:
+        """Return the indices of the runs to train."""
+        return self.folder.missing(self.config.runs) if self.folder else list(range(self.config.runs))
 
-        def train(run: int) -> None:
-            part = Part(folder, run)
-            part.tensorboard = output.tensorboard
-            alike: dict[str, Any] = dict(seeds=seeds, runs=runs, threads=threads, make_backend=make_backend)
-            fit_plan(recipe, dataset, plan, only=run, output=part, **alike, **how)
-
-        world.share(left, train, how.get("on_step", lambda: None))
-        return None if world.rank else gather(output, runs, dataset.for_recipe(recipe).test_labels)
-
-
-def runs_left(folder: Path, standing: Checkpoint | None, runs: int) -> list[int]:
-    """Which of the ``runs`` in ``folder`` have not ended, ``standing`` being what one process alone has left of the
-    first of them; the one that it has under way is made a part.
-    """
-    ended = len(standing.result.runs) if standing else 0
-    for run in range(ended):  # that a kill has left when all had ended
-        shutil.rmtree(part_folder(folder, run), ignore_errors=True)
-    remove_empty([folder / PARTS])
-    parts = read_parts(folder, str(folder))
-    if standing and standing.state and ended not in parts:
-        rows = [row for row in standing.result.rows if row.run == ended]
-        result = dataclasses.replace(without_runs(standing.result), rows=rows)
-        with writing(str(folder)):
-            part_folder(folder, ended).mkdir(parents=True, exist_ok=True)
-            with atomic_write(part_folder(folder, ended) / CHECKPOINT) as draft:
-                dataclasses.replace(standing, result=result).save(draft)
-    return [run for run in range(ended, runs) if run not in parts or not parts[run].result.runs]
-
-
-def gather(output: Output, runs: int, test_labels: np.ndarray) -> Result:
-    """Write what a training of one process leaves to ``output``, out of its parts, which go; :class:`MissingRuns` where
-    one of the ``runs`` is missing.
-    """
-    standing = output.checkpoint
-    ended = len(standing.result.runs) if standing else 0
-    parts = read_parts(output.path, output.name)
-    for run in range(ended, runs):
-        if run not in parts or not parts[run].result.runs:
-            raise MissingRuns(
-                f"{output.path}: run {run + 1} is not there, it could not be written; start again, train with --resume"
-            )
-    results = [parts[run].result for run in range(ended, runs)]
-    before = standing.result if standing else without_runs(results[0])
-    for run, one in enumerate(results, ended):
-        if (one.backend, one.dtype, one.memory_format) != (before.backend, before.dtype, before.memory_format):
-            raise MissingRuns(
-                f"{output.path}: run {run + 1} was trained by {one.backend}, and others by {before.backend}; name a "
-                "--backend, and start again with --overwrite"
-            )
-    epochs = before.recipe.epochs
-    result = dataclasses.replace(
-        results[-1],
-        environment=results[0].environment,
-        rows=[*before.rows[: ended * epochs], *(row for one in results for row in one.rows)],
-        runs=[*before.runs, *(run for one in results for run in one.runs)],
-        logits=[*before.logits, *(logits for one in results for logits in one.logits)],
-    )
-    output.save(standing or Checkpoint(before))  # to go on from, if this is killed halfway
-    output.set_rows(result.rows)
-    LOGGER.info(result.summary_line())
-    output.finish(result, test_labels)
-    if not (output.path / CHECKPOINT).exists():
-        shutil.rmtree(output.path / PARTS, ignore_errors=True)
-    return result
-
-
-def fit_plan(
-    recipe: Recipe,
-    dataset: Dataset,
-    plan: BackendConfig,
-    *,
-    seeds: Seeds = Seeds(),  # noqa: B008  (frozen)
-    runs: int = 1,
-    only: int | None = None,
-    output: Output | None = None,
-    checkpoint_every: int = 1,
-    also_test: Mapping[str, str | Path] | None = None,
-    save_logits: bool = False,
-    threads: int | None = None,
-    on_step: Callable[[], None] = lambda: None,
-    make_backend: SetUp = build_backend,
-) -> Result:
-    """As :func:`cifar_fast.fit`, with device, dtype and backend settled by :func:`cifar_fast.backends.select.resolve_backend`; goes on
-    from the checkpoint of ``output`` where it has one. ``on_step`` is called after each step; what it raises ends the
-    training. ``make_backend`` may give one that was used before. ``only`` is the number of the one run of ``runs`` that
-    is trained, to an ``output`` of its own.
-    """
-    seeds, runs = check(plan, seeds, runs, threads, checkpoint_every)
-    test_sets = read_eval_sets(also_test or {}, dataset.num_classes, recipe.classes)
-    dataset = dataset.for_recipe(recipe)
-    dataset.steps_per_epoch(recipe.batch_size)
-    if output and output.checkpoint:
-        output.checkpoint.refuse_other_data(output.name, dataset)
-        threads = output.checkpoint.result.settings["threads"] if threads is None else threads
-    threads = DEFAULT_NUM_THREADS if threads is None else int(threads)
-
-    with contextlib.ExitStack() as stack:
-        if output:
-            stack.enter_context(output).report = LOGGER.info
-        standing = output.checkpoint if output else None
-        stack.enter_context(device_guard(plan.device))
-        stack.enter_context(torch_defaults(plan.device, threads))
-        stack.enter_context(oom_hint("training", recipe.batch_size))
-        facts = environment(plan.device)
-        data_facts = dataset.facts()
-        clock = device_timer(plan.device)
-
-        LOGGER.info(f"torch {facts['torch']}, {facts['device_name']}, {facts['threads']} threads, backend {plan}")
-        if plan.reason:
-            LOGGER.info(f"auto: {plan.reason}")
-        for line in standing.moved(facts) if standing else ():
-            LOGGER.info(line)
-        start = clock()
-        backend, failures = make_backend(plan, recipe, dataset)
-        normalization = channel_statistics(torch.from_numpy(dataset.train_images).to(plan.device))
-        mean, std = (statistic.tolist() for statistic in normalization)
-        custom_model, weights_now = backend.custom_model, backend.state_dict()
-        result = Result(
-            recipe=recipe,
-            environment=facts,
-            backend=backend.name,
-            dtype=short_name(plan.dtype),
-            memory_format=short_name(plan.memory_format),
-            auto=standing.result.auto if standing else [line for line in (plan.reason, *failures) if line],
-            dataset=data_facts,
-            settings=dict(
-                **vars(seeds),
-                runs=runs,
-                checkpoint_every=checkpoint_every,
-                also_test={str(name): str(path) for name, path in (also_test or {}).items()},
-                save_logits=save_logits,
-                tensorboard=bool(output and output.tensorboard),
-                threads=threads,
-                data_source=str(dataset.source),
-            ),
-            rows=standing.result.rows if standing else [],
-            runs=standing.result.runs if standing else [],
-            logits=standing.result.logits if standing else [],
-            mean=mean,
-            std=std,
-            state_dict={},
-            model=custom_model.name if custom_model else None,
-            parameters=sum(weights_now[name].numel() for name, _ in backend.model.named_parameters()),
-            remarks=[*dataset.remarks, *backend.remarks],
-        )
-        standing = standing or Checkpoint(result)
-        if output and not standing.state:
-            output.save(Checkpoint(result))
-        for run in range(len(result.runs), runs) if only is None else [only]:
-            if runs > 1:
-                LOGGER.info(f"run {run + 1} of {runs}, seed {seeds.seed + run}")
-            own = seeds.for_run(run)
-            weights, *drawing = own.generators(plan.device)
-            order, augmentation = drawing
-            drawing += custom_model.generators(plan.device, own.seed) if custom_model else []
-            backend.reset((custom_model or CNN)(recipe, dataset.num_classes, weights))
-            after = standing.restore(backend, drawing)
-            if after:
-                LOGGER.info(f"going on after epoch {after.epoch}")
-            setup_seconds = standing.setup_seconds + clock() - start
-            standing = Checkpoint(result)  # of the runs to come
-            n = len(dataset.train_images)
-            for row in train(backend, n, augmentation, run, clock, order=order, after=after, on_step=on_step):
-                result.rows.append(row)
-                if output:
-                    output.add(row)
-                LOGGER.info(str(row))
-                due = checkpoint_every and row.epoch % checkpoint_every == 0
-                if output and (due or row.epoch == recipe.epochs):
-                    states = [generator.get_state() for generator in drawing]
-                    output.save(Checkpoint(result, setup_seconds, backend.training_state(), states))
-            also = {}
-            for test in test_sets:
-                also[test.name] = accuracy(backend, dataset, normalization, test)
-                LOGGER.info(f"also tested on {test.name}, {len(test.places)} images: {also[test.name]:.2f} %")
-            if save_logits:
-                logits = plain_logits(backend, dataset, normalization, dataset.test_images)
-                result.logits.append(logits.to("cpu", torch.float16))
-            last = result.rows[-1]
-            seconds = last.train_seconds, setup_seconds, last.evaluation_seconds
-            apart = own.init_seed, own.order_seed, own.augment_seed
-            result.runs.append(Run(run, own.seed, *apart, last.test_accuracy, *seconds, also))
+    def train(self, run: int) -> None:
+        """Train the run with that index, or the rest of it, and keep its result in memory and in the folder."""
+        config, device, folder = self.config, self.device, self.folder
+        with contextlib.ExitStack() as stack:
+            if folder:
+                stack.enter_context(folder.run_lock(run))
+            if self.custom_model:
+                stack.enter_context(self.custom_model.preserve_rng(device))
+            stack.enter_context(device_guard(device))
+            stack.enter_context(torch_defaults(device, config.threads or DEFAULT_NUM_THREADS))
+            stack.enter_context(oom_hint("training", config.recipe.batch_size))
+            clock = device_timer(device)
             start = clock()
+            facts = environment(device)
+            backend, result = self._backend(facts)
+            if config.runs > 1:
+                LOGGER.info(f"run {run + 1} of {config.runs}, seed {config.seed + run}")
 
-        result.state_dict.update((name, tensor.detach().cpu()) for name, tensor in backend.state_dict().items())
+            seeds = Seeds(config.seed, config.init_seed, config.order_seed, config.augment_seed).for_run(run)
+            weights, order, augmentation = seeds.generators(device)
+            generators = [order, augmentation]
+            if self.custom_model:
+                generators += self.custom_model.generators(device, seeds.seed)
+            backend.reset(backend.new_model(weights))
+            rows, setup_seconds = [], 0.0
+            if checkpoint := folder.checkpoint(run) if folder else None:
+                checkpoint.restore(backend, generators)
+                rows, setup_seconds = checkpoint.rows, checkpoint.setup_seconds
+                LOGGER.info(f"resuming after epoch {rows[-1].epoch}")
+            setup_seconds += clock() - start
+
+            stopped = False
+            after = rows[-1] if rows else EpochRow(run, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+            for row in train(backend, order, augmentation, clock, after=after, on_step=self.hooks.on_step):
+                rows.append(row)
+                if folder:
+                    folder.add_row(row)
+                LOGGER.info(str(row))
+                due = config.checkpoint_every and row.epoch % config.checkpoint_every == 0
+                if folder and (due or row.epoch == config.recipe.epochs):
+                    states = [generator.get_state() for generator in generators]
+                    folder.save_checkpoint(run, Checkpoint(rows, setup_seconds, backend.training_state(), states))
+                try:
+                    self.hooks.on_epoch(row)
+                except StopTraining as reason:
+                    LOGGER.info(
+                        f"run {run + 1} is stopped after epoch {row.epoch}{f': {reason}' if str(reason) else ''}"
+                    )
+                    stopped = True
+                    break
+
+            also_test = {}
+            for images in self.eval_sets:
+                also_test[images.name] = accuracy(backend, images)
+                LOGGER.info(
+                    f"also tested on {images.name}, {len(images.indices)} images: {also_test[images.name]:.2f} %"
+                )
+            logits = None
+            if config.save_logits:
+                logits = plain_logits(backend, self.dataset.test_images).to("cpu", torch.float16)
+            last = rows[-1]
+            seconds = last.train_seconds, setup_seconds, last.evaluation_seconds
+            record = Run(run, *dataclasses.astuple(seeds), last.test_accuracy, *seconds, also_test, stopped)
+            self._runs[run] = RunResult(record, rows, backend.name, facts, logits)
+            if run == config.runs - 1:
+                weights_now = backend.state_dict().items()
+                result.state_dict.update((name, tensor.detach().cpu().clone()) for name, tensor in weights_now)
+            if folder:
+                folder.finish_run(result, self._runs[run])
+                folder.close()
+
+    def _backend(self, facts: dict[str, Any]) -> tuple[Backend, Result]:
+        """Return the backend, built at the first call, and the result without runs."""
+        first, config = not self._runs, self.config
+        if first:
+            LOGGER.info(
+                f"torch {facts['torch']}, {facts['device_name']}, {facts['threads']} threads, backend "
+                f"{self.backend_config}"
+            )
+            if self.backend_config.reason:
+                LOGGER.info(f"auto: {self.backend_config.reason}")
+            for line in environment_changes(self.result.environment, facts) if self.result else ():
+                LOGGER.info(line)
+        backend, failures = self.backends.get(
+            self.backend_config, config.recipe, lambda: device_data(self.dataset, self.device), self.custom_model
+        )
+        if first:
+            for line in (*self.dataset.notes, *backend.notes):
+                LOGGER.info(line)
+        if self.result is None:
+            self.config = config.replace(backend=backend.name)
+            trained = {name for name, _ in backend.model.named_parameters()}
+            normalization = backend.data.normalization
+            self.result = Result(
+                config=self.config,
+                environment=facts,
+                auto=[line for line in (self.backend_config.reason, *failures) if line],
+                dataset=self.dataset.metadata() | {"source": str(self.dataset.source)},
+                mean=normalization.mean.tolist(),
+                std=normalization.std.tolist(),
+                notes=[*self.dataset.notes, *backend.notes],
+                model=self.custom_model.name if self.custom_model else None,
+                parameters=sum(tensor.numel() for name, tensor in backend.state_dict().items() if name in trained),
+            )
+            if self.folder:
+                self.folder.begin(self.result)
+        return backend, self.result
+
+    def finish(self) -> Result:
+        """Return the result of all runs, of other processes too, and write the files made from them.
+
+        Raises:
+            MissingRuns: a run is missing, or was trained by another backend.
+        """
+        runs: list[RunResult] = []
+        where = self.folder.path if self.folder else "memory"
+        result = self.result or (self.folder.training() if self.folder else None)
+        assert result is not None
+        for number in range(self.config.runs):
+            found = self._runs.get(number) or (self.folder.run_result(number) if self.folder else None)
+            if found is None:
+                raise MissingRuns(
+                    f"{where}: run {number + 1} is missing, it could not be written; start again with train --resume"
+                )
+            if found.backend != result.backend:
+                raise MissingRuns(
+                    f"{where}: run {number + 1} was trained by {found.backend}, and others by {result.backend}; name a "
+                    "backend, and start again"
+                )
+            runs.append(found)
+        state_dict = result.state_dict or (self.folder.state_dict() if self.folder else {})
+        result = dataclasses.replace(result, run_results=runs, state_dict=state_dict)
         LOGGER.info(result.summary_line())
-        if output:
-            output.finish(result, dataset.test_labels)
-    return result
+        if self.folder:
+            self.folder.finish(result, self.dataset.test_labels)
+        return result
+
+
+def train_all(
+    trainings: Sequence[Training],
+    world: World = World(),  # noqa: B008  (frozen)
+    *,
+    on_step: Callable[[], None] = Hooks.on_step,
+    diverged: dict[str, str] | None = None,
+) -> list[Result]:
+    """Train what is missing of ``trainings``, run 0 of each, then run 1 of each, split over the ranks of ``world``.
+
+    Args:
+        on_step: called while this rank waits for others.
+        diverged: gets the message of each training that diverges, by its name; its other runs are left out. None
+            raises the error instead.
+
+    Returns:
+        The results on rank 0, without trainings that diverged; none on the other ranks.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> tuple[list[tuple[int, int]], list[Path | None], list[int | None]]:
+            for training in trainings:
+                stack.enter_context(training.folder_owned(shared=world.size > 1))
+            missing = sorted((run, number) for number, one in enumerate(trainings) for run in one.missing())
+            paths = [one.folder.path if one.folder else None for one in trainings]
+            return missing, paths, [one.config.threads for one in trainings]
+
+        missing, paths, threads = world.broadcast(begin)
+        for training, path, number in zip(trainings, paths, threads) if world.rank else ():
+            training.config = training.config.replace(threads=number)  # the last bits depend on them
+            if training.folder and path:
+                training.folder.join(path)
+        if world.size > 1:
+            LOGGER.info(
+                f"{len(missing)} runs to train, split over {world.size} processes; the lines are those of rank 0"
+            )
+        rounds: list[int] = []
+
+        def train_one(item: tuple[int, int]) -> None:
+            run, training = item[0], trainings[item[1]]
+            if diverged is not None and training.name in diverged:
+                return
+            if len(trainings) > 1 and run not in rounds:
+                rounds.append(run)
+                LOGGER.info(f"round {run + 1} of {training.config.runs}")
+            with prefix_lines(f"{training.name}: " if training.name else ""):
+                try:
+                    training.train(run)
+                except Diverged as error:
+                    if diverged is None:
+                        raise
+                    LOGGER.info(f"{error}; its other runs are left out")
+                    diverged[training.name] = str(error)
+
+        world.split(missing, train_one, on_step)
+        if diverged is not None:
+            for found in world.gather(diverged):
+                diverged |= found
+        results = []
+        for training in trainings if world.rank == 0 else ():
+            if not diverged or training.name not in diverged:
+                with prefix_lines(f"{training.name}: " if training.name else ""):
+                    results.append(training.finish())
+    return results
+
+
+def settle_backend(config: TrainConfig) -> BackendConfig:
+    """Return what ``auto`` means here for ``config``.
+
+    Raises:
+        InputError: the combination cannot work here.
+    """
+    found = resolve_backend(config.backend, config.device, config.dtype, config.memory_format)
+    if found.dtype == torch.float16 and found.device.type == "cpu":
+        raise InputError(
+            f"{option('dtype')} float16 needs a GPU, since torch has no fast float16 convolutions on a CPU; use "
+            "bfloat16 or float32"
+        )
+    return found
+
+
+def used_options(config: TrainConfig, found: BackendConfig) -> TrainConfig:
+    """Return ``config`` with the values that are used in place of ``auto`` and of a missing number of threads."""
+    return config.replace(
+        backend=found.backends[0],
+        device=str(found.device),
+        dtype=short_name(found.dtype),
+        memory_format=short_name(found.memory_format),
+        threads=config.threads or DEFAULT_NUM_THREADS,
+    )
+
+
+def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each part of the environment that changed and may change the last bits."""
+    return [
+        f"{name} was {before[name]}, now {now[name]}: the last bits may differ"
+        for name in AFFECTS_BITS
+        if before[name] != now[name]
+    ]
 
 
 @contextlib.contextmanager
 def oom_hint(where: str, batch_size: int) -> Iterator[None]:
-    """Raise :class:`InputError` with the batch size where memory runs out."""
+    """Raise :class:`InputError` with the batch size if memory runs out inside the block."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise InputError(f"out of memory in {where} at --batch-size {batch_size}; try a smaller one") from error
-
-
-def check(
-    plan: BackendConfig, seeds: Seeds, runs: int = 1, threads: int | None = None, checkpoint_every: int = 1
-) -> tuple[Seeds, int]:
-    """``seeds`` and ``runs`` as Python's integers; :class:`InputError` for what is wrong with a training whatever the
-    data.
-    """
-    given = dataclasses.asdict(seeds)
-    try:
-        whole: Any = {name: None if seed is None else operator.index(seed) for name, seed in given.items()}
-        seeds, runs = Seeds(**whole), operator.index(runs)
-    except TypeError:
-        shown = ", ".join(repr(value) for value in given.values() if value is not None)
-        raise InputError(f"seed and runs must be whole numbers, not {shown} and {runs!r}") from None
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be at least 1, not {threads}")
-    if not (isinstance(checkpoint_every, int) and checkpoint_every >= 0):
-        raise InputError(f"checkpoint_every must be a whole number from 0, not {checkpoint_every}")
-    if runs < 1:
-        raise InputError(f"runs must be at least 1, not {runs}")
-    for name, seed in dataclasses.asdict(seeds).items():
-        if seed is not None and not 0 <= seed < 2**63 - runs:
-            raise InputError(f"{name} must lie between 0 and 2^63, not {seed}")
-    if plan.dtype == torch.float16 and plan.device.type == "cpu":
         raise InputError(
-            "--dtype float16 needs a GPU (on a CPU torch has no fast float16 convolutions); use bfloat16 or float32"
-        )
-    return seeds, runs
+            f"out of memory in {where} at {option('batch_size')} {batch_size}; try a smaller one"
+        ) from error

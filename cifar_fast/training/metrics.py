@@ -1,20 +1,16 @@
-"""Rows, runs and their intervals."""
+"""What training measures: a row for each epoch, a record of each run, and the interval of their mean."""
 
 from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One epoch of one run: accuracies in %, seconds of training and of evaluation since the run's first step."""
+    """One epoch of one run. Accuracies are in %, seconds count from the run's first step."""
 
     run: int
     epoch: int
@@ -33,8 +29,15 @@ class EpochRow:
 
 @dataclass(frozen=True)
 class Run:
-    """One training from scratch: its seeds as :meth:`cifar_fast.utils.seeds.Seeds.for_run` gives them, its last test
-    accuracy in %, that on other test sets by their names, and where its seconds went.
+    """One training from scratch.
+
+    Attributes:
+        run: index of the run, from 0.
+        seed, init_seed, order_seed, augment_seed: as :meth:`cifar_fast.utils.seeds.Seeds.for_run` gives them.
+        test_accuracy: accuracy in % after the last epoch.
+        train_seconds, setup_seconds, evaluation_seconds: where the time went.
+        also_test: accuracy in % on other test sets, by their names.
+        stopped: whether a callback ended the run early, by :class:`cifar_fast.StopTraining`.
     """
 
     run: int
@@ -47,14 +50,16 @@ class Run:
     setup_seconds: float
     evaluation_seconds: float
     also_test: dict[str, float] = field(default_factory=dict)
+    stopped: bool = False
 
 
 def confidence_interval_95(values: list[float], highest: float = 100.0) -> list[float] | None:
-    """Student's 95 % interval ``[low, high]`` of the mean, cut off at 0 and at ``highest``, which is that of an
-    accuracy in %; None for fewer than two values.
+    """Return Student's 95 % interval ``[low, high]`` of the mean, clipped to 0 and ``highest``.
 
-    With t = sqrt(k) tan(angle), the density of Student's t with k degrees of freedom is that of
-    cos(angle)^(k - 1), which is summed here up to its share of 0.95.
+    ``highest`` is by default the largest accuracy in %. Return None for fewer than two values.
+
+    With t = sqrt(k) tan(angle), the density of Student's t with k degrees of freedom becomes cos(angle)^(k - 1). This
+    is summed up to a fraction of 0.95.
     """
     freedom = len(values) - 1
     if freedom < 1:

@@ -1,4 +1,4 @@
-"""What training gives: rows, runs, and their summary."""
+"""The :class:`Result` of a training: its options, its runs, and their summary."""
 
 from __future__ import annotations
 
@@ -6,86 +6,141 @@ import base64
 import dataclasses
 import html
 import io
-import json
 import statistics
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from cifar_fast.recipe import Recipe
+from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.metrics import EpochRow, Run, confidence_interval_95
 from cifar_fast.training.plots import curves_figure, draw_curves
-from cifar_fast.utils.files import LOGITS, MODEL, ROWS, SUMMARY
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 FORMAT = 1
-"""Of ``model.pt``; raised when what it holds changes its meaning."""
+"""Format of ``model.pt``. Raised when the meaning of its contents changes."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run with its rows, and what it was trained by and on.
+
+    ``environment`` is as :func:`cifar_fast.utils.device.environment` gives it. ``logits``, if they are kept, are
+    float16 ``[N, classes]`` of the test images, by the plain model.
+    """
+
+    run: Run
+    rows: list[EpochRow]
+    backend: str
+    environment: dict[str, Any]
+    logits: torch.Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold: all but the logits."""
+        return {
+            "run": dataclasses.asdict(self.run),
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "backend": self.backend,
+            "environment": self.environment,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunResult:
+        """Return the run that :meth:`to_dict` gave, without logits."""
+        rows = [EpochRow(**row) for row in values["rows"]]
+        return cls(Run(**values["run"]), rows, values["backend"], values["environment"])
 
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that :func:`cifar_fast.fit` did. A notebook shows it as a table of its runs with the curves.
+    """All that :func:`cifar_fast.fit` did. A notebook shows it as a table of its runs with the curves.
 
-    ``auto``: why what was left to us was chosen so, and what failed before it. ``environment``: as
-    :func:`cifar_fast.utils.device.environment` gives it. ``dataset``: as :meth:`cifar_fast.Dataset.facts`.
-    ``settings``: the rest of what was asked for, by the names of the flags.
-    ``mean`` and ``std``: of the training images' 0..255 values, per channel, which the model's input is normalized
-    with. ``state_dict``: the last run's weights, for a plain ``CNN``. ``unwritten``: a line for each file of
-    ``output`` that could not be written. ``logits``: where they were to be kept, of the test images, float16
-    ``[N, classes]`` for each run, by the plain model. ``remarks``: what the recipe changes about data or
-    backend, a line each. ``model``: the class of the caller's own, to which ``state_dict`` then belongs; None is the
-    recipe's network. ``parameters``: how many numbers are trained.
+    Attributes:
+        config: the options, with backend, device, dtype and memory format as they were used instead of ``auto``.
+        environment: as :func:`cifar_fast.utils.device.environment` gives it, of the first process.
+        auto: the reasons for what ``auto`` chose, and what failed before it.
+        dataset: as :meth:`cifar_fast.Dataset.metadata` gives it, and ``source``.
+        mean, std: of the training images' 0..255 values, per channel; the model's input is normalized with them.
+        notes: what the recipe changes about data or backend, a line each.
+        model: class name of a custom model, to which ``state_dict`` belongs; None for the recipe's network.
+        parameters: how many numbers are trained.
+        run_results: the finished runs, in order.
+        state_dict: weights of the last run.
+        unwritten: a line for each file that could not be written.
     """
 
-    recipe: Recipe
+    config: TrainConfig
     environment: dict[str, Any]
-    backend: str
-    dtype: str
-    memory_format: str
     auto: list[str]
     dataset: dict[str, Any]
-    settings: dict[str, Any]
-    rows: list[EpochRow]
-    runs: list[Run]
     mean: list[float]
     std: list[float]
-    state_dict: dict[str, torch.Tensor]
+    notes: list[str]
+    model: str | None
+    parameters: int
+    run_results: list[RunResult] = field(default_factory=list)
+    state_dict: dict[str, torch.Tensor] = field(default_factory=dict)
     unwritten: list[str] = field(default_factory=list)
-    logits: list[torch.Tensor] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-    model: str | None = None
-    parameters: int | None = None  # which results of before lack
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.config.recipe
+
+    @property
+    def backend(self) -> str:
+        return self.config.backend
+
+    @property
+    def dtype(self) -> str:
+        return self.config.dtype
+
+    @property
+    def memory_format(self) -> str:
+        return self.config.memory_format
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that have no attribute of their own here, by their names."""
+        own = ("backend", "dtype", "memory_format")
+        return {name: getattr(self.config, name) for name in self.config.names() if name not in own}
+
+    @property
+    def runs(self) -> list[Run]:
+        return [result.run for result in self.run_results]
+
+    @property
+    def rows(self) -> list[EpochRow]:
+        """All epochs of all runs, in order."""
+        return [row for result in self.run_results for row in result.rows]
+
+    @property
+    def logits(self) -> list[torch.Tensor]:
+        """Logits of the test images, float16 ``[N, classes]`` for each run that kept them."""
+        return [result.logits for result in self.run_results if result.logits is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``training.json`` holds: all that was known before the first epoch."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-3]}
+        return values | {"config": self.config.to_dict()}
 
     @classmethod
-    def load(cls, folder: str | Path) -> Result:
-        """What a training that has ended wrote to ``folder``, curves aside; OSError where a file is missing."""
-        folder = Path(folder)
-        summary = json.loads((folder / SUMMARY).read_text())
-        rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
-        saved = torch.load(folder / MODEL, map_location="cpu", weights_only=True)
-        found = {field.name: summary[field.name] for field in dataclasses.fields(cls) if field.name in summary}
-        found |= {name: saved[name] for name in ("mean", "std", "state_dict")}
-        if summary["settings"].get("save_logits"):
-            with np.load(folder / LOGITS) as arrays:
-                found["logits"] = list(torch.from_numpy(arrays["logits"]))
-        return restored(found | {"rows": rows[: len(summary["runs"]) * summary["recipe"]["epochs"]]})
+    def from_dict(cls, values: dict[str, Any]) -> Result:
+        """Return the result that :meth:`to_dict` gave, without runs."""
+        return cls(**values | {"config": TrainConfig.from_dict(values["config"])})
 
     def __repr__(self) -> str:
         return f"<Result: {self.title()}, test accuracy {self.summary()['test_accuracy_mean']:.2f} %>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: a row for each run as it ended, and the curves."""
+        """Return a table with a row for each run, and the curves, for a notebook."""
         sets = ("training", "test", *map(html.escape, self.runs[0].also_test))
         head = ["run", "seed", "epochs", "loss", *(f"{name} accuracy" for name in sets), "training time"]
         lines = [f"<tr><th>{'</th><th>'.join(head)}</th></tr>"]
-        for run in self.runs:
-            last = [row for row in self.rows if row.run == run.run][-1]
+        for result in self.run_results:
+            run, last = result.run, result.rows[-1]
             accuracies = (last.train_accuracy, run.test_accuracy, *run.also_test.values())
             percent = (f"{accuracy:.2f} %" for accuracy in accuracies)
             cells = [run.run, run.seed, last.epoch, f"{last.train_loss:.3f}", *percent, f"{run.train_seconds:.2f} s"]
@@ -98,18 +153,17 @@ class Result:
         )
 
     def figure(self) -> Figure:
-        """The curves of ``curves.png`` as a matplotlib figure: ``result.figure().savefig("curves.pdf")``."""
+        """Return the curves of ``curves.png`` as a matplotlib figure: ``result.figure().savefig("curves.pdf")``."""
         return curves_figure(self)
 
     def title(self) -> str:
-        """What was trained, and where, in a line."""
+        """Return one line that says what was trained, and where."""
         runs = f"{len(self.runs)} runs" if len(self.runs) > 1 else "1 run"
-        return (
-            f"{self.dataset['name']}, {self.backend} backend, {self.dtype}, {self.environment['device_name']}, {runs}"
-        )
+        device = self.environment["device_name"]
+        return f"{self.dataset['name']}, {self.backend} backend, {self.dtype}, {device}, {runs}"
 
     def checkpoint(self) -> dict[str, Any]:
-        """What ``model.pt`` holds: the weights, and all that is needed to use them."""
+        """Return what ``model.pt`` holds: the weights, and all that is needed to use them."""
         return {
             "format": FORMAT,
             "model": self.model,
@@ -121,7 +175,7 @@ class Result:
         }
 
     def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` holds. Of one run alone there is no deviation and no interval: None."""
+        """Return what ``summary.json`` holds. A single run has no deviation and no interval: None."""
         accuracies = [run.test_accuracy for run in self.runs]
         seconds = [run.train_seconds for run in self.runs]
         return {
@@ -133,7 +187,7 @@ class Result:
             "dtype": self.dtype,
             "memory_format": self.memory_format,
             "auto": self.auto,
-            "remarks": self.remarks,
+            "notes": self.notes,
             "dataset": self.dataset,
             "settings": self.settings,
             "runs": [dataclasses.asdict(run) for run in self.runs],
@@ -149,29 +203,16 @@ class Result:
         }
 
     def summary_line(self) -> str:
-        """The summary in a line, for a person."""
+        """Return the summary in one line, for a person."""
         summary = self.summary()
         accuracy = f"test accuracy {summary['test_accuracy_mean']:.2f} %"
         if summary["test_accuracy_ci95"]:
             low, high = summary["test_accuracy_ci95"]
             accuracy += f" (mean of {len(self.runs)} runs, 95 % interval {low:.2f} to {high:.2f})"
-        setup, evaluation = (
-            statistics.median(getattr(run, f"{part}_seconds") for run in self.runs) for part in ("setup", "evaluation")
-        )
+        median = " (median)" if len(self.runs) > 1 else ""
+        setup = statistics.median(run.setup_seconds for run in self.runs)
+        evaluation = statistics.median(run.evaluation_seconds for run in self.runs)
         return (
-            f"{accuracy}, training time {summary['train_seconds_median']:.2f} s"
-            f"{' (median)' if len(self.runs) > 1 else ''}, besides {setup:.2f} s of set-up and "
-            f"{evaluation:.2f} s of evaluation"
+            f"{accuracy}, training time {summary['train_seconds_median']:.2f} s{median}, plus {setup:.2f} s of set-up "
+            f"and {evaluation:.2f} s of evaluation"
         )
-
-
-def plain(result: Result) -> dict[str, Any]:
-    """``result`` as dicts, lists and numbers."""
-    return dataclasses.asdict(result)
-
-
-def restored(values: dict[str, Any]) -> Result:
-    """The result that :func:`plain` was given."""
-    recipe = Recipe(**values["recipe"])
-    rows, runs = [EpochRow(**row) for row in values["rows"]], [Run(**run) for run in values["runs"]]
-    return Result(**values | dict(recipe=recipe, rows=rows, runs=runs))

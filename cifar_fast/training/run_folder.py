@@ -1,4 +1,14 @@
-"""The folder of a training's results: rows as they come, then summary, weights and curves."""
+"""The folder of a training: a folder for each run, and the files that people read, made from them.
+
+    training.json        options, data set and environment, from before the first epoch
+    run-0/checkpoint.pt  state of the run between two epochs, until the run has ended
+    run-0/result.json    rows and accuracies of the run, when it has ended; logits.npz beside it if asked for
+    metrics.jsonl        the rows of all runs, each as soon as it is there
+    model.pt             weights of the last run
+    summary.json, curves.png, logits.npz    when all runs have ended
+
+A run without ``result.json`` is missing: resuming a training and sharing it among processes both train what is missing.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +19,27 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cifar_fast.training.checkpoint import Checkpoint, read_checkpoint
+from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.metrics import EpochRow
 from cifar_fast.training.plots import draw_curves
-from cifar_fast.training.results import Result
+from cifar_fast.training.results import Result, RunResult
 from cifar_fast.training.tensorboard import FOLDER, TensorBoard, remove_events
-from cifar_fast.utils.errors import InputError, first_line
+from cifar_fast.utils.errors import InputError, first_line, option
 from cifar_fast.utils.files import (
     CHECKPOINT,
+    CURVES,
     LOGITS,
     MODEL,
-    PARTS,
     ROWS,
+    RUN_RESULT,
     SUMMARY,
+    TRAINING,
     atomic_write,
     check_writable,
     locked,
@@ -35,86 +47,175 @@ from cifar_fast.utils.files import (
     remove_empty,
     writing,
 )
-from cifar_fast.utils.progress import LogFn
+from cifar_fast.utils.progress import LOGGER
 
-FILES = (ROWS, SUMMARY, MODEL, LOGITS, "curves.png", CHECKPOINT, PARTS)
+FILES = (TRAINING, SUMMARY, ROWS, MODEL, LOGITS, CURVES)
 
 
-class Output:
-    """The folder that a command writes to, its own while it does.
+class RunReader:
+    """Reads the folder of a training. ``name`` says in errors which folder it is."""
 
-    Rows go out as they come, each line whole, and so does ``checkpoint.pt``, which goes when all is done; the other
-    files appear at the end, whole or not at all. What cannot be written is told in a line, in ``report`` and in
-    ``failures``, and takes nothing else with it. If no row was written, a folder made for it goes away again. Another
-    command's results are kept unless ``overwrite``; then they are deleted when the first new row is there. With ``new``
-    the folder is made anew, with a number after its name where that is taken. With ``resume`` the training there goes
-    on, from ``checkpoint``, which is None without; rows after it are taken back. Rows go to ``tensorboard``
-    too, where it is set before the first.
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        self.path = Path(path).expanduser()
+        self.name = name or str(path)
+
+    def of_run(self, run: int) -> Path:
+        """Return the folder of the run with that index."""
+        return self.path / f"run-{run}"
+
+    def training(self) -> Result:
+        """Return what is known of the training before its first epoch: the result without runs and weights."""
+        path = self.path / TRAINING
+        try:
+            return Result.from_dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.name}: holds no {TRAINING}; there is nothing to resume, start with {option('output')}"
+            ) from None
+        except Exception as error:  # damage raises as many kinds of errors as there are bytes
+            raise InputError(
+                f"{self.name}: {TRAINING} cannot be read ({first_line(error)}); start again with {option('output')} "
+                f"and {option('overwrite')}"
+            ) from None
+
+    def run_result(self, run: int, logits: bool = True) -> RunResult | None:
+        """Return the result of a run that has ended, else None; with its logits, if they were kept."""
+        path = self.of_run(run) / RUN_RESULT
+        if not path.exists():
+            return None
+        with self._readable(path):
+            result = RunResult.from_dict(json.loads(path.read_text()))
+            if logits and (file := path.with_name(LOGITS)).exists():
+                with np.load(file) as arrays:
+                    result = dataclasses.replace(result, logits=torch.from_numpy(arrays["logits"]))
+        return result
+
+    def checkpoint(self, run: int) -> Checkpoint | None:
+        """Return the checkpoint of a run that has begun and not ended, else None."""
+        path = self.of_run(run) / CHECKPOINT
+        if not path.exists():
+            return None
+        with self._readable(path):
+            return Checkpoint.load(path)
+
+    @contextlib.contextmanager
+    def _readable(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # damage raises as many kinds of errors as there are bytes
+            name = path.relative_to(self.path)
+            raise InputError(
+                f"{self.name}: {name} cannot be read ({first_line(error)}); remove that file to train the run again"
+            ) from None
+
+    def missing(self, runs: int) -> list[int]:
+        """Return the indices of the runs that have no result yet."""
+        return [run for run in range(runs) if not (self.of_run(run) / RUN_RESULT).exists()]
+
+    def all_written(self, runs: int) -> bool:
+        """Return whether all ``runs`` have ended and the files made from them are there."""
+        return not self.missing(runs) and (self.path / SUMMARY).exists() and (self.path / MODEL).exists()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the weights in ``model.pt``."""
+        with self._readable(self.path / MODEL):
+            return torch.load(self.path / MODEL, map_location="cpu", weights_only=True)["state_dict"]
+
+    def result(self, weights: bool = True) -> Result:
+        """Return the result of the runs that have ended, with the weights of the last one.
+
+        Raises:
+            InputError: the folder holds no training or no finished run, or a file cannot be read.
+        """
+        training = self.training()
+        runs = [found for run in range(training.config.runs) if (found := self.run_result(run))]
+        if not runs:
+            raise InputError(f"{self.name}: no run of the training there has ended")
+        return dataclasses.replace(training, run_results=runs, state_dict=self.state_dict() if weights else {})
+
+
+class RunFolder(RunReader):
+    """The folder that a training writes to.
+
+    As a context manager it belongs to this process: other trainings are refused. Each file is whole or absent. A file
+    that cannot be written is reported in a line, in ``failures`` too, and everything else is still written. A folder
+    made here is removed if nothing was written.
+
+    Args:
+        overwrite: replace existing results, which are otherwise an error. They stay until the first new row is there.
+        new: make a new folder, with a number after its name if the name is taken.
+        resume: continue the training in the folder.
+
+    Attributes:
+        earlier: the training that is resumed, without its runs; else None.
+        tensorboard: gets the rows too, if it is set.
     """
 
     def __init__(self, path: str | Path, overwrite: bool = False, *, new: bool = False, resume: bool = False) -> None:
-        self.path = Path(path).expanduser()
+        super().__init__(path, f"{option('resume' if resume else 'output')} {Path(path).expanduser()}")
         self.overwrite, self.new, self.resume = overwrite, new, resume
-        self.checkpoint: Checkpoint | None = None
-        self.tensorboard: TensorBoard | None = None
-        self.report: LogFn = lambda line: None
+        self.earlier: Result | None = None
         self.failures: dict[str, str] = {}
-        self._rows: list[str] = []
-        self._earlier: list[str] = []  # files of results that are to be replaced
+        self._result: Result | None = None
+        self.tensorboard: TensorBoard | None = None
+        self._pending: list[str] = []  # rows that could not be written yet
+        self._replaced: list[Path] = []  # earlier results, to be replaced
         if resume:
-            self.checkpoint = read_checkpoint(self.path, self.name)
+            self.earlier = self.training()
         elif not new:
             self._refuse_results()
         check_writable(self.path, self.name)
 
     @property
-    def name(self) -> str:
-        return f"--{'resume' if self.resume else 'output'} {self.path}"
-
-    @property
-    def events(self) -> Path:
-        """The folder that TensorBoard's files go below."""
-        return self.path
-
-    @property
     def resumable(self) -> bool:
-        """Whether this training has left something to go on from."""
-        alone = (self.resume or bool(self._rows)) and (self.path / CHECKPOINT).exists()
-        return alone or (PARTS not in self._earlier and (self.path / PARTS).exists())
+        """Whether a training can be resumed from the folder."""
+        return not self._replaced and (self.path / TRAINING).exists()
 
     def _refuse_results(self) -> None:
         with writing(self.name):
-            self._earlier = [name for name in FILES if (self.path / name).exists()]
-        if self._earlier and not self.overwrite:
-            go_on = "--resume to go on with it, " if {CHECKPOINT, PARTS} & set(self._earlier) else ""
+            found = [self.path / name for name in FILES if (self.path / name).exists()]
+            found += sorted(self.path.glob("run-*/"))
+        if found and not self.overwrite:
+            resume = f"{option('resume')} to continue it, " if (self.path / TRAINING).exists() else ""
             raise InputError(
-                f"{self.path} already holds results ({self._earlier[0]}); choose another --output, or give {go_on}"
-                "--overwrite to replace them"
+                f"{self.path} already holds results ({found[0].name}); choose another {option('output')}, or give "
+                f"{resume}{option('overwrite')} to replace them"
             )
+        self._replaced = found
 
-    def _go_on(self) -> None:
-        self.checkpoint = read_checkpoint(self.path, self.name)  # another command may have gone on in the meantime
-        self.set_rows(self.checkpoint.result.rows)
-
-    def __enter__(self) -> Output:
+    def __enter__(self) -> RunFolder:
         self._stack = contextlib.ExitStack()
         try:
             with writing(self.name):
                 self._make()
                 self._stack.enter_context(locked(self.path, self._refuse_busy))
-                # Shows now, not after an epoch, whether files can be made.
-                tempfile.TemporaryFile(dir=self.path).close()
-            for name in FILES:
-                remove_drafts(self.path / name)
+                tempfile.TemporaryFile(dir=self.path).close()  # shows now whether files can be made, not after an epoch
+            for folder in (self.path, *self.path.glob("run-*")):
+                for name in (*FILES, CHECKPOINT, RUN_RESULT):
+                    remove_drafts(folder / name)
             if self.resume:
-                self._go_on()
+                self.earlier = self.training()  # another process may have continued it
+                self.write_rows(self.earlier.config.runs)
             else:
-                self._refuse_results()  # those of a command that has ended since
+                self._refuse_results()  # of a command that has ended since
                 self._stack.callback(self._forget_start)
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+        self._stack.close()
+
+    def join(self, path: Path) -> None:
+        """Write to the folder ``path``, which another process owns."""
+        self.path, self._replaced = path, []
+
+    def close(self) -> None:
+        """Close the files that stay open between rows."""
+        if self.tensorboard:
+            self._try(FOLDER, self.tensorboard.close)
 
     def _make(self) -> None:
         wanted = self.path
@@ -135,102 +236,139 @@ class Output:
         raise InputError(f"{self.name}: another run is writing its results there; choose another folder")
 
     def _forget_start(self) -> None:
-        if not self._rows and not self._earlier:
-            (self.path / CHECKPOINT).unlink(missing_ok=True)
+        if not self._replaced and not (self.path / ROWS).exists():
+            (self.path / TRAINING).unlink(missing_ok=True)
 
-    def __exit__(self, *exception: object) -> None:
-        if self.tensorboard:
-            self._try(FOLDER, self.tensorboard.close)
-        self._stack.close()
+    # Writing
 
-    def add(self, row: EpochRow) -> None:
-        """Write a row. The first takes the place of earlier results, so they are there until it is."""
-        first = not self._rows
-        self._rows.append(_line(row))
-        if first or ROWS in self.failures:
-            self._write(ROWS, self._write_rows)
-            if first and ROWS not in self.failures:
-                self._earlier = [name for name in self._earlier if name != ROWS]
-                self.delete_earlier()
-        else:
-            self._try(ROWS, self._append_row)
-        if tensorboard := self.tensorboard:
-            self._try(FOLDER, lambda: tensorboard.add(self.events, row))
+    def begin(self, result: Result) -> None:
+        """Write ``training.json``, or remember it until the first row replaces earlier results."""
+        self._result = result
+        if not self._replaced:
+            self._write_training()
 
-    def set_rows(self, rows: Iterable[EpochRow]) -> None:
-        """Write ``rows`` in the place of those that are there."""
-        self._rows = [_line(row) for row in rows]
-        if self._rows:
-            self._write(ROWS, self._write_rows)
+    def _write_training(self) -> None:
+        if self._result is not None:
+            values = json.dumps(self._result.to_dict(), indent=2) + "\n"
+            self._write(self.path / TRAINING, lambda temporary: temporary.write_text(values))
 
-    def delete_earlier(self) -> None:
-        """Delete the results that are to be replaced."""
-        self._try(FOLDER, lambda: remove_events(self.path))
-        for name in self._earlier:
-            if name == PARTS:
-                shutil.rmtree(self.path / name, ignore_errors=True)
+    def replace_earlier(self) -> None:
+        """Delete the results that are to be replaced; ``training.json``, which names them, first."""
+        for path in self._replaced:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                (self.path / name).unlink(missing_ok=True)
-        self._earlier = []
+                path.unlink(missing_ok=True)
+        self._try(FOLDER, lambda: remove_events(self.path))
+        self._replaced = []
+        self._write_training()
 
-    def _write_rows(self, draft: Path) -> None:
-        draft.write_text("".join(self._rows))
+    @contextlib.contextmanager
+    def run_lock(self, run: int) -> Iterator[None]:
+        """Own the folder of a run: a process of an earlier launch may still be at work there."""
+        folder = self.of_run(run)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a disk that is full, which the files will report
+                folder.mkdir(exist_ok=True)
+                stack.callback(remove_empty, [folder])
+                stack.enter_context(locked(folder, self._refuse_busy))
+            yield
 
-    def _append_row(self) -> None:
-        with open(self.path / ROWS, "r+b", buffering=0) as file:
+    def add_row(self, row: EpochRow) -> None:
+        """Append a row to ``metrics.jsonl``. The first one replaces earlier results."""
+        if self._replaced:
+            self.replace_earlier()
+        self._pending.append(_line(row))
+        self._try(ROWS, self._append_rows)
+        if tensorboard := self.tensorboard:
+            self._try(FOLDER, lambda: tensorboard.add(self.path, row))
+
+    def _append_rows(self) -> None:
+        lines = "".join(self._pending).encode()
+        with open(self.path / ROWS, "ab", buffering=0) as file:  # other processes append to it too
             size = file.seek(0, os.SEEK_END)
-            line = self._rows[-1].encode()
             try:
-                if file.write(line) < len(line):
+                if file.write(lines) < len(lines):
                     raise OSError("No space left on device")
             except OSError:
                 file.truncate(size)  # no half line stays
                 raise
+        self._pending = []
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write ``checkpoint.pt``; where there are earlier results, not before the first row replaces them."""
-        if self._rows or not self._earlier:
-            self._write(CHECKPOINT, checkpoint.save)
+    def write_rows(self, runs: int) -> None:
+        """Write ``metrics.jsonl`` from the folders of the runs; a row later than its checkpoint is trained again."""
+        rows: list[EpochRow] = []
+        for run in range(runs):
+            found = self.run_result(run, logits=False) or self.checkpoint(run)
+            rows += found.rows if found else []
+        self._write_rows(rows)
+
+    def _write_rows(self, rows: Iterable[EpochRow]) -> None:
+        text, path = "".join(map(_line, rows)), self.path / ROWS
+        if text and not (path.exists() and path.read_text() == text):
+            self._write(path, lambda temporary: temporary.write_text(text))
+
+    def save_checkpoint(self, run: int, checkpoint: Checkpoint) -> None:
+        """Write ``checkpoint.pt`` of a run."""
+        self._write(self.of_run(run) / CHECKPOINT, checkpoint.save)
+
+    def finish_run(self, result: Result, run: RunResult) -> None:
+        """Write what a run leaves. ``result.json`` comes last, and replaces the checkpoint.
+
+        The last run also leaves ``model.pt``, out of ``result``.
+        """
+        folder, number = self.of_run(run.run.run), run.run.run
+        written = True
+        if number == result.config.runs - 1:
+            written = self._write(self.path / MODEL, lambda temporary: torch.save(result.checkpoint(), temporary))
+        if run.logits is not None:
+            logits = run.logits.numpy()
+            written &= self._write(folder / LOGITS, lambda temporary: _savez(temporary, logits=logits))
+        values = json.dumps(run.to_dict(), indent=2) + "\n"
+        if written and self._write(folder / RUN_RESULT, lambda temporary: temporary.write_text(values)):
+            (folder / CHECKPOINT).unlink(missing_ok=True)
 
     def finish(self, result: Result, test_labels: np.ndarray) -> None:
-        """Write what a training leaves, small files first; ``result.unwritten`` gets what could not be.
+        """Write the files made from the runs, small ones first. ``result.unwritten`` gets what failed.
 
-        ``test_labels`` ``[N]`` go with the logits, where they were to be kept.
+        ``test_labels`` ``[N]`` go with the logits.
         """
-        if ROWS in self.failures:
-            self._write(ROWS, self._write_rows)
-        self._write(SUMMARY, lambda draft: draft.write_text(json.dumps(result.summary(), indent=2) + "\n"))
-        self._write(MODEL, lambda draft: torch.save(result.checkpoint(), draft))
+        self._write_rows(result.rows)
+        self._write(
+            self.path / SUMMARY,
+            lambda temporary: temporary.write_text(json.dumps(result.summary(), indent=2) + "\n"),
+        )
         if result.logits:
-            self._write(LOGITS, lambda draft: _save_logits(result, test_labels, draft))
-        self._write("curves.png", lambda draft: draw_curves(result, draft))
-        self.failures.pop(CHECKPOINT, None)
-        if not {ROWS, SUMMARY, MODEL, LOGITS} & self.failures.keys():  # else they are in the checkpoint alone
-            (self.path / CHECKPOINT).unlink(missing_ok=True)
+            logits, seeds = torch.stack(result.logits).numpy(), np.array([run.seed for run in result.runs])
+            self._write(
+                self.path / LOGITS,
+                lambda temporary: _savez(temporary, logits=logits, labels=test_labels, seeds=seeds),
+            )
+        self._write(self.path / CURVES, lambda temporary: draw_curves(result, temporary))
         result.unwritten.extend(self.failures.values())
 
-    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+    def _write(self, path: Path, write: Callable[[Path], object]) -> bool:
         def whole() -> None:
-            with atomic_write(self.path / name) as draft:
-                write(draft)
+            with atomic_write(path) as temporary:
+                write(temporary)
 
-        self._try(name, whole)
+        return self._try(str(path.relative_to(self.path)), whole)
 
-    def _try(self, name: str, write: Callable[[], object]) -> None:
+    def _try(self, name: str, write: Callable[[], object]) -> bool:
         try:
             write()
             self.failures.pop(name, None)
-        except Exception as error:  # a full disk is a RuntimeError in torch.save, and matplotlib has its own
+        except Exception as error:  # a full disk is a RuntimeError in torch.save, and matplotlib has its own errors
             if name not in self.failures:
                 self.failures[name] = f"{self.path / name} could not be written ({first_line(error)})"
-                self.report(self.failures[name])
+                LOGGER.info(self.failures[name])
+        return name not in self.failures
 
 
 def _line(row: EpochRow) -> str:
     return json.dumps(dataclasses.asdict(row)) + "\n"
 
 
-def _save_logits(result: Result, test_labels: np.ndarray, path: Path) -> None:
-    seeds = np.array([run.seed for run in result.runs])
-    with open(path, "wb") as file:  # to a path without the suffix numpy would add it
-        np.savez(file, logits=torch.stack(result.logits).numpy(), labels=test_labels, seeds=seeds)
+def _savez(path: Path, **arrays: np.ndarray) -> None:
+    with open(path, "wb") as file:  # numpy adds a suffix to a path without one
+        np.savez(file, **arrays)

@@ -1,4 +1,4 @@
-"""The training loop, and :func:`fit_plan`, which runs it as often as wanted."""
+"""The training loop of one run."""
 
 from __future__ import annotations
 
@@ -15,54 +15,59 @@ from cifar_fast.utils.progress import progress_bar
 
 def train(
     backend: Backend,
-    n: int,
-    draws: torch.Generator,
-    run: int,
+    order: torch.Generator,
+    augmentation: torch.Generator,
     clock: Callable[[], float],
     *,
-    order: torch.Generator | None = None,
-    after: EpochRow | None = None,
-    on_step: Callable[[], None] = lambda: None,
+    after: EpochRow,
+    on_step: Callable[[], None],
 ) -> Iterator[EpochRow]:
-    """Train all epochs of a run on the ``n`` training images of ``backend``, which was reset; gives a row as each ends.
-    With ``after``, the row of the last epoch that ``backend`` has trained, those that follow it.
+    """Train the epochs of a run that follow ``after``, and yield a row as each ends.
 
-    ``draws`` is the generator of the epochs' draws, ``order`` that of their permutations where it is another; ``clock``
-    gives seconds, read when the device is done, see :func:`device_timer`; ``on_step`` is called after each step.
+    Args:
+        backend: after its ``reset``, or a restored checkpoint.
+        order: generator of the permutation of each epoch.
+        augmentation: generator of the augmentation's draws; may be the same one.
+        clock: seconds, read when the device has done its work, as :func:`cifar_fast.utils.device.device_timer` gives.
+        after: row of the last epoch that ended; epoch 0 at the start of a run.
+        on_step: called after each step.
+
+    Raises:
+        Diverged: the loss is no longer finite.
     """
-    recipe, on_cpu = backend.recipe, backend.device.type == "cpu"
+    recipe, n, on_cpu = backend.recipe, len(backend.data.train_images), backend.device.type == "cpu"
     steps = n // recipe.batch_size
-    train_seconds, evaluation_seconds = (after.train_seconds, after.evaluation_seconds) if after else (0.0, 0.0)
-    for epoch in range(after.epoch if after else 0, recipe.epochs):
+    train_seconds, evaluation_seconds = after.train_seconds, after.evaluation_seconds
+    for epoch in range(after.epoch, recipe.epochs):
         with progress_bar(steps, f"epoch {epoch + 1}/{recipe.epochs}", "step") as bar:
             start = clock()
             scores = []
-            drawn = draw_epoch(n, device=backend.device, recipe=recipe, generator=draws, order=order)
-            for scored in backend.train_epoch(drawn):
-                scores.append(scored)
+            draws = draw_epoch(n, device=backend.device, recipe=recipe, generator=augmentation, order=order)
+            for loss, correct in backend.train_epoch(draws):
+                scores.append((loss, correct))
                 bar.update()
-                if on_cpu:  # elsewhere reading a loss would make the device wait
-                    _check_finite(scored[0][None], epoch * steps + len(scores), steps)
+                if on_cpu:  # on a GPU, reading a loss would wait for the device
+                    check_finite(loss[None], epoch * steps + len(scores), steps)
                 on_step()
             train_seconds += clock() - start
         losses, correct = (torch.stack(values) for values in zip(*scores))
-        _check_finite(losses, epoch * steps + 1, steps)
+        check_finite(losses, epoch * steps + 1, steps)
 
         start = clock()
         test_correct = backend.evaluate()
         evaluation_seconds += clock() - start
-        # 100 where right and 0 elsewhere, averaged: the reference script's arithmetic, to its last bit.
-        accuracy, test_accuracy = ((right * 100).float().mean().item() for right in (correct, test_correct))
+        # The mean of 100 for correct and 0 for wrong: the reference script's arithmetic, to its last bit.
+        accuracy, test_accuracy = ((100 * values).float().mean().item() for values in (correct, test_correct))
         loss = losses.float().mean().item()
-        yield EpochRow(run, epoch + 1, loss, accuracy, test_accuracy, train_seconds, evaluation_seconds)
+        yield EpochRow(after.run, epoch + 1, loss, accuracy, test_accuracy, train_seconds, evaluation_seconds)
 
 
-def _check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -> None:
-    """Raise :class:`Diverged` at the first of the steps, a row of ``losses`` each, with a loss that is not finite."""
+def check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -> None:
+    """Raise :class:`Diverged` at the first step, a row of ``losses`` each, with a loss that is not finite."""
     bad = ~losses.isfinite().all(dim=1)
     if bad.any():
         step = first_step + int(bad.int().argmax())
         epoch = (step - 1) // steps_per_epoch + 1
         raise Diverged(
-            f"the loss is not finite at step {step} (epoch {epoch}); try smaller --lr-values, or --dtype float32"
+            f"the loss is not finite at step {step} (epoch {epoch}); try smaller learning rates (lr_values), or float32"
         )

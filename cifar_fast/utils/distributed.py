@@ -1,38 +1,38 @@
-"""The processes that torchrun started, which share runs out: how they agree, and what happens when one is lost."""
+"""The processes that torchrun started: how they agree, split work, and notice the loss of one."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, first_line
-
-if TYPE_CHECKING:
-    from cifar_fast.backends.select import BackendConfig
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=365)
-"""How long a process waits for the others, whose runs may take days; one that has died is noticed at once."""
+"""How long a rank waits for the others, whose runs may take days. The death of one is noticed at once."""
+
+
+class ReportedOnRank0(InputError):
+    """An error that rank 0 raises too, and reports."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a launch, as the one of this ``rank`` sees them; ``local_rank`` is its number on its machine."""
+    """The processes of a launch. ``local_rank`` counts on this machine."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
 
     @classmethod
-    def stated(cls) -> World:
-        """What torchrun states in the environment; one process alone where it states nothing."""
+    def from_env(cls) -> World:
+        """Read what torchrun has put into the environment; without it, return a world of one process."""
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             return cls()
         rank = os.environ["RANK"]
@@ -44,8 +44,8 @@ class World:
             ) from None
 
     @contextlib.contextmanager
-    def joined(self) -> Iterator[World]:
-        """With the others meanwhile, over gloo, which needs no GPU."""
+    def process_group(self) -> Iterator[World]:
+        """Join the other processes inside the block, over gloo, which needs no GPU."""
         if self.size == 1:
             yield self
             return
@@ -53,7 +53,7 @@ class World:
 
         try:
             store, rank, size = next(distributed.rendezvous("env://"))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one machine, on which a restart finds the same store again
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a restart on one machine finds the same store again
                 store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
@@ -64,21 +64,8 @@ class World:
         finally:
             distributed.destroy_process_group()
 
-    def own_device(self, plan: BackendConfig, asked: str) -> BackendConfig:
-        """``plan`` on the GPU of this process's number, where ``asked``, the device's name, leaves open which."""
-        import torch
-
-        if self.size == 1 or plan.device.type != "cuda" or asked not in ("auto", "cuda"):
-            return plan
-        if self.local_rank >= (count := torch.cuda.device_count()):
-            raise InputError(
-                f"more processes than GPUs, {count} on this machine; start torchrun with --nproc-per-node {count}, or "
-                "give --device cpu"
-            )
-        return dataclasses.replace(plan, device=torch.device("cuda", self.local_rank))
-
     def gather(self, value: T, waiting: Callable[[], None] = lambda: None) -> list[T]:
-        """The ``value`` of each process, by rank, when all have come here; ``waiting`` is called meanwhile."""
+        """Return the ``value`` of each rank, when all have come here; call ``waiting`` until then."""
         if self.size == 1:
             return [value]
         from torch import distributed
@@ -96,8 +83,11 @@ class World:
         return values
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """All processes go on after this, or none: where some raise :class:`InputError`, the first tells it for all."""
+    def all_or_none(self) -> Iterator[None]:
+        """Let all ranks pass the block, or none: an :class:`InputError` on one is raised on all.
+
+        Rank 0 raises it with the messages of all ranks, the others as :class:`ReportedOnRank0`.
+        """
         raised = None
         try:
             yield
@@ -105,44 +95,49 @@ class World:
             raised = error
         if self.size == 1 and raised:
             raise raised
-        told = self.gather(str(raised) if raised else None)
-        if not any(told):
+        messages = self.gather(raised.message if raised else None)
+        if not any(messages):
             return
         if self.rank:
-            raise SystemExit(2)
-        lines: dict[str, int] = {}
-        for rank, line in enumerate(told):
-            if line:
-                lines.setdefault(line, rank)
-        alike = len(set(told)) == 1
+            raise ReportedOnRank0("an error that rank 0 reports") from raised
+        ranks: dict[str, int] = {}
+        for rank, message in enumerate(messages):
+            if message:
+                ranks.setdefault(message, rank)
+        alike = len(set(messages)) == 1
         raise InputError(
-            "; ".join(line if alike else f"rank {rank}: {line}" for line, rank in lines.items())
+            "; ".join(message if alike else f"rank {rank}: {message}" for message, rank in ranks.items())
         ) from raised
 
-    def from_first(self, call: Callable[[], T]) -> T:
-        """What ``call`` gives in the first process, in all."""
-        with self.together():
+    def broadcast(self, call: Callable[[], T]) -> T:
+        """Call ``call`` on rank 0 alone; return its value on all ranks."""
+        with self.all_or_none():
             value: Any = None if self.rank else call()
         return self.gather(value)[0]
 
-    def first_before_others(self, call: Callable[[], T]) -> T:
-        """What ``call`` gives in each process, the first before the others, which find on disk what it has left."""
+    def rank0_first(self, call: Callable[[], T]) -> T:
+        """Call ``call`` on rank 0, and then on the others, which find on disk what rank 0 left there."""
         value: Any = None
         for turn in (True, False):
-            with self.together():
+            with self.all_or_none():
                 if (self.rank == 0) == turn:
                     value = call()
         return value
 
-    def share(self, items: Sequence[T], do: Callable[[T], object], waiting: Callable[[], None] = lambda: None) -> None:
-        """``do`` with every size-th of ``items`` from the one of this rank's number; ends when all processes have, and
-        calls ``waiting`` until then.
+    def split(self, items: Sequence[T], do: Callable[[T], object], waiting: Callable[[], None] = lambda: None) -> None:
+        """Call ``do`` with this rank's items: ``items[rank]``, ``items[rank + size]``, ...
+
+        Returns when all ranks are done, and calls ``waiting`` until then.
         """
         for item in items[self.rank :: self.size]:
             try:
                 do(item)
-            except (InputError, Diverged) as error:
+            except InputError as error:
                 if self.size == 1:
                     raise
-                raise type(error)(f"rank {self.rank}: {error}") from error
+                raise InputError(f"rank {self.rank}: {error.message}") from error
+            except Diverged as error:
+                if self.size == 1:
+                    raise
+                raise Diverged(f"rank {self.rank}: {error}") from error
         self.gather(None, waiting)

@@ -41,6 +41,10 @@ class Diverged(ArithmeticError):
     """
 
 
+class StopTraining(Exception):
+    """Raised by a callback of :func:`cifar_fast.fit` to end the run early. The run counts as finished."""
+
+
 class MissingRuns(RuntimeError):
     """Runs of a shared training are missing, because a process died or could not write them.
 

@@ -21,8 +21,7 @@ ROWS, SUMMARY, MODEL, LOGITS = "metrics.jsonl", "summary.json", "model.pt", "log
 CHECKPOINT = "checkpoint.pt"
 
 
-PARTS = "parts"
-"""Folder of a training whose runs are shared: in it a folder for each that has begun, with a checkpoint of its own."""
+TRAINING, RUN_RESULT, CURVES = "training.json", "result.json", "curves.png"
 
 
 @contextlib.contextmanager

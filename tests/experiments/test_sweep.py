@@ -98,7 +98,7 @@ def test_a_sweep_that_was_stopped_goes_on_with_the_same_bits(tmp_path, spec, alo
 
     with lines_to(stop):
         assert main(["sweep", spec()]) == 130
-    assert capfd.readouterr().err == f"interrupted; to go on: cifar-fast sweep {tmp_path}/spec.toml\n"
+    assert capfd.readouterr().err == f"interrupted; to resume: cifar-fast sweep {tmp_path}/spec.toml\n"
     assert main(["sweep", spec()]) == 0
     again = epochs_in(capfd.readouterr().out.splitlines())
     assert len(again) == 12 - epochs + 1, "the epoch alone whose checkpoint was not written is trained twice"
@@ -149,10 +149,10 @@ def test_runs_may_grow_and_variants_be_added(tmp_path, spec, alone, capfd):
         (("epochs = 2", "epochs = 3"), "sweep/baseline: epochs was 2, not 3"),
         (("seed = 3", "seed = 4"), "sweep/baseline: seed was 3, not 4"),
         (("seed = 3", "order_seed = 4"), "sweep/baseline: seed was 3, not 0"),
-        (("runs = 2", "runs = 1"), "sweep/baseline: runs was 2, and may grow, not 1"),
+        (("runs = 2", "runs = 1"), "sweep/baseline: runs was 2, and may grow, but not shrink to 1"),
         (('"eager"', '"compiled"'), "sweep/baseline: backend was eager, not compiled"),
         (("[variants.momentum]", "[variants.momentum]\nflip = false"), "sweep/momentum-0.8: flip was True, not False"),
-        (("0.8, 0.85", "0.8, 0.7"), "the variant momentum-0.85 was trained there, and is no part of the sweep now"),
+        (("0.8, 0.85", "0.8, 0.7"), "the variant momentum-0.85 was trained there, and is not part of the sweep now"),
         (('"npz"', '"folder"'), "sweep/baseline: dataset was npz, not folder"),
         (("tiny.npz", "other.npz"), "is not the data set that was trained on"),
     ],
@@ -267,7 +267,7 @@ def test_a_dry_run_lists_variants_and_runs_and_where_they_stand(tmp_path, spec, 
     capfd.readouterr()
     assert main(["sweep", spec(), "--dry-run"]) == 0
     stands = [line.partition(": ")[2] for line in capfd.readouterr().out.splitlines()[4:]]
-    assert stands == ["has ended", "goes on after epoch 1", "to do", "to do", "to do", "to do"]
+    assert stands == ["has ended", "will resume after epoch 1", "to do", "to do", "to do", "to do"]
     assert files_of(tmp_path / "sweep") == before
 
 
@@ -275,14 +275,14 @@ def test_what_was_left_to_auto_is_what_it_was_for_new_variants_too(tmp_path, spe
     fixed = ('"eager"', '"eager"\nmemory_format = "contiguous_format"')  # auto alone is channels_last
     one = ("[variants.momentum]\nmomentum = [0.8, 0.85]", "")
     assert main(["sweep", spec(fixed, one)]) == 0
-    path = tmp_path / "sweep/baseline/summary.json"
-    summary = json.loads(path.read_text())
-    summary["settings"]["threads"] += 1
-    path.write_text(json.dumps(summary))
+    path = tmp_path / "sweep/baseline/training.json"
+    training = json.loads(path.read_text())
+    training["config"]["threads"] += 1
+    path.write_text(json.dumps(training))
     assert main(["sweep", spec(('"eager"', '"auto"'))]) == 0
     found = [json.loads((tmp_path / "sweep" / name / "summary.json").read_text()) for name in RECIPES]
     assert [(one["backend"], one["memory_format"]) for one in found] == [("eager", "contiguous_format")] * 3
-    assert [one["environment"]["threads"] for one in found[1:]] == [summary["settings"]["threads"]] * 2
+    assert [one["environment"]["threads"] for one in found[1:]] == [training["config"]["threads"]] * 2
 
 
 def test_a_variant_that_diverges_is_told_and_left_out(tmp_path, spec, alone, capfd):

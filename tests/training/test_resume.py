@@ -1,7 +1,6 @@
 """A training that was stopped at any moment goes on, and ends with the bits of one that was not."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -17,10 +16,11 @@ from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
 from cifar_fast.backends.fused import Fused
 from cifar_fast.cli.flags import interruptible
 from cifar_fast.train import main
-from cifar_fast.training.checkpoint import read_checkpoint
-from cifar_fast.training.results import Result
+from cifar_fast.training.checkpoint import Checkpoint
+from cifar_fast.training.fit import Training
+from cifar_fast.training.run_folder import RunFolder, RunReader
 from cifar_fast.utils.progress import lines_to
-from tests.helpers import DEVICE, HOW, contents, save_npz, small_dataset, stop_after
+from tests.helpers import DEVICE, HOW, contents, files_in, files_of, save_npz, small_dataset, stop_after
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings, by the command and from Python
 
@@ -42,7 +42,7 @@ def stopped_and_resumed(recipe, dataset, folder, stops, **how):
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
-def test_the_bits_are_those_of_an_uninterrupted_training(tmp_path, tiny, uncompiled, backend, dtype):
+def test_resumed_training_has_the_bits_of_an_uninterrupted_one(tmp_path, tiny, uncompiled, backend, dtype):
     how = HOW | dict(backend=backend, dtype=dtype, runs=2, seed=4)
     fit(RECIPE, tiny, output=tmp_path / "whole", **how)
     stopped_and_resumed(RECIPE, tiny, tmp_path / "parts", [(0, 1), (0, 3), (1, 3)], **how)
@@ -50,7 +50,7 @@ def test_the_bits_are_those_of_an_uninterrupted_training(tmp_path, tiny, uncompi
 
 
 @pytest.mark.slow  # the interpreter
-def test_the_bits_of_fused_are_those_of_an_uninterrupted_training(tmp_path, uncompiled, few_programs):
+def test_resumed_fused_training_has_the_bits_of_an_uninterrupted_one(tmp_path, uncompiled, few_programs):
     dataset, how = small_dataset(train=8, test=4), HOW | dict(backend="fused", device=DEVICE.type)
     fit(FUSED, dataset, output=tmp_path / "whole", **how)
     stopped_and_resumed(FUSED, dataset, tmp_path / "parts", [(0, 2)], **how)
@@ -58,7 +58,7 @@ def test_the_bits_of_fused_are_those_of_an_uninterrupted_training(tmp_path, unco
 
 
 @pytest.mark.slow  # the interpreter
-def test_a_state_is_copied_to_where_the_graphs_of_fused_have_captured_it(uncompiled, few_programs):
+def test_restored_state_keeps_the_addresses_that_the_graph_captured(uncompiled, few_programs):
     def addresses():
         momenta = [state["momentum_buffer"] for state in backend.optimizer.state.values()]
         return [tensor.data_ptr() for tensor in (*backend.model.parameters(), *backend.model.buffers(), *momenta)]
@@ -71,14 +71,14 @@ def test_a_state_is_copied_to_where_the_graphs_of_fused_have_captured_it(uncompi
 
 
 @pytest.mark.nightly
-def test_the_bits_of_what_torch_compiles_are_those_of_an_uninterrupted_training(tmp_path, tiny):
+def test_resumed_compiled_training_has_the_bits_of_an_uninterrupted_one(tmp_path, tiny):
     how = HOW | dict(backend="compiled", runs=2)
     fit(RECIPE, tiny, output=tmp_path / "whole", **how)
     stopped_and_resumed(RECIPE, tiny, tmp_path / "parts", [(0, 3), (1, 2)], **how)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_streams_apart_and_other_test_sets_go_on_too(tmp_path, tiny):
+def test_resume_with_separate_seeds_and_extra_test_sets(tmp_path, tiny):
     np.savez(tmp_path / "test.npz", images=tiny.test_images, labels=tiny.test_labels)
     how = HOW | dict(runs=2, order_seed=9, also_test={"again": tmp_path / "test.npz"})
     fit(RECIPE, tiny, output=tmp_path / "whole", **how)
@@ -87,7 +87,7 @@ def test_streams_apart_and_other_test_sets_go_on_too(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("every", [0, 2])
-def test_fewer_checkpoints_cost_epochs_and_no_bits(tmp_path, tiny, every):
+def test_fewer_checkpoints_repeat_epochs_with_the_same_bits(tmp_path, tiny, every):
     how = HOW | dict(runs=2, checkpoint_every=every)
     fit(RECIPE, tiny, output=tmp_path / "whole", **how)
     lines = []
@@ -102,7 +102,7 @@ def test_fewer_checkpoints_cost_epochs_and_no_bits(tmp_path, tiny, every):
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_elapsed_seconds_go_on(tmp_path, tiny):
+def test_seconds_continue_after_resume(tmp_path, tiny):
     result = stopped_and_resumed(RECIPE, tiny, tmp_path / "out", [(0, 3)], **HOW)
     seconds = [row.train_seconds for row in result.rows]
     assert seconds == sorted(seconds) and len(set(seconds)) == 3
@@ -131,16 +131,16 @@ def stopped(tmp_path, original):
     return shutil.copytree(original, tmp_path / "parts")
 
 
-def test_the_folder_knows_what_was_asked_for(tmp_path, npz, stopped, capfd):
+def test_resume_needs_no_other_flags(tmp_path, npz, stopped, capfd):
     assert main(["--resume", str(stopped)]) == 0
     shown = capfd.readouterr().out
-    assert "run 2 of 2, seed 4\ngoing on after epoch 1\nepoch  2" in shown and "run 1 of 2" not in shown
+    assert "run 2 of 2, seed 4\nresuming after epoch 1\nepoch  2" in shown and "run 1 of 2" not in shown
     assert train(npz, f"--backend eager --runs 2 --output {tmp_path}/whole") == 0
     assert contents(stopped) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_an_interruption_says_in_a_line_how_to_go_on_if_there_is_something(tmp_path, npz, monkeypatch, capfd, epochs):
+def test_interrupt_prints_how_to_resume_if_there_is_a_checkpoint(tmp_path, npz, monkeypatch, capfd, epochs):
     drawn = []
 
     def draw(*args, **how):
@@ -151,12 +151,12 @@ def test_an_interruption_says_in_a_line_how_to_go_on_if_there_is_something(tmp_p
 
     monkeypatch.setattr("cifar_fast.training.trainer.draw_epoch", draw)
     assert train(npz, f"--output {tmp_path}/out") == 130
-    how = f"interrupted; to go on: cifar-fast train --resume {tmp_path}/out\n"
-    assert capfd.readouterr().err == (how if epochs else "interrupted before there was anything to go on from\n")
+    how = f"interrupted; to resume: cifar-fast train --resume {tmp_path}/out\n"
+    assert capfd.readouterr().err == (how if epochs else "interrupted before there was anything to resume\n")
     assert (tmp_path / "out").exists() == bool(epochs)
 
 
-def test_a_half_line_is_dropped(tmp_path, npz, stopped):
+def test_resume_drops_an_incomplete_line(tmp_path, npz, stopped):
     with open(stopped / "metrics.jsonl", "a") as file:
         file.write('{"run": 1, "epo')
     assert main(["--resume", str(stopped)]) == 0
@@ -165,7 +165,7 @@ def test_a_half_line_is_dropped(tmp_path, npz, stopped):
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_runs_may_grow(tmp_path, npz, stopped, ended):
+def test_resume_with_more_runs(tmp_path, npz, stopped, ended):
     if ended:
         assert main(["--resume", str(stopped)]) == 0
     assert main(["--resume", str(stopped), "--runs", "3"]) == 0
@@ -173,21 +173,21 @@ def test_runs_may_grow(tmp_path, npz, stopped, ended):
     assert contents(stopped) == contents(tmp_path / "whole")
 
 
-def test_of_a_training_that_has_ended_there_is_nothing_to_do(tmp_path, npz, stopped, capfd):
+def test_resume_of_a_finished_training_does_nothing(tmp_path, npz, stopped, capfd):
     assert main(["--resume", str(stopped)]) == 0
-    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    before = {name: (stopped / name).read_bytes() for name in files_in(stopped)}
     capfd.readouterr()
     assert main(["--resume", str(stopped)]) == 0
     shown = capfd.readouterr()
     assert shown.out.startswith("nothing to do: ") and (shown.out.count("\n"), shown.err) == (1, "")
-    assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
+    assert {name: (stopped / name).read_bytes() for name in files_in(stopped)} == before
     assert main(["--resume", str(stopped), "--seed", "5"]) == 2
 
 
-def test_a_result_can_be_read_back(tmp_path, tiny):
+def test_result_is_read_back_equal(tmp_path, tiny):
     result = fit(RECIPE, tiny, output=tmp_path / "out", runs=2, **HOW)
     for again in (
-        Result.load(tmp_path / "out"),
+        RunReader(tmp_path / "out").result(),
         fit(RECIPE, tiny, resume=tmp_path / "out", runs=2, **HOW),
     ):
         assert (again.rows, again.runs, again.recipe) == (result.rows, result.runs, result.recipe)
@@ -210,30 +210,30 @@ def test_a_result_can_be_read_back(tmp_path, tiny):
         ("--also-test a={folder}/other.npz", "--also-test was not given, not a"),
         ("--runs 1", "--runs was 2, and may grow, but not shrink to 1"),
         ("--data-dir {folder}/other.npz", "is not the data set that was trained on"),
-        ("--checkpoint-every -1", "checkpoint_every must be a whole number from 0"),
-        ("--output {folder}/other", "--resume stands in the place of --output"),
-        ("--overwrite", "--resume stands in the place of --output"),
+        ("--checkpoint-every -1", "--checkpoint-every must be at least 0, not -1"),
+        ("--output {folder}/other", "give --resume alone, without --output and --overwrite"),
+        ("--overwrite", "give --resume alone, without --output and --overwrite"),
     ],
 )
-def test_a_contradiction_is_one_line_and_exit_code_2_and_changes_nothing(tmp_path, stopped, capfd, flags, words):
+def test_resume_with_changed_flags_is_an_error_and_changes_nothing(tmp_path, stopped, capfd, flags, words):
     save_npz(tmp_path / "other.npz", small_dataset(seed=1))
     Recipe(epochs=7).save(tmp_path / "recipe.json")
-    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    before = {name: (stopped / name).read_bytes() for name in files_in(stopped)}
     capfd.readouterr()
     assert main(["--resume", str(stopped), *flags.format(folder=tmp_path).split()]) == 2
     error = capfd.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1
-    assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
+    assert {name: (stopped / name).read_bytes() for name in files_in(stopped)} == before
 
 
-def test_the_data_may_have_moved(tmp_path, tiny, stopped):
+def test_resume_with_the_data_in_another_place(tmp_path, tiny, stopped):
     moved = save_npz(tmp_path / "moved.npz", tiny)
     assert main(["--resume", str(stopped), "--data-dir", str(moved)]) == 0
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut off", "no archive", "foreign", "another format", "a folder"])
-def test_a_checkpoint_that_cannot_be_read_is_one_line_and_exit_code_2(stopped, capfd, damage):
-    path = stopped / "checkpoint.pt"
+def test_damaged_checkpoint_is_an_error_in_one_line(stopped, capfd, damage):
+    path = stopped / "run-1/checkpoint.pt"
     whole = path.read_bytes()
     if damage == "a folder":
         path.unlink()
@@ -247,38 +247,40 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line_and_exit_code_2(stopped, c
     capfd.readouterr()
     assert main(["--resume", str(stopped)]) == 2
     error = capfd.readouterr().err
-    assert error.startswith(f"error: --resume {stopped}: checkpoint.pt cannot be read (") and error.count("\n") == 1
+    assert (
+        error.startswith(f"error: --resume {stopped}: run-1/checkpoint.pt cannot be read (") and error.count("\n") == 1
+    )
 
 
-def test_where_there_is_nothing_to_go_on_from_nothing_is_made(tmp_path, capfd):
+def test_resume_without_a_training_is_an_error_and_writes_nothing(tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "none"):
         assert main(["--resume", f"{tmp_path}/{name}"]) == 2
         error = capfd.readouterr().err
-        assert "holds no checkpoint.pt" in error and error.count("\n") == 1
+        assert "holds no training.json" in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["empty"] and not list((tmp_path / "empty").iterdir())
 
 
-def test_a_checkpoint_is_plain_tensors_and_numbers(stopped):
-    saved = torch.load(stopped / "checkpoint.pt", weights_only=True)
-    assert [run["seed"] for run in saved["result"]["runs"]] == [3] and saved["state"]["epoch"] == 1
+def test_checkpoint_holds_plain_tensors_and_numbers(stopped):
+    saved = torch.load(stopped / "run-1/checkpoint.pt", weights_only=True)
+    assert [row["epoch"] for row in saved["rows"]] == [1] and saved["state"]["epoch"] == 1
 
 
-def test_a_stopped_training_is_kept_unless_told(npz, stopped, capfd):
+def test_stopped_training_is_kept_without_overwrite(npz, stopped, capfd):
     assert train(npz, f"--output {stopped}") == 2
-    assert "--resume to go on with it, --overwrite to replace" in capfd.readouterr().err
+    assert "--resume to continue it, --overwrite to replace" in capfd.readouterr().err
     assert train(npz, f"--output {stopped} --overwrite --seed 7") == 0
-    assert "checkpoint.pt" not in os.listdir(stopped)
+    assert files_in(stopped) == files_of(1)
     assert json.loads((stopped / "summary.json").read_text())["runs"][0]["seed"] == 7
 
 
-def test_a_folder_in_use_is_refused(tmp_path, tiny):
+def test_folder_in_use_is_an_error(tmp_path, tiny):
     """Of a new training and of one that goes on."""
     refused = []
 
     def second(line):
         if line.startswith("epoch  2"):
-            with pytest.raises(InputError, match=r"--resume .*: another run is writing its results there"):
+            with pytest.raises(InputError, match=r"resume .*: another run is writing its results there"):
                 fit(RECIPE, tiny, resume=tmp_path / "out", **HOW)
             refused.append(line)
         stop(line)
@@ -290,10 +292,10 @@ def test_a_folder_in_use_is_refused(tmp_path, tiny):
     assert len(refused) == 1 and len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_another_version_or_machine_is_told_and_goes_on(stopped, capfd):
-    saved = torch.load(stopped / "checkpoint.pt", weights_only=True)
-    saved["result"]["environment"] |= {"torch": "2.0.0", "device_name": "another"}
-    torch.save(saved, stopped / "checkpoint.pt")
+def test_resume_on_another_machine_prints_what_changed(stopped, capfd):
+    saved = json.loads((stopped / "training.json").read_text())
+    saved["environment"] |= {"torch": "2.0.0", "device_name": "another"}
+    (stopped / "training.json").write_text(json.dumps(saved))
     assert main(["--resume", str(stopped)]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert f"torch was 2.0.0, now {torch.__version__}: the last bits may differ" in lines
@@ -301,15 +303,18 @@ def test_another_version_or_machine_is_told_and_goes_on(stopped, capfd):
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (4, "cuda:3")])
-def test_what_one_of_several_gpus_has_begun_goes_on_where_there_are_fewer(stopped, monkeypatch, gpus, device):
-    checkpoint = read_checkpoint(stopped, str(stopped))
-    checkpoint.result.environment["device"] = "cuda:3"
+def test_resume_of_a_gpu_run_with_fewer_gpus(stopped, monkeypatch, gpus, device):
+    saved = json.loads((stopped / "training.json").read_text())
+    saved["config"]["device"] = "cuda:3"
+    (stopped / "training.json").write_text(json.dumps(saved))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert checkpoint.plan("auto", "auto", "auto", "auto").device == torch.device(device)
+    folder = RunFolder(stopped, resume=True)
+    asked = folder.earlier.config.replace(backend="auto", device="auto", dtype="auto", memory_format="auto")
+    assert Training(asked, folder).device == torch.device(device)
 
 
-def test_it_goes_on_with_the_threads_it_began_with(tmp_path, tiny):
+def test_resume_uses_the_same_number_of_threads(tmp_path, tiny):
     """Sums over a batch are cut between threads, so that the last bits depend on them."""
     recipe = Recipe(epochs=2, batch_size=32, widths=(4,))
     with pytest.raises(KeyboardInterrupt):
@@ -317,13 +322,14 @@ def test_it_goes_on_with_the_threads_it_began_with(tmp_path, tiny):
     assert fit(recipe, tiny, resume=tmp_path / "out", **HOW).environment["threads"] == 2
 
 
-def test_drafts_of_a_process_that_was_killed_are_removed(stopped):
-    (stopped / ".checkpoint.pt.123").touch()
+def test_temporary_files_of_a_killed_process_are_removed(stopped):
+    for name in (".training.json.123", "run-1/.checkpoint.pt.123"):
+        (stopped / name).touch()
     assert main(["--resume", str(stopped)]) == 0
-    assert sorted(os.listdir(stopped)) == ["curves.png", "metrics.jsonl", "model.pt", "summary.json"]
+    assert files_in(stopped) == files_of(2)
 
 
-def test_weights_that_could_not_be_written_stay_in_the_checkpoint(tmp_path, tiny, monkeypatch):
+def test_checkpoint_stays_if_the_weights_cannot_be_written(tmp_path, tiny, monkeypatch):
     save = torch.save
 
     def full(what, path):
@@ -334,13 +340,13 @@ def test_weights_that_could_not_be_written_stay_in_the_checkpoint(tmp_path, tiny
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         result = fit(RECIPE, tiny, output=tmp_path / "out", **HOW)
-    assert len(result.unwritten) == 1 and (tmp_path / "out/checkpoint.pt").exists()
+    assert len(result.unwritten) == 1 and (tmp_path / "out/run-0/checkpoint.pt").exists()
     fit(RECIPE, tiny, resume=tmp_path / "out", **HOW)
     fit(RECIPE, tiny, output=tmp_path / "whole", **HOW)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_call_takes_no_signal_handler(tiny):
+def test_fit_installs_no_signal_handler(tiny):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     during = []
 
@@ -351,13 +357,13 @@ def test_a_call_takes_no_signal_handler(tiny):
     assert all(seen == handlers for seen in during)
 
 
-def test_the_command_gives_the_signal_handlers_back(tmp_path, npz):
+def test_command_restores_signal_handlers(tmp_path, npz):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert train(npz, f"--output {tmp_path}/out") == 0
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def test_a_first_signal_waits_for_the_step_and_a_second_does_not():
+def test_first_signal_waits_for_the_step_and_second_does_not():
     with interruptible() as on_step:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)  # no step that could end
@@ -379,17 +385,17 @@ def start(flags):
 
 @pytest.mark.slow  # processes of their own
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_command_after_its_step(tmp_path, npz, number):
+def test_signal_ends_the_command_after_its_step(tmp_path, npz, number):
     process = start(f"{FLAGS} --data-dir {npz} --output {tmp_path}/out --epochs 100000")
     for line in process.stdout:
         if line.startswith("epoch  2"):
             process.send_signal(number)
             break
     _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, f"interrupted; to go on: cifar-fast train --resume {tmp_path}/out\n")
+    assert (process.returncode, error) == (130, f"interrupted; to resume: cifar-fast train --resume {tmp_path}/out\n")
     rows = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
-    saved = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
-    assert len(saved["result"]["rows"]) == len(rows) >= 2, "no epoch that ended is lost"
+    checkpoint = Checkpoint.load(tmp_path / "out/run-0/checkpoint.pt")
+    assert len(checkpoint.rows) == len(rows) >= 2, "no epoch that ended is lost"
 
 
 def whole_and_killed(tmp_path, npz, kills, seed):
@@ -406,14 +412,14 @@ def whole_and_killed(tmp_path, npz, kills, seed):
         time.sleep(moments.uniform(0, seconds / kills))
         process.kill()
         process.communicate()
-        if (tmp_path / "parts/checkpoint.pt").exists():
+        if (tmp_path / "parts/training.json").exists():
             command = f"--resume {tmp_path}/parts"
     assert start(command).communicate(timeout=120)[1] == ""
     return contents(tmp_path / "whole"), contents(tmp_path / "parts")
 
 
 @pytest.mark.nightly  # a process a kill
-def test_three_kills_at_random_moments_cost_no_bit(tmp_path, npz):
+def test_three_kills_at_random_moments_change_no_bit(tmp_path, npz):
     whole, parts = whole_and_killed(tmp_path, npz, kills=3, seed=0)
     assert parts == whole
 

@@ -1,0 +1,146 @@
+"""The options of a training as one value, without torch: :class:`TrainConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from cifar_fast.recipe import BACKENDS, DTYPES, MEMORY_FORMATS, Recipe
+from cifar_fast.utils.errors import InputError, option
+
+Config = TypeVar("Config", bound="TrainConfig")
+
+
+def _field(default: Any, help: str, *, choices: tuple[str, ...] = (), may_change: bool = False) -> Any:
+    """A field with its help text. ``may_change``: a resumed training may have another value."""
+    metadata = {"help": help, "choices": choices, "may_change": may_change}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All options of a training.
+
+    ``fit`` takes each as an argument, ``cifar-fast train`` as a flag, a sweep as a key of its file. The help text of a
+    field is the flag's. ``summary.json`` and ``training.json`` hold the values under the same names.
+
+    Raises:
+        InputError: a value cannot work, whatever the data and the device.
+    """
+
+    recipe: Recipe = dataclasses.field(default=Recipe(), metadata={"help": "recipe to train", "may_change": False})
+    backend: str = _field(
+        "auto",
+        "eager: the reference; compiled: torch.compile; fused: our kernels in one CUDA graph; auto: the fastest here",
+        choices=BACKENDS,
+    )
+    device: str = _field("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = _field(
+        "auto", "float16 and float32 hold everything; bfloat16 keeps float32 weights (autocast)", choices=DTYPES
+    )
+    memory_format: str = _field(
+        "auto",
+        "memory format of the batches; contiguous_format (NCHW) is the reference script's; auto: that for eager, else "
+        "channels_last",
+        choices=MEMORY_FORMATS,
+    )
+    seed: int = _field(0, "seed of the weights, the order and the augmentation; run i uses seed + i")
+    init_seed: int | None = _field(None, "seed of the initial weights alone, the same in all runs")
+    order_seed: int | None = _field(None, "seed of the order alone, the same in all runs")
+    augment_seed: int | None = _field(None, "seed of the augmentation alone, the same in all runs")
+    runs: int = _field(1, "number of trainings from scratch, each with the next seed", may_change=True)
+    checkpoint_every: int = _field(
+        1, "epochs between checkpoints; each run writes one at its end, with 0 only that one", may_change=True
+    )
+    also_test: Mapping[str, str] = _field(
+        {},
+        "also report the accuracy at the end of each run on another test set: CIFAR-10.1, CIFAR-10.2, CIFAR-10-C as "
+        "published, or a .npz file with images and labels; can be given several times",
+    )
+    save_logits: bool = _field(False, "keep the logits of the test images of each run, in logits.npz")
+    tensorboard: bool = _field(
+        False, "also write loss, accuracies and learning rate for TensorBoard, under tensorboard/", may_change=True
+    )
+    threads: int | None = _field(
+        None, "CPU threads; by default those that torch had when this package was imported", may_change=True
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "init_seed", "order_seed", "augment_seed", "runs", "checkpoint_every", "threads"):
+            value = getattr(self, name)
+            if value is None and _default(name) is None:
+                continue
+            try:
+                object.__setattr__(self, name, operator.index(value))
+            except TypeError:
+                raise InputError(f"{option(name)} must be a whole number, not {value!r}") from None
+        for name, lowest in {"runs": 1, "checkpoint_every": 0, "threads": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise InputError(f"{option(name)} must be at least {lowest}, not {value}")
+        for name in ("seed", "init_seed", "order_seed", "augment_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**63 - self.runs:
+                raise InputError(f"{option(name)} must be between 0 and 2^63, not {value}")
+        also_test = {str(name): str(path) for name, path in (self.also_test or {}).items()}
+        object.__setattr__(self, "also_test", also_test)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of the options other than the recipe."""
+        return [field.name for field in dataclasses.fields(TrainConfig) if field.name != "recipe"]
+
+    @staticmethod
+    def help(name: str) -> str:
+        """Return the help text of an option."""
+        return _metadata(name)["help"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON stores them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Return the config that :meth:`to_dict` gave."""
+        return TrainConfig(**dict(values) | {"recipe": Recipe(**values["recipe"])})
+
+    def replace(self: Config, **changes: Any) -> Config:
+        return dataclasses.replace(self, **changes)
+
+    def resuming(self: Config, earlier: TrainConfig) -> Config:
+        """Return this config with ``auto`` replaced by what ``earlier``, the config of the stopped training, has."""
+        names = ("backend", "device", "dtype", "memory_format")
+        kept = {name: getattr(earlier, name) for name in names if getattr(self, name) == "auto"}
+        return self.replace(**kept, threads=earlier.threads if self.threads is None else self.threads)
+
+    def difference(self, earlier: TrainConfig) -> tuple[str, str, str] | None:
+        """Return the first option that a resumed training cannot change but has: name, earlier value, value now."""
+        pairs = [(name, getattr(earlier.recipe, name), getattr(self.recipe, name)) for name in vars(self.recipe)]
+        for name in self.names():
+            if not _metadata(name)["may_change"]:
+                before, now = getattr(earlier, name), getattr(self, name)
+                if name == "also_test":  # the files may have moved
+                    before, now = tuple(before), tuple(now)
+                if name == "device":  # one of several GPUs may be gone
+                    before, now = before.partition(":")[0], now.partition(":")[0]
+                pairs.append((name, before, now))
+        return next(((name, _shown(before), _shown(now)) for name, before, now in pairs if before != now), None)
+
+
+def _metadata(name: str) -> Mapping[str, Any]:
+    return TrainConfig.__dataclass_fields__[name].metadata
+
+
+def _default(name: str) -> Any:
+    return TrainConfig.__dataclass_fields__[name].default
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "not given"
+    return "not given" if value is None else str(value)
