@@ -129,7 +129,7 @@ def _run(args: argparse.Namespace) -> int:
     dataset.steps_per_epoch(recipe.batch_size)
     with writing(f"--output {args.output}"):
         args.output.mkdir(parents=True, exist_ok=True)
-    settings = dict(recipe=dataclasses.asdict(recipe), dtype=short_name(plan.dtype), dataset=dataset.facts())
+    settings = dict(recipe=dataclasses.asdict(recipe), dtype=short_name(plan.dtype), dataset=dataset.metadata())
     real, deadline = name != "synthetic", begun + 60 * args.minutes
     bench = Bench(recipe, dataset, real, plan, deadline, args.reference_script, [])
     return run(args.output, bench, settings, args.only or list(PARTS))

@@ -122,7 +122,7 @@ def build_backend(
                 raise InputError(f"{failure}; see --backend for others, --traceback for where it failed") from error
             LOGGER.debug("%s", failure, exc_info=error)
         else:
-            for line in (*dataset.remarks, *backend.remarks):
+            for line in (*dataset.notes, *backend.notes):
                 LOGGER.info(line)
             return backend, failures
         failures.append(f"{failure}, {following} instead")

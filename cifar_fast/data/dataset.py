@@ -28,7 +28,7 @@ class Dataset:
     ``*_images`` are uint8 ``[N, 32, 32, 3]``, ``*_labels`` int64 ``[N]`` from 0 to the number of classes
     less one; each class has a training image. They may be given in any layout and any integer type of labels,
     and are held C-contiguous, writable and in native byte order: copied where they are not. ``source`` says
-    in errors where the data came from, ``remarks`` what :meth:`for_recipe` has made of it, a line each.
+    in errors where the data came from, ``notes`` what :meth:`for_recipe` has made of it, a line each.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Dataset:
     test_images: np.ndarray
     test_labels: np.ndarray
     class_names: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
@@ -103,7 +103,7 @@ class Dataset:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What a summary says of the data."""
         return {
             "name": str(self.name),
@@ -140,7 +140,7 @@ def _only_classes(dataset: Dataset, classes: tuple[int, ...]) -> Dataset:
         test_images=dataset.test_images[in_test],
         test_labels=test_labels[in_test],
         class_names=names,
-        remarks=(*dataset.remarks, f"classes: {', '.join(names)}, of {dataset.num_classes}"),
+        notes=(*dataset.notes, f"classes: {', '.join(names)}, of {dataset.num_classes}"),
     )
 
 
@@ -164,8 +164,8 @@ def _subset(dataset: Dataset, count: int) -> Dataset:
         )
     chosen = np.sort(np.concatenate([found[:share] for found, share in zip(of_class, shares)]))
     images, labels = dataset.train_images[chosen], labels[chosen]
-    remark = f"train_subset: {count} of {n} training images, as many of each class"
-    return dataclasses.replace(dataset, train_images=images, train_labels=labels, remarks=(*dataset.remarks, remark))
+    note = f"train_subset: {count} of {n} training images, as many of each class"
+    return dataclasses.replace(dataset, train_images=images, train_labels=labels, notes=(*dataset.notes, note))
 
 
 def _with_label_noise(dataset: Dataset, share: float, seed: int) -> Dataset:
@@ -175,8 +175,8 @@ def _with_label_noise(dataset: Dataset, share: float, seed: int) -> Dataset:
     chosen, shift = random.permutation(n)[: round(share * n)], random.randint(1, k, n)
     labels = dataset.train_labels.copy()
     labels[chosen] = (labels[chosen] + shift[chosen]) % k
-    remark = f"label_noise: {len(chosen)} of {n} training labels are of another class"
-    return dataclasses.replace(dataset, train_labels=labels, remarks=(*dataset.remarks, remark))
+    note = f"label_noise: {len(chosen)} of {n} training labels are of another class"
+    return dataclasses.replace(dataset, train_labels=labels, notes=(*dataset.notes, note))
 
 
 def check_images(source: str, images: np.ndarray, labels: np.ndarray, prefix: str = "") -> None:

@@ -74,7 +74,7 @@ def read_dataset(name: str, data_dir: str | Path | None = None, data_url: str | 
     except OSError as error:
         raise InputError(f"{error.filename or source}: {error.strerror or error}; check --data-dir") from None
     names = tuple(np.atleast_1d(arrays.pop("class_names", ())).tolist())
-    return Dataset(name=name, source=source, class_names=names, remarks=(), **arrays)
+    return Dataset(name=name, source=source, class_names=names, notes=(), **arrays)
 
 
 def check_named(name: str, data_dir: str | Path | None) -> None:

@@ -279,7 +279,7 @@ def write_report(
     report: dict[str, Any] = {
         "environment": environment(comparison.first.device),
         "recipe": dataclasses.asdict(recipe),
-        "dataset": dataset.for_recipe(recipe).facts(),
+        "dataset": dataset.for_recipe(recipe).metadata(),
         "backend": comparison.first.backends[0],
         "against": comparison.second.backends[0],
         "dtype": short_name(comparison.first.dtype),

@@ -297,7 +297,7 @@ def fit_plan(
         stack.enter_context(torch_defaults(plan.device, threads))
         stack.enter_context(oom_hint("training", recipe.batch_size))
         facts = environment(plan.device)
-        data_facts = dataset.facts()
+        data_facts = dataset.metadata()
         clock = device_timer(plan.device)
 
         LOGGER.info(f"torch {facts['torch']}, {facts['device_name']}, {facts['threads']} threads, backend {plan}")
@@ -336,7 +336,7 @@ def fit_plan(
             state_dict={},
             model=custom_model.name if custom_model else None,
             parameters=sum(weights_now[name].numel() for name, _ in backend.model.named_parameters()),
-            remarks=[*dataset.remarks, *backend.remarks],
+            notes=[*dataset.notes, *backend.notes],
         )
         standing = standing or Checkpoint(result)
         if output and not standing.state:

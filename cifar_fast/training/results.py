@@ -33,12 +33,12 @@ class Result:
     """Everything that :func:`cifar_fast.fit` did. A notebook shows it as a table of its runs with the curves.
 
     ``auto``: why what was left to us was chosen so, and what failed before it. ``environment``: as
-    :func:`cifar_fast.utils.device.environment` gives it. ``dataset``: as :meth:`cifar_fast.Dataset.facts`.
+    :func:`cifar_fast.utils.device.environment` gives it. ``dataset``: as :meth:`cifar_fast.Dataset.metadata`.
     ``settings``: the rest of what was asked for, by the names of the flags.
     ``mean`` and ``std``: of the training images' 0..255 values, per channel, which the model's input is normalized
     with. ``state_dict``: the last run's weights, for a plain ``CNN``. ``unwritten``: a line for each file of
     ``output`` that could not be written. ``logits``: where they were to be kept, of the test images, float16
-    ``[N, classes]`` for each run, by the plain model. ``remarks``: what the recipe changes about data or
+    ``[N, classes]`` for each run, by the plain model. ``notes``: what the recipe changes about data or
     backend, a line each. ``model``: the class of the caller's own, to which ``state_dict`` then belongs; None is the
     recipe's network. ``parameters``: how many numbers are trained.
     """
@@ -58,7 +58,7 @@ class Result:
     state_dict: dict[str, torch.Tensor]
     unwritten: list[str] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     model: str | None = None
     parameters: int | None = None  # which results of before lack
 
@@ -133,7 +133,7 @@ class Result:
             "dtype": self.dtype,
             "memory_format": self.memory_format,
             "auto": self.auto,
-            "remarks": self.remarks,
+            "notes": self.notes,
             "dataset": self.dataset,
             "settings": self.settings,
             "runs": [dataclasses.asdict(run) for run in self.runs],
