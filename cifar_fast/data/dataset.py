@@ -96,7 +96,7 @@ class Dataset:
     def save(self, path: str | Path) -> None:
         """Write the arrays and class names to the .npz file ``path``, which ``load_dataset("npz", path)`` reads."""
         arrays = {name: getattr(self, name) for name in ARRAYS}
-        with atomic_write(Path(path)) as draft, open(draft, "wb") as file:
+        with atomic_write(Path(path)) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays, class_names=np.array(self.class_names))
 
     @property

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_fast.utils.errors import InputError
-from cifar_fast.utils.files import writing
+from cifar_fast.utils.files import os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER, progress_bar
 
 TIMEOUT = 10.0
@@ -61,7 +61,7 @@ def download(sources: Sequence[str], path: Path, md5: str) -> None:
                 if before:  # the earlier bytes may be at fault: this source gets another chance, from the start
                     queue.appendleft(url)
                 raise ValueError("other bytes than the published file's")
-            with writing(str(path)):
+            with os_error_as_input_error(str(path)):
                 os.replace(part, path)
             LOGGER.info(f"{path.name} from {url} in {time.monotonic() - begun:.0f} s; its MD5 sum is right")
             return
@@ -102,14 +102,14 @@ def _fetch(url: str, part: Path, may_leave: bool) -> None:
         LOGGER.info(f"downloading {url}" + (f" from byte {start:,} on" if start else ""))
         bar = stack.enter_context(progress_bar(total, part.stem, "B"))
         bar.update(start)
-        with writing(str(part)):
+        with os_error_as_input_error(str(part)):
             # Unbuffered: closing must not be what finds the disk full.
             file = stack.enter_context(open(part, "ab" if start else "wb", buffering=0))
         window, received = time.monotonic(), 0
         while data := response.read1(CHUNK):
             bar.update(len(data))
             received += len(data)
-            with writing(str(part)):
+            with os_error_as_input_error(str(part)):
                 while data:
                     data = data[file.write(data) :]
             elapsed = time.monotonic() - window

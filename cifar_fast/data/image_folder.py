@@ -56,7 +56,7 @@ def read_folder(root: Path) -> dict[str, np.ndarray]:
         LOGGER.info(f"decoding {len(files)} images under {root}")
         images = _decode(files)
         try:
-            with atomic_write(cache) as draft, open(draft, "wb") as file:
+            with atomic_write(cache) as temporary, open(temporary, "wb") as file:
                 np.savez(file, images=images, fingerprint=np.array(fingerprint))
             LOGGER.info(f"kept the decoded images in {cache}")
         except OSError as error:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cifar_fast.data.dataset import ARRAYS, Dataset
 from cifar_fast.utils.errors import InputError, first_line
-from cifar_fast.utils.files import locked, writing
+from cifar_fast.utils.files import locked, os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, print_line
 
 DATASETS = {
@@ -144,7 +144,7 @@ def _bring(kind: Any, root: Path, sources: list[str], splits: Callable[[], list[
                 return splits()
             if not check_integrity(archive, kind.tgz_md5):
                 download(sources, archive, kind.tgz_md5)
-            with writing(str(root)):
+            with os_error_as_input_error(str(root)):
                 extract_archive(archive, root)
             return splits()
     except InputError as error:

@@ -44,7 +44,7 @@ from cifar_fast.model import CNN
 from cifar_fast.recipe import Recipe
 from cifar_fast.utils.device import device_guard, environment, short_name
 from cifar_fast.utils.errors import InputError
-from cifar_fast.utils.files import atomic_write, writing
+from cifar_fast.utils.files import atomic_write, os_error_as_input_error
 from cifar_fast.utils.seeds import make_generators
 from cifar_fast.utils.torch_defaults import convolutions_in_tf32, torch_defaults
 
@@ -297,5 +297,5 @@ def write_report(
             for row in comparison.rows
         ],
     }
-    with writing(f"--json {path}", "choose another file"), atomic_write(path) as draft:
-        draft.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    with os_error_as_input_error(f"--json {path}", "choose another file"), atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")

@@ -23,7 +23,15 @@ from cifar_fast.training.results import Result
 from cifar_fast.training.run_folder import Output
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import Diverged, InputError, first_line
-from cifar_fast.utils.files import PARTS, atomic_write, check_writable, locked, remove_drafts, remove_empty, writing
+from cifar_fast.utils.files import (
+    PARTS,
+    atomic_write,
+    check_writable,
+    locked,
+    os_error_as_input_error,
+    remove_empty,
+    remove_temporary,
+)
 from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, prefix_lines, print_line
 from cifar_fast.utils.seeds import Seeds
 from cifar_fast.utils.torch_defaults import DEFAULT_NUM_THREADS
@@ -124,8 +132,8 @@ class Sweep:
 
     def save(self) -> None:
         """Write it to ``sweep.json`` in its folder."""
-        with atomic_write(Path(self.output).expanduser() / SWEEP) as draft:
-            draft.write_text(json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n")
+        with atomic_write(Path(self.output).expanduser() / SWEEP) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n")
 
 
 def changes(recipe: Recipe, base: Recipe) -> str:
@@ -368,10 +376,10 @@ def held(sweep: Sweep) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.callback(remove_empty, made)
-        with writing(what):
+        with os_error_as_input_error(what):
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder, refuse))
-            remove_drafts(folder / SWEEP)
+            remove_temporary(folder / SWEEP)
             sweep.save()
         try:
             yield

@@ -31,7 +31,7 @@ from cifar_fast.training.trainer import train
 from cifar_fast.utils.device import device_guard, device_timer, environment, short_name
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import InputError, MissingRuns, out_of_memory
-from cifar_fast.utils.files import CHECKPOINT, PARTS, atomic_write, remove_empty, writing
+from cifar_fast.utils.files import CHECKPOINT, PARTS, atomic_write, os_error_as_input_error, remove_empty
 from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, print_line
 from cifar_fast.utils.seeds import Seeds
 from cifar_fast.utils.torch_defaults import DEFAULT_NUM_THREADS, torch_defaults
@@ -215,10 +215,10 @@ def runs_left(folder: Path, standing: Checkpoint | None, runs: int) -> list[int]
     if standing and standing.state and ended not in parts:
         rows = [row for row in standing.result.rows if row.run == ended]
         result = dataclasses.replace(without_runs(standing.result), rows=rows)
-        with writing(str(folder)):
+        with os_error_as_input_error(str(folder)):
             part_folder(folder, ended).mkdir(parents=True, exist_ok=True)
-            with atomic_write(part_folder(folder, ended) / CHECKPOINT) as draft:
-                dataclasses.replace(standing, result=result).save(draft)
+            with atomic_write(part_folder(folder, ended) / CHECKPOINT) as temporary:
+                dataclasses.replace(standing, result=result).save(temporary)
     return [run for run in range(ended, runs) if run not in parts or not parts[run].result.runs]
 
 

@@ -23,6 +23,7 @@ from cifar_fast.training.tensorboard import FOLDER, TensorBoard, remove_events
 from cifar_fast.utils.errors import InputError, first_line
 from cifar_fast.utils.files import (
     CHECKPOINT,
+    CURVES,
     LOGITS,
     MODEL,
     PARTS,
@@ -31,13 +32,13 @@ from cifar_fast.utils.files import (
     atomic_write,
     check_writable,
     locked,
-    remove_drafts,
+    os_error_as_input_error,
     remove_empty,
-    writing,
+    remove_temporary,
 )
 from cifar_fast.utils.progress import LogFn
 
-FILES = (ROWS, SUMMARY, MODEL, LOGITS, "curves.png", CHECKPOINT, PARTS)
+FILES = (ROWS, SUMMARY, MODEL, LOGITS, CURVES, CHECKPOINT, PARTS)
 
 
 class Output:
@@ -83,7 +84,7 @@ class Output:
         return alone or (PARTS not in self._earlier and (self.path / PARTS).exists())
 
     def _refuse_results(self) -> None:
-        with writing(self.name):
+        with os_error_as_input_error(self.name):
             self._earlier = [name for name in FILES if (self.path / name).exists()]
         if self._earlier and not self.overwrite:
             go_on = "--resume to go on with it, " if {CHECKPOINT, PARTS} & set(self._earlier) else ""
@@ -99,13 +100,13 @@ class Output:
     def __enter__(self) -> Output:
         self._stack = contextlib.ExitStack()
         try:
-            with writing(self.name):
+            with os_error_as_input_error(self.name):
                 self._make()
                 self._stack.enter_context(locked(self.path, self._refuse_busy))
                 # Shows now, not after an epoch, whether files can be made.
                 tempfile.TemporaryFile(dir=self.path).close()
             for name in FILES:
-                remove_drafts(self.path / name)
+                remove_temporary(self.path / name)
             if self.resume:
                 self._go_on()
             else:
@@ -173,8 +174,8 @@ class Output:
                 (self.path / name).unlink(missing_ok=True)
         self._earlier = []
 
-    def _write_rows(self, draft: Path) -> None:
-        draft.write_text("".join(self._rows))
+    def _write_rows(self, temporary: Path) -> None:
+        temporary.write_text("".join(self._rows))
 
     def _append_row(self) -> None:
         with open(self.path / ROWS, "r+b", buffering=0) as file:
@@ -199,11 +200,11 @@ class Output:
         """
         if ROWS in self.failures:
             self._write(ROWS, self._write_rows)
-        self._write(SUMMARY, lambda draft: draft.write_text(json.dumps(result.summary(), indent=2) + "\n"))
-        self._write(MODEL, lambda draft: torch.save(result.checkpoint(), draft))
+        self._write(SUMMARY, lambda temporary: temporary.write_text(json.dumps(result.summary(), indent=2) + "\n"))
+        self._write(MODEL, lambda temporary: torch.save(result.checkpoint(), temporary))
         if result.logits:
-            self._write(LOGITS, lambda draft: _save_logits(result, test_labels, draft))
-        self._write("curves.png", lambda draft: draw_curves(result, draft))
+            self._write(LOGITS, lambda temporary: _save_logits(result, test_labels, temporary))
+        self._write(CURVES, lambda temporary: draw_curves(result, temporary))
         self.failures.pop(CHECKPOINT, None)
         if not {ROWS, SUMMARY, MODEL, LOGITS} & self.failures.keys():  # else they are in the checkpoint alone
             (self.path / CHECKPOINT).unlink(missing_ok=True)
@@ -211,8 +212,8 @@ class Output:
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         def whole() -> None:
-            with atomic_write(self.path / name) as draft:
-                write(draft)
+            with atomic_write(self.path / name) as temporary:
+                write(temporary)
 
         self._try(name, whole)
 
