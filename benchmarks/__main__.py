@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
     recipe = dataclasses.replace(Recipe(), **changes)
     name = args.dataset or ("cifar10" if args.data_dir or args.data_url else "synthetic")
     dataset = load_dataset(name, args.data_dir, data_url=args.data_url)
-    dataset.steps_per_epoch(recipe.batch_size)
+    dataset.check_trainable(recipe.batch_size)
     with os_error_as_input_error(f"--output {args.output}"):
         args.output.mkdir(parents=True, exist_ok=True)
     settings = dict(recipe=dataclasses.asdict(recipe), dtype=short_name(plan.dtype), dataset=dataset.metadata())

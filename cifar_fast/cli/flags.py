@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from cifar_fast.data.sources import DATA_URL, DATASETS, is_dataset
 from cifar_fast.recipe import BACKENDS, DTYPES, MEMORY_FORMATS, Recipe
 from cifar_fast.utils.distributed import World
-from cifar_fast.utils.errors import Diverged, InputError, MissingRuns
+from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, with_flags
 from cifar_fast.utils.files import check_writable
 from cifar_fast.utils.progress import lines_to
 
@@ -114,7 +114,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         type=_dataset,
         default="cifar10",
         metavar="NAME",
-        help="; ".join(f"{name}: {what}" for name, what in DATASETS.items()),
+        help=with_flags("; ".join(f"{name}: {what}" for name, what in DATASETS.items())),
     )
     group.add_argument(
         "--data-dir",

@@ -113,6 +113,7 @@ def _compare(
             f"in {short_name(second.dtype)}; give both plans the same"
         )
     dataset = dataset.for_recipe(recipe)
+    dataset.check_trainable(recipe.batch_size)
     steps_per_epoch = dataset.steps_per_epoch(recipe.batch_size)
     dataset = dataclasses.replace(
         dataset, test_images=dataset.test_images[:2], test_labels=dataset.test_labels[:2]

@@ -44,6 +44,6 @@ def accuracy(
     backend: Backend, dataset: Dataset, normalization: tuple[torch.Tensor, torch.Tensor], test: EvalSet
 ) -> float:
     """The accuracy in % on ``test`` by :func:`plain_logits`."""
-    logits = plain_logits(backend, dataset, normalization, test.images, test.places)
-    right = logits.argmax(dim=1).cpu().numpy() == test.labels[test.places]
+    logits = plain_logits(backend, dataset, normalization, test.images, test.indices)
+    right = logits.argmax(dim=1).cpu().numpy() == test.labels[test.indices]
     return 100 * int(right.sum()) / len(right)

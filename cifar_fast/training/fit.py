@@ -178,7 +178,7 @@ def fit_shared(
 
         def begin() -> tuple[Path, int, list[int]]:
             used = dataset.for_recipe(recipe)
-            used.steps_per_epoch(recipe.batch_size)
+            used.check_trainable(recipe.batch_size)
             read_eval_sets(how.get("also_test") or {}, dataset.num_classes, recipe.classes)
             stack.enter_context(output).report = LOGGER.info
             standing = output.checkpoint
@@ -283,7 +283,7 @@ def fit_plan(
     seeds, runs = check(plan, seeds, runs, threads, checkpoint_every)
     test_sets = read_eval_sets(also_test or {}, dataset.num_classes, recipe.classes)
     dataset = dataset.for_recipe(recipe)
-    dataset.steps_per_epoch(recipe.batch_size)
+    dataset.check_trainable(recipe.batch_size)
     if output and output.checkpoint:
         output.checkpoint.refuse_other_data(output.name, dataset)
         threads = output.checkpoint.result.settings["threads"] if threads is None else threads
@@ -367,7 +367,7 @@ def fit_plan(
             also = {}
             for test in test_sets:
                 also[test.name] = accuracy(backend, dataset, normalization, test)
-                LOGGER.info(f"also tested on {test.name}, {len(test.places)} images: {also[test.name]:.2f} %")
+                LOGGER.info(f"also tested on {test.name}, {len(test.indices)} images: {also[test.name]:.2f} %")
             if save_logits:
                 logits = plain_logits(backend, dataset, normalization, dataset.test_images)
                 result.logits.append(logits.to("cpu", torch.float16))

@@ -99,3 +99,17 @@ def locked(folder: Path, on_busy: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Create ``folder`` and its parents, and remove those that are still empty after the block.
+
+    Folders that existed before stay, empty or not.
+    """
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        remove_empty(missing)

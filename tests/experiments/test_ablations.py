@@ -73,11 +73,11 @@ def test_a_flag_changes_the_training_and_is_in_the_summary(tmp_path, npz, name):
         ("--label-noise 1.5", "label_noise must lie in 0 to 1"),
         ("--label-noise-seed -1", "label_noise_seed must be at least 0"),
         ("--train-subset -1", "train_subset must be at least 0"),
-        ("--train-subset 2", "tiny.npz: train_subset must lie in 3 to 24, "),
-        ("--train-subset 25", "tiny.npz: train_subset must lie in 3 to 24, "),
+        ("--train-subset 2", "tiny.npz: --train-subset must lie in 3 to 24, "),
+        ("--train-subset 25", "tiny.npz: --train-subset must lie in 3 to 24, "),
         ("--classes 1", "classes must be two or more numbers from 0, not 1"),
         ("--classes 0 0", "classes must be different numbers"),
-        ("--classes 0 3", "tiny.npz: classes must lie in 0 to 2, not 0 3"),
+        ("--classes 0 3", "tiny.npz: --classes must lie in 0 to 2, not 0 3"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(tmp_path, npz, capfd, flags, words):
@@ -254,7 +254,7 @@ def test_a_share_of_the_training_labels_is_wrong_and_no_test_label(share, count)
     assert changed.sum() == count
     assert np.array_equal(noisy.test_labels, dataset.test_labels)
     assert np.array_equal(noisy.train_images, dataset.train_images)
-    assert noisy.notes == (f"label_noise: {count} of 1000 training labels are of another class",)
+    assert noisy.notes == (f"label_noise: {count} of 1000 training labels replaced by another class",)
 
 
 def test_every_other_class_is_as_likely():
@@ -270,7 +270,7 @@ def test_the_same_labels_are_wrong_in_every_run_and_the_summary_says_how_many(tm
     another, _ = run(npz, tmp_path / "c", "--label-noise 0.25 --label-noise-seed 1")
     digests = [summary["dataset"]["digest"] for summary in (ours, other, another)]
     assert digests[0] == digests[1] == tiny.for_recipe(Recipe(label_noise=0.25)).digest != digests[2] != tiny.digest
-    assert ours["notes"] == ["label_noise: 6 of 24 training labels are of another class"]
+    assert ours["notes"] == ["label_noise: 6 of 24 training labels replaced by another class"]
 
 
 def test_less_noise_is_a_part_of_more():
