@@ -16,7 +16,7 @@ import numpy as np
 
 from cifar_fast.experiments.sweep import SWEEP, changes, variants_in
 from cifar_fast.training.metrics import confidence_interval_95
-from cifar_fast.training.plots import own_style
+from cifar_fast.training.plots import default_style
 from cifar_fast.training.results import Result
 from cifar_fast.utils.errors import InputError, first_line
 from cifar_fast.utils.files import SUMMARY, atomic_write, os_error_as_input_error
@@ -166,7 +166,7 @@ class Report:
 
 
 def _figure(draw: Callable[[Axes], None], width: float) -> Figure:
-    with own_style():
+    with default_style():
         from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
         figure = Figure(figsize=(width, 4.2), layout="constrained")
@@ -175,7 +175,7 @@ def _figure(draw: Callable[[Axes], None], width: float) -> Figure:
 
 
 def _save(figure: Figure, temporary: Path) -> None:
-    with own_style():
+    with default_style():
         figure.savefig(temporary, dpi=200, format="png")
 
 

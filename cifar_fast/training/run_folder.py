@@ -204,7 +204,7 @@ class Output:
         self._write(MODEL, lambda temporary: torch.save(result.checkpoint(), temporary))
         if result.logits:
             self._write(LOGITS, lambda temporary: _save_logits(result, test_labels, temporary))
-        self._write(CURVES, lambda temporary: draw_curves(result, temporary))
+        self._write(CURVES, lambda temporary: draw_curves(result.rows, result.recipe, result.title(), temporary))
         self.failures.pop(CHECKPOINT, None)
         if not {ROWS, SUMMARY, MODEL, LOGITS} & self.failures.keys():  # else they are in the checkpoint alone
             (self.path / CHECKPOINT).unlink(missing_ok=True)
