@@ -183,8 +183,8 @@ def _subset(dataset: Dataset, count: int) -> Dataset:
     largest = k * min(map(len, by_class))
     if not k <= count <= largest:
         raise InputError(
-            f"{dataset.source}: {option('train_subset')} must lie in {k} to {largest}, to be balanced over the classes, "
-            f"not {count}"
+            f"{dataset.source}: {option('train_subset')} must lie in {k} to {largest}, to be balanced over the "
+            f"classes, not {count}"
         )
     chosen = np.sort(np.concatenate([by_class[label][: count // k + (label < count % k)] for label in range(k)]))
     return dataclasses.replace(

@@ -157,8 +157,8 @@ def _read_cache(cache: Path, fingerprint: str) -> np.ndarray | None:
 def _decode(files: list[Path]) -> np.ndarray:
     """Decode ``files`` to uint8 ``[len(files), 32, 32, 3]``.
 
-    This process decodes about 6,000 images a second, once per data set. More processes would save only seconds, and
-    cannot start in a worker of a pool, from standard input, or in a script without the main guard. Threads save nothing.
+    One process decodes about 6,000 images a second, once per data set. More processes would save only seconds, and they
+    cannot start in a worker of a pool, from standard input, or in a script without the main guard. Threads do not help.
     """
     images = np.empty((len(files), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     with progress_bar(len(files), "decoding", " images") as bar:

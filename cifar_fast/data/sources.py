@@ -76,7 +76,7 @@ def read_dataset(name: str, data_dir: str | Path | None = None, data_url: str | 
     except OSError as error:
         raise InputError(f"{error.filename or source}: {error.strerror or error}; check {option('data_dir')}") from None
     names = tuple(np.atleast_1d(arrays.pop("class_names", ())).tolist())
-    return Dataset(name=name, source=source, class_names=names, **arrays)
+    return Dataset(name=name, source=source, class_names=names, notes=(), **arrays)
 
 
 def check_named(name: str, data_dir: str | Path | None) -> None:
@@ -97,8 +97,8 @@ def _read_cifar(name: str, root: Path, data_url: str | None) -> dict[str, np.nda
         from torchvision.datasets import CIFAR10, CIFAR100  # here, because it imports torch
     except Exception as error:  # a torchvision for another torch raises a RuntimeError
         raise InputError(
-            f"{option('dataset')} {name} needs torchvision, which cannot be imported ({first_line(error)}); install the "
-            f"torchvision for this torch, or use {option('dataset')} folder, npz or synthetic"
+            f"{option('dataset')} {name} needs torchvision, which cannot be imported ({first_line(error)}); install "
+            f"the torchvision for this torch, or use {option('dataset')} folder, npz or synthetic"
         ) from None
 
     kind: Any = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
@@ -162,8 +162,9 @@ def _ensure_downloaded(kind: Any, root: Path, sources: list[str], splits: Callab
             ) from None
         state = f"{archive} is corrupt or truncated" if has_archive else f"{kind.__name__} is not in {root}"
         raise InputError(
-            f"{state} and could not be downloaded ({first_line(error)}): put {kind.filename} from its home page into "
-            f"{root}, name a source with {option('data_url')}, or try {option('dataset')} synthetic, which needs no files"
+            f"{state} and could not be downloaded ({first_line(error)}): put {kind.filename} from its home page "
+            f"into {root}, name a source with {option('data_url')}, or try {option('dataset')} synthetic, which needs "
+            "no files"
         ) from None
 
 

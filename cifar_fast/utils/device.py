@@ -154,3 +154,10 @@ def _cpu_name() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def default_dtype(device: torch.device) -> str:
+    """Return what the dtype ``auto`` means on ``device``: the reference's float16 on a GPU, the fastest on a CPU."""
+    if device.type == "cuda":
+        return "float16"
+    return "bfloat16" if cpu_has_bfloat16() else "float32"
