@@ -37,7 +37,7 @@ from cifar_fast.diagnostics.roofline import copy_bandwidth, matmul_flops, passes
 from cifar_fast.kernels.launch import interpreted
 from cifar_fast.recipe import DTYPES
 from cifar_fast.utils.device import short_name, tune_malloc
-from cifar_fast.utils.files import atomic_write, writing
+from cifar_fast.utils.files import atomic_write, os_error_as_input_error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,10 +126,10 @@ def _run(args: argparse.Namespace) -> int:
     recipe = dataclasses.replace(Recipe(), **changes)
     name = args.dataset or ("cifar10" if args.data_dir or args.data_url else "synthetic")
     dataset = load_dataset(name, args.data_dir, data_url=args.data_url)
-    dataset.steps_per_epoch(recipe.batch_size)
-    with writing(f"--output {args.output}"):
+    dataset.check_trainable(recipe.batch_size)
+    with os_error_as_input_error(f"--output {args.output}"):
         args.output.mkdir(parents=True, exist_ok=True)
-    settings = dict(recipe=dataclasses.asdict(recipe), dtype=short_name(plan.dtype), dataset=dataset.facts())
+    settings = dict(recipe=dataclasses.asdict(recipe), dtype=short_name(plan.dtype), dataset=dataset.metadata())
     real, deadline = name != "synthetic", begun + 60 * args.minutes
     bench = Bench(recipe, dataset, real, plan, deadline, args.reference_script, [])
     return run(args.output, bench, settings, args.only or list(PARTS))
@@ -176,8 +176,11 @@ def _instructions(args: argparse.Namespace) -> int:
     print(f"triton {triton.__version__}, {args.arch}, {args.dtype}, batch {args.batch_size}; {card}")
     print(f"thread instructions per element, by class; us of one launch\n\n{instructions_table(rows, card)}")
     if args.json:
-        with writing(f"--json {args.json}", "choose another file"), atomic_write(args.json) as draft:
-            draft.write_text(json.dumps([record(row, card) for row in rows], indent=1) + "\n")
+        with (
+            os_error_as_input_error(f"--json {args.json}", "choose another file"),
+            atomic_write(args.json) as temporary,
+        ):
+            temporary.write_text(json.dumps([record(row, card) for row in rows], indent=1) + "\n")
     return 0
 
 

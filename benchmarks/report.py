@@ -58,11 +58,11 @@ def report(results: dict[str, Any]) -> str:
 def write_report(folder: Path) -> None:
     """``results.md`` and ``steps.png`` from the ``results.json`` of ``folder``."""
     results = json.loads((folder / "results.json").read_text())
-    with atomic_write(folder / "results.md") as draft:
-        draft.write_text(report(results) + "\n")
+    with atomic_write(folder / "results.md") as temporary:
+        temporary.write_text(report(results) + "\n")
     if lines := [row for row in rows_of(results) if row.part == "profile" and row.metric == "time"]:
-        with atomic_write(folder / "steps.png") as draft:
-            draw_steps(lines, draft)
+        with atomic_write(folder / "steps.png") as temporary:
+            draw_steps(lines, temporary)
 
 
 def draw_steps(lines: list[Row], path: Path) -> None:

@@ -13,7 +13,7 @@ from benchmarks.report import write_report
 from benchmarks.rows import rows_of
 from cifar_fast import InputError
 from cifar_fast.utils.device import device_guard, environment
-from cifar_fast.utils.files import atomic_write, writing
+from cifar_fast.utils.files import atomic_write, os_error_as_input_error
 
 SCHEMA = 2
 FIRST = ("ceilings", "parity")
@@ -47,8 +47,8 @@ def run(output: Path, bench: Bench, settings: dict[str, Any], only: list[str]) -
                 part["rows"] = rows  # they stand each for itself, and took minutes
         part["seconds"] = time.perf_counter() - begun
         results["parts"][name] = part
-        with writing(f"--output {output}"), atomic_write(file) as draft:
-            draft.write_text(json.dumps(results, indent=1) + "\n")
+        with os_error_as_input_error(f"--output {output}"), atomic_write(file) as temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
         write_report(output)
         print(f"{name}: {part.get('skipped') or part.get('failed') or 'done'} ({part['seconds']:.0f} s)", flush=True)
         if name == "parity" and "failed" in part:

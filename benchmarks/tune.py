@@ -144,6 +144,6 @@ def tune(dtype: torch.dtype, write: bool, time_case: Callable[[Case, Table], flo
         ]
         print(markdown(("kernel", "class", "entry", "us", ""), lines) + "\n", flush=True)
     if write:
-        with atomic_write(TABLE) as draft:
-            draft.write_text(layout(entries))
+        with atomic_write(TABLE) as temporary:
+            temporary.write_text(layout(entries))
         print(f"written to {TABLE}")

@@ -1,4 +1,4 @@
-"""The reference recipe as data: every constant of it stands here and nowhere else."""
+"""The reference recipe as data: the only place with its constants."""
 
 from __future__ import annotations
 
@@ -13,41 +13,34 @@ from typing import Any
 
 import numpy as np
 
-from cifar_fast.utils.errors import InputError
+from cifar_fast.utils.errors import InputError, option
 
 BACKENDS = ("eager", "compiled", "fused")
-
-
 DTYPES = ("float16", "bfloat16", "float32")
-
-
 MEMORY_FORMATS = ("contiguous_format", "channels_last")
-
-
 ACTIVATIONS = ("celu", "relu", "gelu", "silu")
-
 
 IMAGE_SIZE = 32
 """Height and width of an image, in pixels."""
 
 IMAGE_CHANNELS = 3
 
-LARGEST = 2**31
-"""Whole numbers of a recipe are below it: sizes that torch and the kernels can count with."""
+MAX_INTEGER = 2**31 - 1
+"""The largest integer in a recipe; torch and the kernels can index with it."""
 
 
 def _constant(default: Any, help: str, choices: tuple[str, ...] | None = None, item: Any = None) -> Any:
-    """A field; ``item`` is one of its type in the place of a tuple's first, where the default is empty."""
+    """Return a field. ``item`` is an example item, for a tuple whose default is empty."""
     item = default[0] if isinstance(default, tuple) and default else item
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "item": item})
 
 
 @dataclass(frozen=True)
 class Block:
-    """A convolution block: convolution 3x3, (max-pool 2x2,) batch norm, activation.
+    """Shape of a convolution block: 3x3 convolution, optional 2x2 max-pool, batch norm, activation.
 
-    ``index`` counts from 1; ``c_in`` and ``c_out`` are the convolution's channels, ``size`` the height and width of
-    its input and output; ``pool`` is 2 where the max-pool follows, else 1.
+    ``index`` counts from 1. ``c_in`` and ``c_out`` are the channels of the convolution. ``size`` is the height and
+    width of its input and output in pixels. ``pool`` is 2 if the max-pool follows, else 1.
     """
 
     index: int
@@ -58,77 +51,76 @@ class Block:
 
     @property
     def out_size(self) -> int:
-        """Height and width of the block's output."""
+        """Height and width of the block's output, in pixels."""
         return self.size // self.pool
 
     @property
     def keeps_shape(self) -> bool:
-        """Whether output and input have one shape: as many channels, and so no max-pool."""
+        """True if output and input have the same shape: the same number of channels, hence no max-pool."""
         return self.c_in == self.c_out
 
     @property
     def name(self) -> str:
-        """The shape of what is pooled and normalised, such as "128x32x32, pool"."""
+        """The shape of the convolution's output and whether a max-pool follows, such as "128x32x32, pool"."""
         return f"{self.c_out}x{self.size}x{self.size}{', pool' if self.pool == 2 else ''}"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Architecture, augmentation and schedule of "94% on CIFAR-10 in 94 lines and 94 seconds", and what may be taken
-    out of it or changed, to see what it is worth: an ablation.
+    """Architecture, augmentation and schedule of "94% on CIFAR-10 in 94 lines and 94 seconds".
 
-    Each field is a flag of the command line (``batch_size`` is ``--batch-size``), and its help text
-    is the flag's. A value that makes no sense raises :class:`InputError`.
+    The defaults are the reference. Any field can be changed, for example to measure what a part is worth. Each field
+    is also a flag of the command line, with the same help text. An invalid value raises :class:`InputError`.
     """
 
     epochs: int = _constant(24, "passes over the training images")
-    batch_size: int = _constant(512, "images per step; those left over at an epoch's end are dropped")
+    batch_size: int = _constant(512, "images per step; the last incomplete batch of an epoch is dropped")
     widths: tuple[int, ...] = _constant(
         (64, 128, 128, 128, 256, 512, 512, 512),
-        "output channels of each 3x3 convolution; where they double, a 2x2 max-pool follows",
+        "output channels of each 3x3 convolution; a 2x2 max-pool follows each one that doubles the channels",
     )
-    celu_alpha: float = _constant(0.075, "alpha of the CELU activations, where they are CELU")
+    celu_alpha: float = _constant(0.075, "alpha of CELU; other activations ignore it")
     output_scale: float = _constant(1 / 8, "factor on the logits before the loss")
     label_smoothing: float = _constant(0.2, "label smoothing of the cross entropy")
-    momentum: float = _constant(0.9, "momentum")
+    momentum: float = _constant(0.9, "momentum of SGD")
     weight_decay: float = _constant(
-        5e-4,
-        "weight decay, for a loss averaged over the batch; the optimiser gets it times the batch size",
+        5e-4, "weight decay for a loss averaged over the batch; the optimizer gets it times the batch size"
     )
     lr_knots: tuple[float, ...] = _constant(
         (0.0, 1.0, 5.0),
-        "times at which the learning rate is given, linear between them, in a unit of which the last knot is "
-        "the whole run",
+        "times of the learning rates, in any unit, linear in between; the last time is the end of training",
     )
     lr_values: tuple[float, ...] = _constant(
         (0.1, 0.6, 0.0),
-        "learning rates at the knots, for a loss averaged over the batch; the optimiser gets them divided by "
-        "the batch size",
+        "learning rate at each knot, for a loss averaged over the batch; the optimizer gets it divided by the batch "
+        "size",
     )
     crop_padding: int = _constant(
-        4, "reflection padding in pixels; a crop starts at 0 to this, short of the far side; 0: no crop"
+        4,
+        "reflection padding in pixels for random crops; the offset of a crop is 0 to this number, so crops never "
+        "reach the far border; 0: no crop",
     )
-    flip: bool = _constant(True, "mirror half of the images left to right")
-    cutout_size: int = _constant(8, "side in pixels of the square set to the mean colour; 0: none")
-    activation: str = _constant("celu", "the activation after each norm", ACTIVATIONS)
-    batch_norm: bool = _constant(True, "a batch norm after each convolution; without, no layer has a bias")
+    flip: bool = _constant(True, "mirror each image left to right with probability 1/2")
+    cutout_size: int = _constant(8, "side in pixels of the square that is set to the mean color; 0: no cutout")
+    activation: str = _constant("celu", "activation after each batch norm", ACTIVATIONS)
+    batch_norm: bool = _constant(True, "batch norm after each convolution; without it no layer has a bias")
     residual: bool = _constant(
-        False, "add its input to the output of each convolution block that has as many channels going in as out"
+        False, "add the input of each convolution block to its output if both have the same number of channels"
     )
-    nesterov: bool = _constant(True, "Nesterov's momentum; without, the plain one")
+    nesterov: bool = _constant(True, "Nesterov momentum instead of plain momentum")
     decay_norms_and_biases: bool = _constant(
-        True, "weight decay on every parameter; without, only on the weights of the convolutions and the linear layer"
+        True, "weight decay on all parameters, not only on the weights of the convolutions and the linear layer"
     )
     init_scale: float = _constant(1.0, "factor on the initial weights of the convolutions and the linear layer")
-    label_noise: float = _constant(
-        0.0, "share of the training labels that another class takes the place of, each as likely as the others"
-    )
-    label_noise_seed: int = _constant(0, "of which labels these are, and of their new classes, in all runs")
+    label_noise: float = _constant(0.0, "fraction of training labels replaced by another class, uniformly at random")
+    label_noise_seed: int = _constant(0, "seed of the label noise, which is the same in every run")
     train_subset: int = _constant(
-        0, "train on so many images, as many of each class, the same in all runs; those of fewer are among them; 0: all"
+        0,
+        "train on this many images, balanced over the classes, the same subset in every run; smaller subsets are "
+        "nested in larger ones; 0: all images",
     )
     classes: tuple[int, ...] = _constant(
-        (), "train and test on these classes alone, numbered anew from 0 in this order", item=0
+        (), "train and test on these classes only, renumbered from 0 in this order", item=0
     )
 
     def __post_init__(self) -> None:
@@ -140,7 +132,7 @@ class Recipe:
             if not condition:
                 value = getattr(self, name)
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise InputError(f"{name} must {must}, not {shown}")
+                raise InputError(f"{option(name)} must {must}, not {shown}")
 
         require(self.epochs >= 1, "epochs", "be at least 1")
         require(self.batch_size >= 1, "batch_size", "be at least 1")
@@ -148,14 +140,14 @@ class Recipe:
         require(
             self.final_size >= 1,
             "widths",
-            f"double at most {IMAGE_SIZE.bit_length() - 1} times, from the 3 input channels on",
+            f"double at most {IMAGE_SIZE.bit_length() - 1} times, starting from the {IMAGE_CHANNELS} input channels",
         )
         smallest = min(self.blocks(), key=lambda block: block.out_size)
         require(
             not self.batch_norm or self.batch_size * smallest.out_size**2 > 1,
             "batch_size",
-            f"be at least 2 where a map has one pixel, as block {smallest.index}'s with these widths (batch norm "
-            "needs more than one value per channel)",
+            f"be at least 2 with these widths: block {smallest.index} has feature maps of one pixel, "
+            "and batch norm needs more than one value per channel",
         )
         require(self.celu_alpha > 0, "celu_alpha", "be above 0")
         require(self.output_scale > 0, "output_scale", "be above 0")
@@ -163,9 +155,9 @@ class Recipe:
         require(0 < self.momentum < 1, "momentum", "lie between 0 and 1")
         require(self.weight_decay >= 0, "weight_decay", "be at least 0")
         knots = self.lr_knots
-        require(len(knots) >= 2 and knots[0] == 0, "lr_knots", "be two or more numbers, the first of them 0")
-        require(all(a < b for a, b in zip(knots, knots[1:])), "lr_knots", "rise from each to the next")
-        require(len(self.lr_values) == len(knots), "lr_values", f"be {len(knots)} numbers, one a knot")
+        require(len(knots) >= 2 and knots[0] == 0, "lr_knots", "be two or more numbers, the first one 0")
+        require(all(a < b for a, b in zip(knots, knots[1:])), "lr_knots", "increase")
+        require(len(self.lr_values) == len(knots), "lr_values", f"be {len(knots)} numbers, one per knot")
         require(min(self.lr_values) >= 0, "lr_values", "be at least 0")
         require(0 <= self.crop_padding < IMAGE_SIZE, "crop_padding", f"lie in 0 to {IMAGE_SIZE - 1}")
         require(0 <= self.cutout_size <= IMAGE_SIZE, "cutout_size", f"lie in 0 to {IMAGE_SIZE}")
@@ -179,7 +171,7 @@ class Recipe:
         require(len(set(classes)) == len(classes), "classes", "be different numbers")
 
     def blocks(self) -> tuple[Block, ...]:
-        """The convolution blocks in order; a max-pool follows the convolutions that double the channels."""
+        """Return the convolution blocks in order."""
         blocks: list[Block] = []
         c_in, size = IMAGE_CHANNELS, IMAGE_SIZE
         for index, c_out in enumerate(self.widths, 1):
@@ -190,50 +182,60 @@ class Recipe:
 
     @property
     def final_size(self) -> int:
-        """Height and width in pixels of the last feature map, which the head pools to one pixel."""
+        """Height and width of the last feature map in pixels; the head pools it to one pixel."""
         return self.blocks()[-1].out_size
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The optimiser's learning rate at ``step``, counted from 1, so that the last step's is the last value's."""
+        """Return the optimizer's learning rate at ``step``, which counts from 1.
+
+        The last step of the training gets the last of ``lr_values``.
+        """
         knots = [knot * self.epochs / self.lr_knots[-1] for knot in self.lr_knots]
         values = [value / self.batch_size for value in self.lr_values]
         return float(np.interp(step / steps_per_epoch, knots, values))
 
     def to_json(self) -> str:
+        """Return all constants as a JSON object."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """The recipe that ``text`` states; a constant it leaves out keeps the reference's value."""
+        """Return the recipe from a JSON object; missing constants keep the reference's values."""
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InputError(f"a recipe must be JSON: {error}") from None
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, dict):
-            raise InputError("a recipe must be a JSON object of its constants")
+            raise InputError("a recipe must be a JSON object")
         if unknown := sorted(set(values) - set(names)):
-            raise InputError(f"a recipe has no {', '.join(unknown)}; it has {', '.join(names)}")
+            raise InputError(f"a recipe has no constant {', '.join(unknown)}; its constants are {', '.join(names)}")
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
+        """Write the recipe to ``path`` as JSON."""
         Path(path).write_text(self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe from the JSON file ``path``.
+
+        Raises:
+            InputError: the file cannot be read or is no recipe; the message names it.
+        """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from None
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{path}: {error!s}") from None  # the names as in the file, not as flags
 
 
 def _coerce(default: Any, value: Any, name: str, item: Any = None) -> Any:
-    """``value`` as the type of the field's default: int, float, bool, str, or a tuple of what ``item`` is one of."""
+    """Return ``value`` as the type of ``default``: int, float, bool, str, or a tuple of the type of ``item``."""
     if isinstance(default, tuple):
         if isinstance(value, (list, tuple)):
-            return tuple(_coerce(item, one, name) for one in value)
+            return tuple(_coerce(item, element, name) for element in value)
         kind = "a list of numbers"
     elif isinstance(default, bool):
         if isinstance(value, bool):
@@ -244,13 +246,13 @@ def _coerce(default: Any, value: Any, name: str, item: Any = None) -> Any:
             return value
         kind = "a name"
     elif isinstance(default, int):
-        if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < LARGEST:
+        if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) <= MAX_INTEGER:
             return int(value)
-        kind = f"a whole number below {LARGEST}" if isinstance(value, Integral) else "a whole number"
+        kind = f"a whole number of at most {MAX_INTEGER}" if isinstance(value, Integral) else "a whole number"
     else:
-        with contextlib.suppress(OverflowError):  # a whole number past what a float holds
+        with contextlib.suppress(OverflowError):  # an integer too large for a float
             if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
                 return float(value)
         kind = "a finite number"
     shown = repr(value) if not isinstance(value, Integral) or abs(int(value)) < 10**20 else "a number of many digits"
-    raise InputError(f"{name} must be {kind}, not {shown}")
+    raise InputError(f"{option(name)} must be {kind}, not {shown}")

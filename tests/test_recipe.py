@@ -7,7 +7,7 @@ import torch
 from cifar_fast import CNN, InputError, Recipe
 
 
-def test_the_network_has_the_references_size():
+def test_network_has_the_reference_parameter_counts():
     parameters = list(CNN(Recipe(), 10).parameters())
     sizes = {4: 0, 1: 0, 2: 0}  # by number of dimensions: convolutions, batch norm, linear
     for parameter in parameters:
@@ -15,7 +15,7 @@ def test_the_network_has_the_references_size():
     assert sizes == {4: 6_563_520, 1: 4_480, 2: 5_120}
 
 
-def test_every_learning_rate_of_the_run_is_the_references():
+def test_learning_rate_equals_the_reference_at_every_step():
     recipe = Recipe()
     steps = 97
     for step in range(1, 24 * steps + 1):
@@ -27,7 +27,7 @@ def test_every_learning_rate_of_the_run_is_the_references():
     assert recipe.learning_rate(1234, 97) == exact
 
 
-def test_json_gives_the_recipe_back(tmp_path):
+def test_recipe_survives_a_json_round_trip(tmp_path):
     recipe = Recipe(epochs=3, widths=(6, 7), lr_knots=(0, 2), lr_values=(1, 0), flip=False)
     assert Recipe.from_json(recipe.to_json()) == recipe
     recipe.save(tmp_path / "recipe.json")
@@ -53,22 +53,25 @@ def test_json_gives_the_recipe_back(tmp_path):
         (dict(momentum=1), "momentum must lie between 0 and 1"),
         (dict(momentum=0), "momentum must lie between 0 and 1"),
         (dict(weight_decay=-1e-9), "weight_decay must be at least 0"),
-        (dict(lr_knots=(1, 2, 3)), "the first of them 0"),
+        (dict(lr_knots=(1, 2, 3)), "the first one 0"),
         (dict(lr_knots=(0,), lr_values=(1,)), "two or more"),
-        (dict(lr_knots=(0, 2, 2)), "lr_knots must rise"),
+        (dict(lr_knots=(0, 2, 2)), "lr_knots must increase"),
         (dict(lr_values=(1, 2)), "lr_values must be 3 numbers"),
         (dict(lr_values=(1, -2, 0)), "lr_values must be at least 0"),
         (dict(lr_values=(1, float("inf"), 0)), "lr_values must be a finite number"),
         (dict(crop_padding=32), "crop_padding must lie in 0 to 31"),
         (dict(cutout_size=33), "cutout_size must lie in 0 to 32"),
         (dict(flip=1), "flip must be true or false"),
-        (dict(epochs=2**31), "epochs must be a whole number below 2147483648"),
+        (dict(epochs=2**31), "epochs must be a whole number of at most 2147483647"),
         pytest.param(dict(epochs=10**5000), "not a number of many digits", id="long"),
         (dict(weight_decay=10**400), "weight_decay must be a finite number"),
-        (dict(batch_size=1, widths=(6, 12, 24, 48, 96)), "batch_size must be at least 2 .* block 5's"),
+        (
+            dict(batch_size=1, widths=(6, 12, 24, 48, 96)),
+            "batch_size must be at least 2 with these widths: block 5 has",
+        ),
     ],
 )
-def test_a_constant_that_makes_no_sense_is_refused_by_name(values, words):
+def test_invalid_constant_raises_an_error_with_its_name(values, words):
     with pytest.raises(InputError, match=words) as refusal:
         Recipe(**values)
     assert "\n" not in str(refusal.value)
@@ -79,34 +82,44 @@ def test_a_constant_that_makes_no_sense_is_refused_by_name(values, words):
     [
         ("{", "must be JSON"),
         ("[]", "a JSON object"),
-        ('{"epoch": 3}', "has no epoch; it has epochs"),
+        ('{"epoch": 3}', "has no constant epoch; its constants are epochs"),
         ('{"epochs": "3"}', "epochs must be a whole number, not '3'"),
         pytest.param('{"epochs": 1' + "0" * 5000 + "}", "must be JSON: Exceeds the limit", id="long"),
         ('{"weight_decay": 1e400}', "weight_decay must be a finite number"),
         pytest.param("[" * 100_000, "must be JSON", id="deep"),
     ],
 )
-def test_a_recipe_file_that_makes_no_sense_is_named(tmp_path, text, words):
+def test_invalid_recipe_file_raises_an_error_with_its_path(tmp_path, text, words):
     (tmp_path / "recipe.json").write_text(text)
     with pytest.raises(InputError, match=f"recipe.json: .*{words}"):
         Recipe.load(tmp_path / "recipe.json")
 
 
-def test_a_recipe_file_may_begin_with_a_byte_order_mark(tmp_path):
+def test_commands_show_a_constant_as_a_flag_and_a_key_of_a_file_as_it_is(tmp_path):
+    with pytest.raises(InputError) as refusal:
+        Recipe(batch_size=0)
+    assert refusal.value.with_flags() == "--batch-size must be at least 1, not 0"
+    (tmp_path / "recipe.json").write_text('{"batch_size": 0}')
+    with pytest.raises(InputError) as refusal:
+        Recipe.load(tmp_path / "recipe.json")
+    assert refusal.value.with_flags() == f"{tmp_path}/recipe.json: batch_size must be at least 1, not 0"
+
+
+def test_recipe_file_may_start_with_a_byte_order_mark(tmp_path):
     (tmp_path / "recipe.json").write_text('{"epochs": 3}', encoding="utf-8-sig")
     assert Recipe.load(tmp_path / "recipe.json") == Recipe(epochs=3)
 
 
-def test_a_batch_of_one_trains_where_a_map_has_more_than_one_pixel():
+def test_batch_of_one_is_valid_if_feature_maps_have_several_pixels():
     assert Recipe(batch_size=1, widths=(6, 12, 24, 48)).blocks()[-1].out_size == 2
 
 
-def test_a_missing_recipe_file_is_named(tmp_path):
+def test_missing_recipe_file_raises_an_error_with_its_path(tmp_path):
     with pytest.raises(InputError, match=r"cannot read the recipe .*none\.json: No such file"):
         Recipe.load(tmp_path / "none.json")
 
 
-def test_the_blocks_are_the_references():
+def test_default_blocks_are_the_reference_blocks():
     blocks = [(block.index, block.c_in, block.c_out, block.size, block.pool) for block in Recipe().blocks()]
     assert blocks == [
         (1, 3, 64, 32, 1),
@@ -122,12 +135,12 @@ def test_the_blocks_are_the_references():
     assert Recipe().final_size == 4
 
 
-def test_widths_choose_the_pools_and_the_head():
+def test_widths_determine_the_pools_and_the_head():
     recipe = Recipe(widths=(5, 10, 10, 20))
     assert [block.pool for block in recipe.blocks()] == [1, 2, 1, 2]
     assert recipe.final_size == 8
     assert CNN(recipe, 4)(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
 
 
-def test_recipe_to_json_is_readable_by_anyone():
+def test_to_json_writes_plain_json():
     assert json.loads(Recipe().to_json())["lr_values"] == [0.1, 0.6, 0.0]

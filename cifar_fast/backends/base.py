@@ -33,7 +33,7 @@ class Backend(Protocol):
 
     ``dtype`` is that of the activations. float16 and float32 hold everything in that type, as the reference does:
     weights, batch norm, momentum. bfloat16, which has too few bits to add a small step to a weight, is the type of the
-    activations and convolutions alone (autocast); weights and their updates are float32. ``remarks``: what a person
+    activations and convolutions alone (autocast); weights and their updates are float32. ``notes``: what a person
     should know of how this recipe runs here, a line each. ``custom_model``: what stands in the place of the recipe's
     network, if anything.
     """
@@ -46,7 +46,7 @@ class Backend(Protocol):
     model: nn.Module
     custom_model: CustomModel | None
     optimizer: torch.optim.SGD
-    remarks: Sequence[str]
+    notes: Sequence[str]
 
     def reset(self, model: nn.Module) -> None:
         """Start a run: weights and statistics of ``model``, no momentum, the schedule's first step."""
@@ -77,7 +77,7 @@ class Resumable:
     model: nn.Module
     optimizer: torch.optim.SGD
     epoch: int
-    remarks: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def training_state(self) -> dict[str, Any]:
         states = [self.optimizer.state.get(parameter, {}) for parameter in self.model.parameters()]

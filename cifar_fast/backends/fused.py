@@ -71,7 +71,7 @@ class Fused(Resumable):
         # The compiled code and the graphs hold this model's tensors; each run copies its weights into them.
         self.model = make_model(recipe, dataset, device, dtype, custom_model, fuse).to(memory_format=memory_format)
         if custom_model is None and not any(isinstance(layer, BatchNormCELU2d) for layer in self.model.modules()):
-            self.remarks = [
+            self.notes = [
                 "fused: its norm kernel is for batch norm with CELU; here the compiler's kernels take its place"
             ]
         outputs, scale = (self.model, 1.0) if custom_model else (cast(CNN, self.model).outputs, recipe.output_scale)

@@ -13,7 +13,7 @@ from cifar_fast.backends.eager import Compiled, Eager
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.model import CustomModel, make_model
 from cifar_fast.recipe import BACKENDS, DTYPES, IMAGE_CHANNELS, IMAGE_SIZE, MEMORY_FORMATS, Recipe
-from cifar_fast.utils.device import _device, check_caches, cpu_has_bfloat16, fused_unavailable_reason, short_name
+from cifar_fast.utils.device import check_caches, cpu_has_bfloat16, fused_unavailable_reason, resolve_device, short_name
 from cifar_fast.utils.errors import InputError, first_cause, first_line, out_of_memory
 from cifar_fast.utils.progress import LOGGER
 
@@ -55,7 +55,7 @@ def resolve_backend(
     check_caches()
     reasons = []
 
-    where = _device(device)
+    where = resolve_device(device)
     if device == "auto":
         reasons.append("a GPU is here" if where.type == "cuda" else "no CUDA GPU is here")
 
@@ -122,7 +122,7 @@ def build_backend(
                 raise InputError(f"{failure}; see --backend for others, --traceback for where it failed") from error
             LOGGER.debug("%s", failure, exc_info=error)
         else:
-            for line in (*dataset.remarks, *backend.remarks):
+            for line in (*dataset.notes, *backend.notes):
                 LOGGER.info(line)
             return backend, failures
         failures.append(f"{failure}, {following} instead")

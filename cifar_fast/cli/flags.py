@@ -20,7 +20,7 @@ from cifar_fast.data.sources import DATA_URL, DATASETS, is_dataset
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import ReportedOnRank0, World
-from cifar_fast.utils.errors import Diverged, InputError, MissingRuns
+from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, with_flags
 from cifar_fast.utils.files import check_writable
 from cifar_fast.utils.progress import lines_to
 
@@ -121,7 +121,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         type=_dataset,
         default="cifar10",
         metavar="NAME",
-        help="; ".join(f"{name}: {what}" for name, what in DATASETS.items()),
+        help=with_flags("; ".join(f"{name}: {what}" for name, what in DATASETS.items())),
     )
     group.add_argument(
         "--data-dir",

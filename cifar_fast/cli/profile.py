@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if plan.device.type == "cpu":
         tune_malloc()
     dataset = read_dataset(args.dataset, args.data_dir, data_url=args.data_url).for_recipe(recipe)
-    dataset.steps_per_epoch(recipe.batch_size)
+    dataset.check_trainable(recipe.batch_size)
     weights, order, augmentation = seeds.for_run(0).generators(plan.device)
     with device_guard(plan.device), torch_defaults(plan.device):
         backend, _ = build_backend(plan, recipe, dataset)

@@ -1,15 +1,12 @@
-"""The epoch's random draws, and the augmentation in plain torch.
+"""The random draws of an epoch, and the augmentation in plain torch.
 
-Shuffle, reflection-padded crop, mirror and cutout only move pixels about, so a whole batch is one
-gather: every output pixel has one source pixel, found by arithmetic on its row and column. The
-square of the cutout is then set to zero, which is the mean color of normalized images.
+Shuffle, reflection-padded crop, mirror and cutout only move pixels, so a whole batch is one gather.
+Each output pixel has one source pixel, computed from its row and column. The square of the cutout is
+then set to zero, the mean color of normalized images.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +17,14 @@ from cifar_fast.recipe import IMAGE_SIZE, Recipe
 
 @dataclass(frozen=True)
 class Draws:
-    """An epoch's random choices, one int64 ``tensor`` ``[4, n]``; column k belongs to position k after the shuffle.
+    """The random choices of an epoch of n images.
 
-    Its rows: ``permutation``, which image stands there; ``crop``, option ``x0 * (padding + 1) + y0``, the window's
-    offset in the padded image; ``flip``, 0 mirrors left to right and 1 does not (the published script's encoding, kept
-    for parity); ``cutout``, option ``x0 * (size - cutout_size + 1) + y0``, the square's upper left corner.
+    ``tensor`` is int64 ``[4, n]``. Column k belongs to position k of the shuffled epoch. The rows are:
+
+    * ``permutation``: the index of the image at that position.
+    * ``crop``: ``x0 * (padding + 1) + y0``, the offset of the window in the padded image.
+    * ``flip``: 0 mirrors left to right, 1 does not. The published script encodes it so.
+    * ``cutout``: ``x0 * (size - cutout_size + 1) + y0``, the upper left corner of the square.
     """
 
     tensor: torch.Tensor
@@ -49,7 +49,7 @@ class Draws:
         return self.tensor.shape[1]
 
     def slice(self, start: int, stop: int) -> Draws:
-        """The choices at positions ``start`` to ``stop``, as a view."""
+        """Return the choices at positions ``start`` to ``stop``, as a view."""
         return Draws(self.tensor[:, start:stop])
 
 
@@ -61,61 +61,39 @@ def draw_epoch(
     generator: torch.Generator | None = None,
     order: torch.Generator | None = None,
 ) -> Draws:
-    """Draw one epoch's choices for ``n`` images from ``generator`` (default: that of ``device``), the permutation from
-    ``order`` (default: ``generator``).
+    """Draw the choices of one epoch of ``n`` images.
 
     The calls and their order are the reference script's, so the same seed gives the same epoch.
+
+    Args:
+        device: of the draws and of both generators.
+        recipe: gives crop, flip and cutout. The reference recipe by default.
+        generator: of all draws. The device's default generator by default.
+        order: of the permutation, if it is to have a generator of its own.
     """
     recipe = recipe or Recipe()
     crops = (recipe.crop_padding + 1) ** 2
     cutouts = (IMAGE_SIZE + 1 - recipe.cutout_size) ** 2
-    order = generator if order is None else order
-    with _in_default(order):
-        permutation = torch.randperm(n, device=device, generator=order)
-    with _in_default(generator):
-        where: dict[str, Any] = dict(device=device, generator=generator)
-        crop = torch.randint(crops, (n,), **where)
-        flip = torch.randint(0 if recipe.flip else 1, 2, (n,), **where)
-        cutout = torch.randint(cutouts, (n,), **where)
+    options: dict[str, Any] = dict(device=device, generator=generator)
+    permutation = torch.randperm(n, device=device, generator=generator if order is None else order)
+    crop = torch.randint(crops, (n,), **options)
+    flip = torch.randint(0 if recipe.flip else 1, 2, (n,), **options)
+    cutout = torch.randint(cutouts, (n,), **options)
     return Draws(torch.stack((permutation, crop, flip, cutout)))
-
-
-_default_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def _in_default(generator: torch.Generator | None) -> Iterator[None]:
-    """Have a GPU's default generator where ``generator`` is meanwhile, and back where it was.
-
-    A GPU draws from ``generator`` itself; what stands in for one may know the default alone, and move that on.
-    """
-    if generator is None or generator.device.type != "cuda":
-        yield
-        return
-    with _default_lock:
-        index = torch.cuda.current_device() if generator.device.index is None else generator.device.index
-        default = torch.cuda.default_generators[index]
-        before, start = default.get_state(), generator.get_offset()
-        default.set_state(generator.get_state())
-        try:
-            yield
-        finally:
-            if default.get_offset() != start:
-                generator.set_offset(default.get_offset())
-            default.set_state(before)
 
 
 def augment(
     images: torch.Tensor, draws: Draws, recipe: Recipe, memory_format: torch.memory_format = torch.channels_last
 ) -> torch.Tensor:
-    """The batch that ``draws`` chooses from ``images``: gathered, cropped, mirrored, cut out.
+    """Gather, crop, mirror and cut out the batch that ``draws`` chooses from ``images``.
 
     Args:
         images: normalized images ``[N, S, S, C]`` of any dtype, contiguous.
         draws: the choices of B positions of an epoch, on the same device.
+        recipe: gives ``crop_padding`` and ``cutout_size``.
 
     Returns:
-        ``[B, C, S, S]`` in ``memory_format``, dtype of ``images``; no two batches share memory.
+        ``[B, C, S, S]`` in ``memory_format``, in the dtype of ``images``. No two batches share memory.
     """
     size, channels = images.shape[2], images.shape[3]
     padding, cutout = recipe.crop_padding, recipe.cutout_size
@@ -137,5 +115,5 @@ def augment(
 
 
 def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
-    """Reflection padding as index arithmetic: -1 is 1, ``size`` is ``size - 2``; the border does not repeat."""
+    """Reflect indices outside 0 to ``size - 1``: -1 becomes 1, ``size`` becomes ``size - 2``."""
     return size - 1 - (size - 1 - index.abs()).abs()

@@ -1,4 +1,4 @@
-"""The :class:`Dataset` value and what a recipe makes of it."""
+"""The :class:`Dataset` value, its checks, and the changes that a recipe makes to it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,31 @@ from typing import Any
 import numpy as np
 
 from cifar_fast.recipe import IMAGE_SIZE, Recipe
-from cifar_fast.utils.errors import InputError
+from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import atomic_write
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-
-
 MAX_CLASSES = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Labelled images, checked when made: a data set that exists is sound, else :class:`InputError` is raised.
+    """Labeled images for training and testing. The constructor checks them.
 
-    ``*_images`` are uint8 ``[N, 32, 32, 3]``, ``*_labels`` int64 ``[N]`` from 0 to the number of classes
-    less one; each class has a training image. They may be given in any layout and any integer type of labels,
-    and are held C-contiguous, writable and in native byte order: copied where they are not. ``source`` says
-    in errors where the data came from, ``remarks`` what :meth:`for_recipe` has made of it, a line each.
+    Images may have any memory layout and labels any integer type. The data set holds C-contiguous, writable arrays in
+    native byte order. It copies an array only if that array is not in this form.
+
+    Args:
+        name: of the data set, for reports.
+        source: where the data came from, for error messages.
+        train_images, test_images: uint8 ``[N, 32, 32, 3]``.
+        train_labels, test_labels: integers ``[N]``, from 0 to the number of classes minus 1. Each class needs at least
+            one training image.
+        class_names: by default the numbers of the classes.
+        notes: lines that say what :meth:`for_recipe` changed.
+
+    Raises:
+        InputError: an array is not as described.
     """
 
     name: str
@@ -38,14 +46,14 @@ class Dataset:
     test_images: np.ndarray
     test_labels: np.ndarray
     class_names: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
             images, labels = np.asarray(getattr(self, f"{split}_images")), np.asarray(getattr(self, f"{split}_labels"))
             check_images(self.source, images, labels, f"{split}_")
-            # torchvision's arrays are transposed views, OpenCV's reversed ones: torch refuses some layouts and computes
-            # in others, so that every later step would have to know them.
+            # torchvision's arrays are transposed views and OpenCV's are reversed ones. torch refuses some such layouts
+            # and keeps others, so every later step would have to handle them.
             layout: Any = ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE", "ENSUREARRAY"]
             object.__setattr__(self, f"{split}_images", np.require(images, np.uint8, layout))
             object.__setattr__(self, f"{split}_labels", np.require(labels, np.int64, layout))
@@ -67,22 +75,32 @@ class Dataset:
         if self.test_labels.max() >= self.num_classes:
             raise InputError(
                 f"{self.source}: test_labels has class {self.test_labels.max()}, which train_labels lacks; "
-                "take it out or add it there"
+                "remove it or add training images of it"
             )
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Steps of whole batches in an epoch; :class:`InputError` where there is none."""
+        """Return the number of whole batches in an epoch."""
+        return len(self.train_images) // batch_size
+
+    def check_trainable(self, batch_size: int) -> None:
+        """Raise :class:`InputError` if there is no whole batch, or if a channel is constant and has no deviation."""
         n = len(self.train_images)
         if n < batch_size:
             raise InputError(
                 f"{self.source}: {n} training images are fewer than one batch of {batch_size}; give a smaller "
-                "--batch-size"
+                f"{option('batch_size')}"
             )
-        return n // batch_size
+        # Over the images first: numpy is many times slower if the innermost reduced dimension is the three channels.
+        lowest, highest = self.train_images.min(axis=0), self.train_images.max(axis=0)
+        if (lowest.min(axis=(0, 1)) == highest.max(axis=(0, 1))).any():
+            raise InputError(
+                f"{self.source}: a channel of train_images has the same value everywhere; it cannot be normalized"
+            )
 
     def for_recipe(self, recipe: Recipe) -> Dataset:
-        """What ``recipe`` trains and tests on: its classes, its subset of the training images, its noise on their
-        labels. The same in every run, whatever its seed.
+        """Return the data that ``recipe`` trains and tests on, after its classes, its subset and its label noise.
+
+        The result is the same in every run. It does not depend on the seed of the training.
         """
         dataset = self
         if recipe.classes:
@@ -94,17 +112,17 @@ class Dataset:
         return dataset
 
     def save(self, path: str | Path) -> None:
-        """Write the arrays and class names to the .npz file ``path``, which ``load_dataset("npz", path)`` reads."""
+        """Write the arrays and class names to the .npz file ``path``. ``load_dataset("npz", path)`` reads it."""
         arrays = {name: getattr(self, name) for name in ARRAYS}
-        with atomic_write(Path(path)) as draft, open(draft, "wb") as file:
+        with atomic_write(Path(path)) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays, class_names=np.array(self.class_names))
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def facts(self) -> dict[str, Any]:
-        """What a summary says of the data."""
+    def metadata(self) -> dict[str, Any]:
+        """Return the description of the data that ``summary.json`` holds."""
         return {
             "name": str(self.name),
             "digest": self.digest,
@@ -115,11 +133,13 @@ class Dataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over shapes and bytes of the four arrays, in hexadecimal: equal for equal data, wherever it came
-        from.
+        """SHA-256 of the shapes and bytes of the four arrays, in hexadecimal.
+
+        Equal data has the same digest, whatever its source.
         """
         digest = hashlib.sha256()
-        for array in (getattr(self, name) for name in ARRAYS):
+        for name in ARRAYS:
+            array = getattr(self, name)
             digest.update(repr(array.shape).encode())
             digest.update(array)
         return digest.hexdigest()
@@ -128,7 +148,8 @@ class Dataset:
 def _only_classes(dataset: Dataset, classes: tuple[int, ...]) -> Dataset:
     if max(classes) >= dataset.num_classes:
         raise InputError(
-            f"{dataset.source}: classes must lie in 0 to {dataset.num_classes - 1}, not {' '.join(map(str, classes))}"
+            f"{dataset.source}: {option('classes')} must lie in 0 to {dataset.num_classes - 1}, "
+            f"not {' '.join(map(str, classes))}"
         )
     train_labels, test_labels = (new_labels(labels, classes) for labels in (dataset.train_labels, dataset.test_labels))
     in_train, in_test = train_labels >= 0, test_labels >= 0
@@ -140,48 +161,58 @@ def _only_classes(dataset: Dataset, classes: tuple[int, ...]) -> Dataset:
         test_images=dataset.test_images[in_test],
         test_labels=test_labels[in_test],
         class_names=names,
-        remarks=(*dataset.remarks, f"classes: {', '.join(names)}, of {dataset.num_classes}"),
+        notes=(*dataset.notes, f"classes: {', '.join(names)}, of {dataset.num_classes}"),
     )
 
 
 def new_labels(labels: np.ndarray, classes: tuple[int, ...]) -> np.ndarray:
-    """Where in ``classes`` each of ``labels`` stands, -1 where it does not."""
+    """Return the index in ``classes`` of each of ``labels``, or -1 if it is not among them."""
     table = np.full(MAX_CLASSES, -1)
     table[list(classes)] = range(len(classes))
     return table[labels]
 
 
 def _subset(dataset: Dataset, count: int) -> Dataset:
-    """``count`` training images in their order, as many of each class; of what is left over the first have one more."""
+    """Return ``dataset`` with ``count`` training images in their order, balanced over the classes.
+
+    If the classes do not divide ``count``, the first ones have one more image. Smaller subsets are part of larger ones.
+    """
     n, k, labels = len(dataset.train_images), dataset.num_classes, dataset.train_labels
     order = np.random.RandomState(0).permutation(n)
-    shares = [count // k + (label < count % k) for label in range(k)]
-    of_class = [order[labels[order] == label] for label in range(k)]
-    most = k * min(map(len, of_class))
-    if not k <= count <= most:
+    by_class = [order[labels[order] == label] for label in range(k)]
+    largest = k * min(map(len, by_class))
+    if not k <= count <= largest:
         raise InputError(
-            f"{dataset.source}: train_subset must lie in {k} to {most}, for as many images of each class, not {count}"
+            f"{dataset.source}: {option('train_subset')} must lie in {k} to {largest}, to be balanced over the "
+            f"classes, not {count}"
         )
-    chosen = np.sort(np.concatenate([found[:share] for found, share in zip(of_class, shares)]))
-    images, labels = dataset.train_images[chosen], labels[chosen]
-    remark = f"train_subset: {count} of {n} training images, as many of each class"
-    return dataclasses.replace(dataset, train_images=images, train_labels=labels, remarks=(*dataset.remarks, remark))
+    chosen = np.sort(np.concatenate([by_class[label][: count // k + (label < count % k)] for label in range(k)]))
+    return dataclasses.replace(
+        dataset,
+        train_images=dataset.train_images[chosen],
+        train_labels=labels[chosen],
+        notes=(*dataset.notes, f"train_subset: {count} of {n} training images, balanced over the classes"),
+    )
 
 
-def _with_label_noise(dataset: Dataset, share: float, seed: int) -> Dataset:
-    """A ``share`` of the training labels replaced; of one seed, those of a smaller share are among them."""
+def _with_label_noise(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+    """Replace a ``fraction`` of the training labels by other classes, uniformly at random.
+
+    With the same seed, a larger fraction replaces the same labels and more.
+    """
     n, k = len(dataset.train_labels), dataset.num_classes
     random = np.random.RandomState(seed)
-    chosen, shift = random.permutation(n)[: round(share * n)], random.randint(1, k, n)
+    chosen, shift = random.permutation(n)[: round(fraction * n)], random.randint(1, k, n)
     labels = dataset.train_labels.copy()
     labels[chosen] = (labels[chosen] + shift[chosen]) % k
-    remark = f"label_noise: {len(chosen)} of {n} training labels are of another class"
-    return dataclasses.replace(dataset, train_labels=labels, remarks=(*dataset.remarks, remark))
+    note = f"label_noise: {len(chosen)} of {n} training labels replaced by another class"
+    return dataclasses.replace(dataset, train_labels=labels, notes=(*dataset.notes, note))
 
 
 def check_images(source: str, images: np.ndarray, labels: np.ndarray, prefix: str = "") -> None:
-    """Raise :class:`InputError` unless ``images`` are uint8 ``[N, 32, 32, 3]`` and ``labels`` whole numbers ``[N]``, N
-    at least 1; ``source`` and ``prefix``, before the arrays' names, say which they are.
+    """Raise :class:`InputError` unless ``images`` are uint8 ``[N, 32, 32, 3]`` and ``labels`` integers ``[N]``, N >= 1.
+
+    The message starts with ``source``, and with ``prefix`` before the name of the array.
     """
     shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
     if images.dtype != np.uint8 or images.shape[1:] != shape:
@@ -190,10 +221,12 @@ def check_images(source: str, images: np.ndarray, labels: np.ndarray, prefix: st
             f"shape {images.shape}"
         )
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        must = f"whole numbers of shape {images.shape[:1]}, one per image"
-        raise InputError(f"{source}: {prefix}labels must be {must}, not {labels.dtype} of shape {labels.shape}")
+        raise InputError(
+            f"{source}: {prefix}labels must be integers of shape {images.shape[:1]}, one per image, not {labels.dtype} "
+            f"of shape {labels.shape}"
+        )
     if len(images) == 0:
-        raise InputError(f"{source}: {prefix}images holds no image; there must be at least one")
+        raise InputError(f"{source}: {prefix}images holds no image; give at least one")
     if labels.min() < 0 or labels.max() >= MAX_CLASSES:
         raise InputError(
             f"{source}: {prefix}labels must lie in 0 to {MAX_CLASSES - 1}, not {labels.min()} to {labels.max()}"
@@ -201,5 +234,5 @@ def check_images(source: str, images: np.ndarray, labels: np.ndarray, prefix: st
 
 
 def _text(name: Any) -> str:
-    """A class name, which Python 2's pickles and numpy's "S" arrays have as bytes."""
+    """Return a class name as text. It is bytes in pickles of Python 2 and in numpy's "S" arrays."""
     return name.decode(errors="replace") if isinstance(name, bytes) else str(name)

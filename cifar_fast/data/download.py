@@ -1,6 +1,4 @@
-"""One file of known MD5 from several sources: resumed, and left for the next source where one is slow, cut off or
-wrong.
-"""
+"""Download a file of known MD5 from the first source that works: resumable, with fallback to other sources."""
 
 from __future__ import annotations
 
@@ -13,21 +11,21 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_fast.utils.errors import InputError
-from cifar_fast.utils.files import writing
+from cifar_fast.utils.errors import InputError, first_line
+from cifar_fast.utils.files import os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER, progress_bar
 
 TIMEOUT = 10.0
-"""Seconds to wait for a connection, and for the next bytes of one."""
+"""Seconds to wait for a connection, and for the next bytes of a response."""
 SLOW = 200_000
-"""Bytes per second below which a source is left for the next one."""
-PATIENCE = 15.0
-"""Seconds over which a source's rate is taken."""
+"""Bytes per second. A slower source is dropped if there is another one."""
+RATE_WINDOW = 15.0
+"""Seconds over which the rate of a source is measured."""
 CHUNK = 1 << 16
 
 
-class TooSlow(Exception):
-    """A source gave ``rate`` bytes per second."""
+class SlowSource(Exception):
+    """A source sends only ``rate`` bytes per second."""
 
     def __init__(self, rate: float) -> None:
         super().__init__(f"{rate / 1000:.0f} kB/s")
@@ -35,19 +33,28 @@ class TooSlow(Exception):
 
 
 def download(sources: Sequence[str], path: Path, md5: str) -> None:
-    """Bring the file with the sum ``md5`` to ``path`` from the first of ``sources`` that is quick and right.
+    """Download the file with the MD5 sum ``md5`` to ``path``.
 
-    Sources are URLs or paths of files. Bytes go to ``path`` with ".part" appended, from which the next source, and the
-    next call after a kill, goes on; the file gets its name when its sum is right. Where all are slow, the fastest
-    finishes it; a source that was cut off is asked again as long as each time brings new bytes. Hold
-    :func:`cifar_fast.utils.files.locked` on the folder, so that no other process writes there.
+    The sources are tried in order. A source that is slow, cut off or wrong is dropped for the next one. If all are
+    slow, the fastest of them finishes the file. A source that was cut off is retried as long as it sends new bytes.
+
+    Bytes are written to ``path`` with ".part" appended. The next source resumes from them, and so does the next call
+    after a kill. The file is renamed to ``path`` once its MD5 sum is correct.
+
+    Hold :func:`cifar_fast.utils.files.locked` on the folder during the call, so that no other process writes there.
+
+    Args:
+        sources: URLs, or paths of files.
+        path: of the file to create.
+        md5: in hexadecimal.
 
     Raises:
         InputError: the file cannot be written.
-        OSError: no source gave the file; its message says why for each.
+        OSError: every source failed. The message gives the reason for each.
     """
     part = path.with_name(f"{path.name}.part")
-    begun, queue, slow = time.monotonic(), deque(map(_as_url, sources)), dict[str, float]()
+    start, queue = time.monotonic(), deque(map(_as_url, sources))
+    slow: dict[str, float] = {}
     failures: dict[str, str] = {}
     while queue or slow:
         is_new = bool(queue)
@@ -58,29 +65,30 @@ def download(sources: Sequence[str], path: Path, md5: str) -> None:
             _fetch(url, part, is_new and bool(queue or slow))
             if not _has_md5(part, md5):
                 part.unlink()
-                if before:  # the earlier bytes may be at fault: this source gets another chance, from the start
+                if before:  # the earlier bytes may be wrong, so this source is retried from the start
                     queue.appendleft(url)
                 raise ValueError("other bytes than the published file's")
-            with writing(str(path)):
+            with os_error_as_input_error(str(path)):
                 os.replace(part, path)
-            LOGGER.info(f"{path.name} from {url} in {time.monotonic() - begun:.0f} s; its MD5 sum is right")
+            LOGGER.info(f"{path.name} from {url} in {time.monotonic() - start:.0f} s; its MD5 sum is correct")
             return
-        except TooSlow as error:
+        except SlowSource as error:
             slow[url] = error.rate
             failures[url] = str(error)
         except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(error, InputError):
                 raise
-            failures[url] = " ".join(str(error).split()) or type(error).__name__
+            failures[url] = first_line(error)
             if _size(part) > before:
                 queue.append(url)
-        LOGGER.info(f"{url}: {failures[url]}{', the next source goes on' if queue or slow else ''}")
+        LOGGER.info(f"{url}: {failures[url]}{', trying the next source' if queue or slow else ''}")
     raise OSError("; ".join(f"{url}: {failure}" for url, failure in failures.items()))
 
 
-def _fetch(url: str, part: Path, may_leave: bool) -> None:
-    """Append to ``part`` what it lacks of ``url``; raise :class:`TooSlow` after slow seconds if there is a better place
-    to go to.
+def _fetch(url: str, part: Path, has_alternative: bool) -> None:
+    """Append the missing bytes of ``url`` to ``part``.
+
+    Raise :class:`SlowSource` if the source is slow and ``has_alternative``.
     """
     start = _size(part)
     request = urllib.request.Request(
@@ -90,36 +98,36 @@ def _fetch(url: str, part: Path, may_leave: bool) -> None:
         try:
             response = stack.enter_context(urllib.request.urlopen(request, timeout=TIMEOUT))
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing is after the bytes that are here: they are all, or they are wrong
+            if error.code == 416:  # nothing follows the bytes in the file: they are complete, or wrong
                 return
             raise
         if response.headers.get_content_type() == "text/html":
             raise ValueError("a web page, not the file")
-        if start and getattr(response, "status", None) != 206:  # the source does not know ranges
+        if start and getattr(response, "status", None) != 206:  # the source does not support ranges
             start = 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
-        LOGGER.info(f"downloading {url}" + (f" from byte {start:,} on" if start else ""))
+        LOGGER.info(f"downloading {url}" + (f" from byte {start:,}" if start else ""))
         bar = stack.enter_context(progress_bar(total, part.stem, "B"))
         bar.update(start)
-        with writing(str(part)):
-            # Unbuffered: closing must not be what finds the disk full.
+        with os_error_as_input_error(str(part)):
+            # Unbuffered, so that a full disk shows in a write and not only when the file is closed.
             file = stack.enter_context(open(part, "ab" if start else "wb", buffering=0))
         window, received = time.monotonic(), 0
         while data := response.read1(CHUNK):
             bar.update(len(data))
             received += len(data)
-            with writing(str(part)):
+            with os_error_as_input_error(str(part)):
                 while data:
                     data = data[file.write(data) :]
             elapsed = time.monotonic() - window
-            if elapsed >= PATIENCE:
+            if elapsed >= RATE_WINDOW:
                 done, rate = file.tell(), received / elapsed
-                if rate < SLOW and may_leave:
-                    raise TooSlow(rate)
-                if bar.disable:  # no terminal: a log takes lines
+                if rate < SLOW and has_alternative:
+                    raise SlowSource(rate)
+                if bar.disable:  # not on a terminal, so the log shows the progress
                     left = f", {(total - done) / rate:.0f} s left" if total else ""
-                    LOGGER.info(f"{done / 1e6:.1f} MB are here, {rate / 1e6:.2f} MB/s{left}")
+                    LOGGER.info(f"{done / 1e6:.1f} MB downloaded, {rate / 1e6:.2f} MB/s{left}")
                 window, received = time.monotonic(), 0
         if total is not None and _size(part) < total:
             raise OSError(f"cut off after {_size(part):,} of {total:,} bytes")
@@ -134,6 +142,6 @@ def _size(path: Path) -> int:
 
 
 def _has_md5(path: Path, md5: str) -> bool:
-    from torchvision.datasets.utils import check_md5  # imports torch: not before it is needed
+    from torchvision.datasets.utils import check_md5  # here, because it imports torch
 
     return check_md5(path, md5)

@@ -1,4 +1,4 @@
-"""Other test sets, in the forms in which they are published: CIFAR-10.1, CIFAR-10.2, CIFAR-10-C, and ``.npz`` files."""
+"""Additional test sets in their published formats: CIFAR-10.1, CIFAR-10.2, CIFAR-10-C, and ``.npz`` files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 
 from cifar_fast.data.dataset import check_images, new_labels
-from cifar_fast.utils.errors import InputError, first_line
+from cifar_fast.utils.errors import InputError, first_line, option
 
 KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels"))
-"""Names of a published .npz file's arrays; of CIFAR-10.2, of this project's own, and of others."""
+"""Names of images and labels in an .npz file: in CIFAR-10.2, in this project's files, and in others."""
 
 
 @dataclass(frozen=True, eq=False)
 class EvalSet:
-    """Labelled images under a name; uint8 ``[N, 32, 32, 3]``, left on disk until they are used, and int64 ``[N]``, -1
-    for those of classes that are not trained on.
+    """A named test set.
+
+    ``images`` are uint8 ``[N, 32, 32, 3]``; those of a .npy file stay on disk until they are used. ``labels`` are int64
+    ``[N]``, with -1 for an image of a class that is not trained on.
     """
 
     name: str
@@ -28,36 +30,45 @@ class EvalSet:
     labels: np.ndarray
 
     @property
-    def places(self) -> np.ndarray:
-        """Those of the images of the classes that are trained on."""
+    def indices(self) -> np.ndarray:
+        """The indices of the images to evaluate: those of a class that is trained on."""
         return np.flatnonzero(self.labels >= 0)
 
 
 def read_eval_sets(paths: Mapping[str, str | Path], num_classes: int, classes: tuple[int, ...] = ()) -> list[EvalSet]:
-    """The test sets at ``paths``, of which ``classes`` are used where some are given; each of which is one of
+    """Read the test sets at ``paths``. Each path is one of
 
-    * a ``.npz`` file with ``images`` and ``labels``, as CIFAR-10.2's, or ``test_images`` and ``test_labels``;
-    * a ``*_data.npy`` file with its ``*_labels.npy`` beside it, as CIFAR-10.1's;
-    * a folder of such pairs, or of files of images and one ``labels.npy`` for all, as CIFAR-10-C's: a set each, named
-      NAME/FILE.
+    * a ``.npz`` file with ``images`` and ``labels``, as in CIFAR-10.2, or ``test_images`` and ``test_labels``;
+    * a ``*_data.npy`` file with its ``*_labels.npy`` in the same folder, as in CIFAR-10.1;
+    * a folder of such pairs, or of files of images with one ``labels.npy`` for all, as in CIFAR-10-C. Each file is a
+      test set, NAME/FILE.
 
-    Raises :class:`InputError` that names the file at fault.
+    Args:
+        paths: of the test sets, by their names.
+        num_classes: of the training data, before ``classes`` selects from them.
+        classes: that are trained on. Empty: all.
+
+    Raises:
+        InputError: a test set cannot be used. The message names its file.
     """
-    found = [test_set for name, path in paths.items() for test_set in _read(str(name), Path(path).expanduser())]
-    for one in found:
-        check_images(f"--also-test {one.name}", one.images, one.labels)
-        if one.labels.max() >= num_classes:
+    eval_sets = [eval_set for name, path in paths.items() for eval_set in _read(str(name), Path(path).expanduser())]
+    for eval_set in eval_sets:
+        name = f"{option('also_test')} {eval_set.name}"
+        check_images(name, eval_set.images, eval_set.labels)
+        if eval_set.labels.max() >= num_classes:
             raise InputError(
-                f"--also-test {one.name}: its labels go up to {one.labels.max()}, but the training images have "
-                f"{num_classes} classes"
+                f"{name}: its labels go up to {eval_set.labels.max()}, but the training data has {num_classes} classes"
             )
     if not classes:
-        return found
-    found = [dataclasses.replace(one, labels=new_labels(one.labels, classes)) for one in found]
-    for one in found:
-        if not len(one.places):
-            raise InputError(f"--also-test {one.name}: has no image of --classes {' '.join(map(str, classes))}")
-    return found
+        return eval_sets
+    eval_sets = [dataclasses.replace(one, labels=new_labels(one.labels, classes)) for one in eval_sets]
+    for eval_set in eval_sets:
+        if not len(eval_set.indices):
+            raise InputError(
+                f"{option('also_test')} {eval_set.name}: has no image of {option('classes')} "
+                f"{' '.join(map(str, classes))}"
+            )
+    return eval_sets
 
 
 def _read(name: str, path: Path) -> list[EvalSet]:
@@ -66,7 +77,7 @@ def _read(name: str, path: Path) -> list[EvalSet]:
     if path.suffix == ".npz":
         images, labels = read_npz(path)
         if labels is None:
-            raise InputError(f"{path}: holds images without labels; it must hold images and labels")
+            raise InputError(f"{path}: holds images without labels; it must hold both")
         return [EvalSet(name, images, labels)]
     if not path.name.endswith("_data.npy"):
         raise InputError(f"{path}: must be a .npz file, a *_data.npy file or a folder of .npy files")
@@ -74,7 +85,7 @@ def _read(name: str, path: Path) -> list[EvalSet]:
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images of a published .npz file, as they are there, and its labels, None where it has none."""
+    """Return the images of an .npz file in a published format, unchecked, and its labels, or None if it has none."""
     arrays = _load(path)
     for images, labels in KEYS:
         if images in arrays and labels in arrays:
@@ -115,10 +126,10 @@ def _load(path: Path) -> Any:
             return dict(loaded)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
-    except Exception as error:  # a damaged file fails in as many ways as there are bytes
+    except Exception as error:  # damaged files raise many different types
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
 def _labels(labels: np.ndarray) -> np.ndarray:
-    """As int64 where they are whole numbers of another type; anything else is left for the check."""
+    """Convert integers of any type to int64. Leave anything else to the check."""
     return labels.astype(np.int64) if labels.dtype.kind in "iu" else labels

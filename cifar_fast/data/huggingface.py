@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: parquet files with a column of encoded images and one of labels."""
+"""Data sets of the Hugging Face Hub: parquet files with a column of encoded images and a column of labels."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from typing import Any
 import numpy as np
 
 from cifar_fast.data.image_folder import decode_image
-from cifar_fast.utils.errors import InputError
+from cifar_fast.utils.errors import InputError, first_line
 from cifar_fast.utils.progress import progress_bar
 
 
 def read_hub(repository: str) -> dict[str, np.ndarray]:
-    """The arrays of the data set ``repository``, "owner/name"; downloads are cached by huggingface_hub, which honors
-    HF_ENDPOINT.
+    """Read the data set ``repository``, "owner/name".
 
-    The label is the column ``label``, else ``fine_label``, else the only column of integers. Raises
-    :class:`InputError`.
+    The labels are the column ``label``, else ``fine_label``, else the only column of integers. huggingface_hub caches
+    the downloads and honors HF_ENDPOINT.
+
+    Returns:
+        The arrays of :data:`cifar_fast.data.dataset.ARRAYS`, and ``class_names`` if the columns name them.
+
+    Raises:
+        InputError: a package is missing, or the data set cannot be read.
     """
     try:
         from huggingface_hub import HfApi, hf_hub_download
@@ -30,8 +35,8 @@ def read_hub(repository: str) -> dict[str, np.ndarray]:
         files = [file.rfilename for file in HfApi().dataset_info(repository).siblings or ()]
         arrays: dict[str, np.ndarray] = {}
         for split in ("train", "test"):
-            found = [re.fullmatch(rf"(.*?)\b{split}[-_./\d].*\.parquet", file) for file in sorted(files)]
-            shards = {match[0]: match[1] for match in found if match}
+            matches = [re.fullmatch(rf"(.*?)\b{split}[-_./\d].*\.parquet", file) for file in sorted(files)]
+            shards = {match[0]: match[1] for match in matches if match}
             if not shards:
                 raise InputError(
                     f"hf:{repository}: no parquet file of the split {split!r} among its {len(files)} files"
@@ -44,10 +49,9 @@ def read_hub(repository: str) -> dict[str, np.ndarray]:
         return arrays
     except InputError:
         raise
-    except Exception as error:  # the hub's client, sockets and pyarrow each have their own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # huggingface_hub, sockets and pyarrow have types of their own
         raise InputError(
-            f"hf:{repository}: cannot be read ({reason.strip()}); check the name, the network and HF_ENDPOINT"
+            f"hf:{repository}: cannot be read ({first_line(error)}); check the name, the network and HF_ENDPOINT"
         ) from None
 
 
@@ -68,7 +72,9 @@ def _split(repository: str, split: str, table: Any) -> dict[str, np.ndarray]:
         for i, data in enumerate(encoded):
             decoded.append(decode_image(io.BytesIO(data), f"hf:{repository}, {split} image {i}"))
             bar.update()
-    found = {f"{split}_images": np.stack(decoded), f"{split}_labels": table[labels[0]].to_numpy()}
-    about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = about.get("info", {}).get("features", {}).get(labels[0], {}).get("names")
-    return found | ({"class_names": np.array(names)} if names else {})
+    arrays = {f"{split}_images": np.stack(decoded), f"{split}_labels": table[labels[0]].to_numpy()}
+    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = metadata.get("info", {}).get("features", {}).get(labels[0], {}).get("names")
+    if names:
+        arrays["class_names"] = np.array(names)
+    return arrays

@@ -1,4 +1,4 @@
-"""Augmented batches for a training loop of one's own: :class:`Loader`."""
+"""Augmented batches for any training loop: :class:`Loader`."""
 
 from __future__ import annotations
 
@@ -7,45 +7,43 @@ from collections.abc import Iterator
 
 import torch
 
-from cifar_fast.backends.select import resolve_backend
 from cifar_fast.data.augment import Draws, augment, draw_epoch
 from cifar_fast.data.dataset import Dataset
-from cifar_fast.data.tensors import channel_statistics
-from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
-from cifar_fast.utils.device import fused_unavailable_reason, short_name
-from cifar_fast.utils.errors import InputError
+from cifar_fast.data.tensors import Normalization
+from cifar_fast.recipe import DTYPES, IMAGE_CHANNELS, IMAGE_SIZE, Recipe
+from cifar_fast.utils.device import check_caches, default_dtype, fused_unavailable_reason, resolve_device, short_name
+from cifar_fast.utils.errors import InputError, option
 
-PLAIN = Recipe(crop_padding=0, flip=False, cutout_size=0)
-"""Changes no image."""
+NO_AUGMENTATION = Recipe(crop_padding=0, flip=False, cutout_size=0)
 
 
 class Loader:
-    """Batches of one split of a data set, for any loop: ``for images, labels in loader`` is an epoch.
+    """Batches of one split of a data set. ``for images, labels in loader`` is an epoch.
 
-    ``images`` are ``[B, 3, 32, 32]``, normalized, in channels_last, ``labels`` int64 ``[B]``; both on ``device``, and
-    the reader's own: no later batch writes to them. They are what :func:`cifar_fast.fit` trains on for the same draws,
-    bit for bit. Where the fused backend can run, a batch is one launch of its kernel; elsewhere a gather in torch.
+    ``images`` are normalized, ``[B, 3, 32, 32]`` in channels_last. ``labels`` are int64 ``[B]``. Both are on
+    ``device``, and no later batch overwrites them. They are bit for bit what :func:`cifar_fast.fit` trains on for the
+    same draws. If the fused backend can run here, its kernel makes a batch in one launch. Otherwise torch gathers it.
 
-    Each ``iter`` is an epoch with draws of its own, from ``generator``, which is the loader's alone: one seed gives the
-    same epochs, and torch's own generators stay as they are.
+    Each epoch draws from ``generator``, which belongs to the loader. The same seed gives the same epochs, and torch's
+    default generators do not change.
 
-    May be edited in place, or replaced by others on the same device, between epochs:
+    These attributes may be edited in place between epochs, or replaced by tensors on the same device:
 
-    * ``images``, uint8 ``[N, 32, 32, 3]``, and ``labels``, int64 ``[N]``, copies of the data set's;
-    * ``mean`` and ``std``, float32 ``[3]``, those of the data set's training images' 0..255 values, per channel. Edits
-      of ``images`` do not move them.
+    * ``images``, uint8 ``[N, 32, 32, 3]``, and ``labels``, int64 ``[N]``: copies of the arrays of the data set.
+    * ``mean`` and ``std``, float32 ``[3]``: per channel, of the 0..255 values of the training images of the data set.
+      They do not follow edits of ``images``.
 
     Args:
-        split: train or test. The test images are normalized as the training images are.
-        augment: True for the reference's crop, mirror and cutout, False for none; or a :class:`Recipe`, for its
-            ``crop_padding``, ``flip`` and ``cutout_size``.
-        shuffle, drop_last: as torch's DataLoader. All three are by default True of train and False of test.
+        split: train or test. Test images are normalized with ``mean`` and ``std`` of the training images.
+        augment: True for the reference's crop, mirror and cutout, False for none. A :class:`Recipe` gives its
+            ``crop_padding``, ``flip`` and ``cutout_size``. Default: True for train, False for test.
+        shuffle, drop_last: as in torch's DataLoader. Default: True for train, False for test.
         seed: of the draws.
-        device: auto, cpu, cuda, cuda:N.
-        dtype: float16, bfloat16 or float32, by name or torch's; auto is what ``fit`` computes in on that device.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: float16, bfloat16 or float32, as a name or a torch dtype. auto: the dtype of ``fit`` on that device.
 
     Raises:
-        InputError: something given cannot work here; at the start of an epoch too, for what has been edited.
+        InputError: an argument cannot work here. Also raised at the start of an epoch, for an edited attribute.
     """
 
     def __init__(
@@ -67,14 +65,20 @@ class Loader:
         augment, self.shuffle, self.drop_last = (
             training if given is None else given for given in (augment, shuffle, drop_last)
         )
-        recipe = augment if isinstance(augment, Recipe) else Recipe() if augment else PLAIN
+        recipe = augment if isinstance(augment, Recipe) else Recipe() if augment else NO_AUGMENTATION
         self.recipe = dataclasses.replace(recipe, batch_size=batch_size)
-        plan = resolve_backend("eager", str(device), short_name(dtype) if isinstance(dtype, torch.dtype) else dtype)
-        self.images = torch.tensor(getattr(dataset, f"{split}_images"), device=plan.device)
-        self.device, self.dtype = self.images.device, plan.dtype  # with its number, where it is a GPU
+        dtype_name = short_name(dtype) if isinstance(dtype, torch.dtype) else dtype
+        if dtype_name not in ("auto", *DTYPES):
+            raise InputError(f"unknown dtype {dtype_name!r}; the choices are auto, {', '.join(DTYPES)}")
+        check_caches()
+        resolved = resolve_device(str(device))
+        self.dtype = getattr(torch, default_dtype(resolved) if dtype_name == "auto" else dtype_name)
+        self.images = torch.tensor(getattr(dataset, f"{split}_images"), device=resolved)
+        self.labels = torch.tensor(getattr(dataset, f"{split}_labels"), device=resolved)
+        self.device = self.images.device  # unlike resolved, it has the index of the GPU
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.labels = torch.tensor(getattr(dataset, f"{split}_labels"), device=self.device)
-        self.mean, self.std = channel_statistics(torch.tensor(dataset.train_images, device=self.device))
+        normalization = Normalization.of(torch.from_numpy(dataset.train_images).to(self.device))
+        self.mean, self.std = normalization.mean, normalization.std
         self._fused = fused_unavailable_reason(self.device) is None
         self._check()
 
@@ -83,7 +87,7 @@ class Loader:
         return self.recipe.batch_size
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Return the number of batches in an epoch."""
         n = len(self.images)
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
@@ -93,8 +97,7 @@ class Loader:
         draws = draw_epoch(n, device=self.device, recipe=self.recipe, generator=self.generator)
         if not self.shuffle:
             torch.arange(n, out=draws.permutation)
-        every_byte = torch.arange(256, dtype=torch.uint8, device=self.device).view(256, 1, 1, 1)
-        table = self._normalize(every_byte.expand(256, 1, 1, IMAGE_CHANNELS)).view(256, IMAGE_CHANNELS).T.contiguous()
+        table = Normalization(self.mean, self.std).table(self.dtype)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             yield self._batch(images, labels, draws.slice(start, start + self.batch_size), table)
 
@@ -104,25 +107,24 @@ class Loader:
         if self._fused:
             from cifar_fast.kernels import augment as augment_fused
 
-            how = dict(padding=self.recipe.crop_padding, cutout_size=self.recipe.cutout_size)
-            batch, chosen = augment_fused(images, draws.tensor, table, labels=labels, **how)
-            assert chosen is not None
-            return batch, chosen
-        # Of the batch alone, so that edits show: the whole data set's normalized images are not kept.
-        normalized = self._normalize(images[draws.permutation])
-        in_turn = draws.tensor.clone()
-        torch.arange(len(draws), out=in_turn[0])
-        return augment(normalized, Draws(in_turn), self.recipe), labels[draws.permutation]
-
-    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
-        # A row of pixels at a time: torch is several times slower on a CPU where the last dimension is three colors.
-        mean, std = (statistic.repeat(images.shape[2]) for statistic in (self.mean, self.std))
-        return images.flatten(2).float().sub_(mean).div_(std).to(self.dtype).view(images.shape)
+            padding, cutout_size = self.recipe.crop_padding, self.recipe.cutout_size
+            batch, batch_labels = augment_fused(
+                images, draws.tensor, table, labels=labels, padding=padding, cutout_size=cutout_size
+            )
+            assert batch_labels is not None
+            return batch, batch_labels
+        # A row of pixels at a time: torch is several times slower on a CPU if the last dimension is the three colors.
+        per_row = Normalization(self.mean.repeat(IMAGE_SIZE), self.std.repeat(IMAGE_SIZE))
+        chosen = images[draws.permutation]
+        normalized = per_row.apply(chosen.flatten(2), self.dtype).view(chosen.shape)
+        in_order = draws.tensor.clone()
+        torch.arange(len(draws), out=in_order[0])
+        return augment(normalized, Draws(in_order), self.recipe), labels[draws.permutation]
 
     def _check(self) -> None:
-        """Raise :class:`InputError` for what no batch can be made of."""
+        """Raise :class:`InputError` if the attributes do not make a batch."""
         n, shape = len(self.images), (IMAGE_SIZE, IMAGE_SIZE, IMAGE_CHANNELS)
-        for name, tensor, dtype, wanted in (
+        for name, tensor, dtype, expected in (
             ("images", self.images, torch.uint8, (n, *shape)),
             ("labels", self.labels, torch.int64, (n,)),
             ("mean", self.mean, torch.float32, (IMAGE_CHANNELS,)),
@@ -131,12 +133,14 @@ class Loader:
             if not isinstance(tensor, torch.Tensor):
                 raise InputError(f"{name} of a loader must be a tensor, not {type(tensor).__name__}")
             given = (tensor.dtype, tuple(tensor.shape), tensor.device, tensor.is_contiguous())
-            if given != (dtype, wanted, self.device, True):
+            if given != (dtype, expected, self.device, True):
                 raise InputError(
-                    f"{name} of a loader must be contiguous {short_name(dtype)} of shape {wanted} on "
+                    f"{name} of a loader must be contiguous {short_name(dtype)} of shape {expected} on "
                     f"{self.device}, not {short_name(tensor.dtype)} of shape {given[1]} on {tensor.device}"
                 )
         if not self.std.all():
             raise InputError("a channel of train_images has the same value everywhere; it cannot be normalized")
         if len(self) == 0:
-            raise InputError(f"{n} images are fewer than one batch of {self.batch_size}; give a smaller batch_size")
+            raise InputError(
+                f"{n} images are fewer than one batch of {self.batch_size}; give a smaller {option('batch_size')}"
+            )

@@ -1,12 +1,12 @@
-"""The embedded data set: ten textures, drawn rather than downloaded.
+"""The synthetic data set: ten textures, generated and not downloaded.
 
-An image's class is its pattern (stripes, rings, bricks, ...). Scale, position, the two colours,
-their contrast, a slow change of brightness and noise are random and say nothing about it, so that
-neither a mean image nor a colour tells the classes apart, while a mirror, a small shift or a
-missing square leaves the pattern what it was.
+The class of an image is its pattern (stripes, rings, bricks, ...). Scale, position, two colors, their
+contrast, a brightness gradient and noise are random and independent of the class. Neither a mean
+image nor a color therefore tells the classes apart. A mirror, a small shift or a missing square does
+not change the pattern.
 
-Every operation is on whole numbers, and the random numbers come from numpy's frozen
-``RandomState`` streams: the same seed gives the same bytes on every machine.
+All arithmetic is on integers, and numpy guarantees that the streams of ``RandomState`` never change.
+The same seed therefore gives the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Pattern = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def _root(square: np.ndarray) -> np.ndarray:
-    """The whole part of a small whole number's square root; IEEE 754 rounds a root correctly, so it is exact."""
+    """Return the integer part of the square root of a small integer. It is exact: IEEE 754 rounds roots correctly."""
     return np.sqrt(square.astype(np.float32)).astype(np.int16)
 
 
-# Each takes the column x and row y of a pixel, and the texture's scale s; the lowest bit of what it gives
-# chooses the pixel's colour.
+# Each function takes the column x and row y of a pixel and the scale s of the texture. The lowest bit of its result
+# selects one of the two colors.
 PATTERNS: dict[str, Pattern] = {
     "bricks": lambda x, y, s: (y % (2 * s) == 0) | ((x + y // (2 * s) * 2 * s) % (4 * s) == 0),
     "checkerboard": lambda x, y, s: x // s + y // s,
@@ -42,11 +42,11 @@ PATTERNS: dict[str, Pattern] = {
 
 
 def textures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` images, uint8 ``[count, 32, 32, 3]``, and their labels, int64 ``[count]``, balanced and shuffled."""
+    """Generate images, uint8 ``[count, 32, 32, 3]``, and their labels, int64 ``[count]``, balanced and shuffled."""
     random = np.random.RandomState(seed)
 
     def integers(low: int, high: int, *shape: int) -> np.ndarray:
-        """Uniform on ``low`` to ``high - 1``, ready to be combined with ``[count, row, column, channel]``."""
+        """Draw from ``low`` to ``high - 1``, in a shape that broadcasts with ``[count, row, column, channel]``."""
         return random.randint(low, high, (count, *shape), dtype=np.int16).reshape(
             count, *shape, *[1] * (3 - len(shape))
         )

@@ -34,7 +34,7 @@ from cifar_fast.model import CNN, parameter_dtype
 from cifar_fast.recipe import Block, Recipe
 from cifar_fast.utils.device import device_guard, device_timer, environment, fused_unavailable_reason, short_name
 from cifar_fast.utils.errors import InputError, first_cause, first_line
-from cifar_fast.utils.files import atomic_write, writing
+from cifar_fast.utils.files import atomic_write, os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER
 from cifar_fast.utils.seeds import make_generators
 from cifar_fast.utils.torch_defaults import torch_defaults
@@ -155,8 +155,8 @@ class Check:
             "fine": self.fine,
             "lines": [dataclasses.asdict(line) for line in self.lines],
         }
-        with writing(f"--json {path}", "choose another file"), atomic_write(path) as draft:
-            draft.write_text(json.dumps(report, indent=2) + "\n")
+        with os_error_as_input_error(f"--json {path}", "choose another file"), atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def not_here(reason: str) -> str:

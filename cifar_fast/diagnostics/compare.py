@@ -44,7 +44,7 @@ from cifar_fast.model import CNN
 from cifar_fast.recipe import Recipe
 from cifar_fast.utils.device import device_guard, environment, short_name
 from cifar_fast.utils.errors import InputError
-from cifar_fast.utils.files import atomic_write, writing
+from cifar_fast.utils.files import atomic_write, os_error_as_input_error
 from cifar_fast.utils.seeds import make_generators
 from cifar_fast.utils.torch_defaults import convolutions_in_tf32, torch_defaults
 
@@ -113,6 +113,7 @@ def _compare(
             f"in {short_name(second.dtype)}; give both plans the same"
         )
     dataset = dataset.for_recipe(recipe)
+    dataset.check_trainable(recipe.batch_size)
     steps_per_epoch = dataset.steps_per_epoch(recipe.batch_size)
     dataset = dataclasses.replace(
         dataset, test_images=dataset.test_images[:2], test_labels=dataset.test_labels[:2]
@@ -279,7 +280,7 @@ def write_report(
     report: dict[str, Any] = {
         "environment": environment(comparison.first.device),
         "recipe": dataclasses.asdict(recipe),
-        "dataset": dataset.for_recipe(recipe).facts(),
+        "dataset": dataset.for_recipe(recipe).metadata(),
         "backend": comparison.first.backends[0],
         "against": comparison.second.backends[0],
         "dtype": short_name(comparison.first.dtype),
@@ -297,5 +298,5 @@ def write_report(
             for row in comparison.rows
         ],
     }
-    with writing(f"--json {path}", "choose another file"), atomic_write(path) as draft:
-        draft.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    with os_error_as_input_error(f"--json {path}", "choose another file"), atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")

@@ -33,7 +33,7 @@ from cifar_fast.backends.base import Backend
 from cifar_fast.data.augment import Draws
 from cifar_fast.utils.device import device_guard, environment, short_name
 from cifar_fast.utils.errors import InputError
-from cifar_fast.utils.files import atomic_write, check_writable, writing
+from cifar_fast.utils.files import atomic_write, check_writable, os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER
 from cifar_fast.utils.torch_defaults import torch_defaults
 
@@ -137,7 +137,7 @@ def profile(backend: Backend, draws: Draws, directory: str | Path, steps: int = 
         InputError: the directory cannot be written to, or the profiler sees nothing of the GPU.
     """
     directory = Path(directory).expanduser()
-    with writing(f"--output {directory}"):
+    with os_error_as_input_error(f"--output {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
     check_writable(directory, f"--output {directory}")
 
@@ -164,11 +164,11 @@ def profile(backend: Backend, draws: Draws, directory: str | Path, steps: int = 
         step_milliseconds=wall / steps / 1000,
         rows=table_rows(*(kernel_work if cuda else operator_work)(trace.events()), wall, steps),
     )
-    with writing(f"--output {directory}"):
-        with atomic_write(directory / "trace.json") as draft:
-            trace.export_chrome_trace(str(draft))
-        with atomic_write(directory / "profile.json") as draft:
-            draft.write_text(json.dumps(dataclasses.asdict(table), indent=2) + "\n")
+    with os_error_as_input_error(f"--output {directory}"):
+        with atomic_write(directory / "trace.json") as temporary:
+            trace.export_chrome_trace(str(temporary))
+        with atomic_write(directory / "profile.json") as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(table), indent=2) + "\n")
     for line in str(table).splitlines():
         LOGGER.info(line)
     return table

@@ -16,10 +16,10 @@ import numpy as np
 
 from cifar_fast.experiments.sweep import SWEEP, changes, variants_in
 from cifar_fast.training.metrics import confidence_interval_95
-from cifar_fast.training.plots import own_style
+from cifar_fast.training.plots import default_style
 from cifar_fast.training.results import Result
 from cifar_fast.utils.errors import InputError, first_line
-from cifar_fast.utils.files import SUMMARY, atomic_write, writing
+from cifar_fast.utils.files import SUMMARY, atomic_write, os_error_as_input_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,20 +153,20 @@ class Report:
         folder = Path(folder).expanduser()
         pictures = f"\n![{self.label} by variant]({VARIANTS_PICTURE})\n\n![Over the epochs]({CURVES_PICTURE})\n"
         files: dict[str, Callable[[Path], object]] = {
-            VARIANTS_PICTURE: lambda draft: _save(self.variants_figure(), draft),
-            CURVES_PICTURE: lambda draft: _save(self.curves_figure(), draft),
-            "report.md": lambda draft: draft.write_text(f"# {self.label}\n\n{self.markdown()}{pictures}"),
-            "report.json": lambda draft: draft.write_text(json.dumps(self.as_json(), indent=2) + "\n"),
+            VARIANTS_PICTURE: lambda temporary: _save(self.variants_figure(), temporary),
+            CURVES_PICTURE: lambda temporary: _save(self.curves_figure(), temporary),
+            "report.md": lambda temporary: temporary.write_text(f"# {self.label}\n\n{self.markdown()}{pictures}"),
+            "report.json": lambda temporary: temporary.write_text(json.dumps(self.as_json(), indent=2) + "\n"),
         }
-        with writing(f"--output {folder}"):
+        with os_error_as_input_error(f"--output {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             for name, write in files.items():
-                with atomic_write(folder / name) as draft:
-                    write(draft)
+                with atomic_write(folder / name) as temporary:
+                    write(temporary)
 
 
 def _figure(draw: Callable[[Axes], None], width: float) -> Figure:
-    with own_style():
+    with default_style():
         from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
         figure = Figure(figsize=(width, 4.2), layout="constrained")
@@ -174,9 +174,9 @@ def _figure(draw: Callable[[Axes], None], width: float) -> Figure:
         return figure
 
 
-def _save(figure: Figure, draft: Path) -> None:
-    with own_style():
-        figure.savefig(draft, dpi=200, format="png")
+def _save(figure: Figure, temporary: Path) -> None:
+    with default_style():
+        figure.savefig(temporary, dpi=200, format="png")
 
 
 def _number(value: float | None, digits: int, sign: str = "") -> str:

@@ -23,7 +23,15 @@ from cifar_fast.training.results import Result
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import InputError, first_line
-from cifar_fast.utils.files import TRAINING, atomic_write, check_writable, locked, remove_drafts, remove_empty, writing
+from cifar_fast.utils.files import (
+    TRAINING,
+    atomic_write,
+    check_writable,
+    locked,
+    made_folder,
+    os_error_as_input_error,
+    remove_temporary,
+)
 from cifar_fast.utils.progress import LogFn, lines_to, print_line
 
 if sys.version_info >= (3, 11):
@@ -293,17 +301,15 @@ def variants_in(folder: Path) -> list[str]:
 def sweep_lock(sweep: Sweep) -> Iterator[None]:
     """Own the folder of the sweep inside the block, with its ``sweep.json``; remove both if nothing was trained."""
     folder, what = sweep.path, f"output {sweep.output}"
-    made = [above for above in (folder, *folder.absolute().parents) if not above.exists()]
 
     def refuse() -> None:
         raise InputError(f"{what}: another sweep is at work there; choose another folder")
 
     with contextlib.ExitStack() as stack:
-        stack.callback(remove_empty, made)
-        with writing(what):
-            folder.mkdir(parents=True, exist_ok=True)
+        with os_error_as_input_error(what):
+            stack.enter_context(made_folder(folder))
             stack.enter_context(locked(folder, refuse))
-            remove_drafts(folder / SWEEP)
+            remove_temporary(folder / SWEEP)
             sweep.save()
         try:
             yield

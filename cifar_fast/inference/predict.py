@@ -19,7 +19,7 @@ from cifar_fast.data.image_folder import by_kind, decode_image, images_below
 from cifar_fast.inference.classifier import Classifier
 from cifar_fast.recipe import IMAGE_SIZE
 from cifar_fast.utils.errors import InputError
-from cifar_fast.utils.files import atomic_write, writing
+from cifar_fast.utils.files import atomic_write, os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER
 
 HOW_RESIZED = f"to {IMAGE_SIZE} x {IMAGE_SIZE}: upright, the largest square in the middle, bicubic"
@@ -173,8 +173,8 @@ def write_report(
         "images": images,
         "broken": [{"path": name, "error": error} for name, error in broken.items()],
     }
-    with writing(f"--json {path}", "choose another file"), atomic_write(path) as draft:
-        draft.write_text(json.dumps(report, indent=2) + "\n")
+    with os_error_as_input_error(f"--json {path}", "choose another file"), atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def accuracy(told: Sequence[Prediction]) -> float | None:

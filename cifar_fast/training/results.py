@@ -146,7 +146,7 @@ class Result:
             cells = [run.run, run.seed, last.epoch, f"{last.train_loss:.3f}", *percent, f"{run.train_seconds:.2f} s"]
             lines.append(f"<tr><td>{'</td><td>'.join(map(str, cells))}</td></tr>")
         png = io.BytesIO()
-        draw_curves(self, png)
+        draw_curves(self.rows, self.recipe, self.title(), png)
         return (
             f"<table>{''.join(lines)}</table><p>{html.escape(self.summary_line())}</p>"
             f'<img alt="curves" width="640" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
@@ -154,7 +154,7 @@ class Result:
 
     def figure(self) -> Figure:
         """Return the curves of ``curves.png`` as a matplotlib figure: ``result.figure().savefig("curves.pdf")``."""
-        return curves_figure(self)
+        return curves_figure(self.rows, self.recipe, self.title())
 
     def title(self) -> str:
         """Return one line that says what was trained, and where."""

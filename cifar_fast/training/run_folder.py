@@ -43,9 +43,9 @@ from cifar_fast.utils.files import (
     atomic_write,
     check_writable,
     locked,
-    remove_drafts,
+    os_error_as_input_error,
     remove_empty,
-    writing,
+    remove_temporary,
 )
 from cifar_fast.utils.progress import LOGGER
 
@@ -172,7 +172,7 @@ class RunFolder(RunReader):
         return not self._replaced and (self.path / TRAINING).exists()
 
     def _refuse_results(self) -> None:
-        with writing(self.name):
+        with os_error_as_input_error(self.name):
             found = [self.path / name for name in FILES if (self.path / name).exists()]
             found += sorted(self.path.glob("run-*/"))
         if found and not self.overwrite:
@@ -186,13 +186,13 @@ class RunFolder(RunReader):
     def __enter__(self) -> RunFolder:
         self._stack = contextlib.ExitStack()
         try:
-            with writing(self.name):
+            with os_error_as_input_error(self.name):
                 self._make()
                 self._stack.enter_context(locked(self.path, self._refuse_busy))
                 tempfile.TemporaryFile(dir=self.path).close()  # shows now whether files can be made, not after an epoch
             for folder in (self.path, *self.path.glob("run-*")):
                 for name in (*FILES, CHECKPOINT, RUN_RESULT):
-                    remove_drafts(folder / name)
+                    remove_temporary(folder / name)
             if self.resume:
                 self.earlier = self.training()  # another process may have continued it
                 self.write_rows(self.earlier.config.runs)
@@ -344,7 +344,9 @@ class RunFolder(RunReader):
                 self.path / LOGITS,
                 lambda temporary: _savez(temporary, logits=logits, labels=test_labels, seeds=seeds),
             )
-        self._write(self.path / CURVES, lambda temporary: draw_curves(result, temporary))
+        self._write(
+            self.path / CURVES, lambda temporary: draw_curves(result.rows, result.recipe, result.title(), temporary)
+        )
         result.unwritten.extend(self.failures.values())
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> bool:

@@ -1,4 +1,4 @@
-"""``--log tensorboard``: the rows of a training as TensorBoard's event files, beside metrics.jsonl."""
+"""TensorBoard event files, with the same rows as metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from typing import Any
 
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.metrics import EpochRow
-from cifar_fast.utils.errors import InputError
+from cifar_fast.utils.errors import InputError, option
 
 FOLDER = "tensorboard"
 
 
 class TensorBoard:
-    """Writes each row of a training of ``recipe`` to ``tensorboard/run-I`` in its folder, at its epoch.
+    """A writer of the rows of a training to ``tensorboard/run-I`` in the training's folder, one step per epoch.
 
-    Raises :class:`InputError` where tensorboard is not installed.
+    Raises:
+        InputError: the package tensorboard is not installed.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise InputError(f"--log tensorboard needs {error.name}: pip install 'cifar_fast[tensorboard]'") from None
+            hint = "pip install 'cifar_fast[tensorboard]'"
+            raise InputError(f"{option('log')} tensorboard needs {error.name}: {hint}") from None
         self.recipe = recipe
-        self._make = SummaryWriter
+        self._make_writer = SummaryWriter
         self._run: int | None = None
         self._writer: Any = None
 
     def add(self, folder: Path, row: EpochRow) -> None:
-        """Write ``row``, which is on the disk when this returns."""
+        """Write ``row`` for the training in ``folder`` and flush it to disk."""
         if row.run != self._run:
             self.close()
-            # Of an earlier process what comes from this epoch on is trained again: readers drop it.
-            self._writer = self._make(str(folder / FOLDER / f"run-{row.run}"), purge_step=row.epoch)
+            # After a resume this epoch and later ones are trained again. Readers then drop their older points.
+            self._writer = self._make_writer(str(folder / FOLDER / f"run-{row.run}"), purge_step=row.epoch)
             self._run = row.run
-        # For a loss averaged over the batch, as the recipe states it, at the epoch's end.
+        # The recipe's learning rate at the end of the epoch, for a loss averaged over the batch.
         learning_rate = self.recipe.learning_rate(row.epoch, 1) * self.recipe.batch_size
         for name, value in (
             ("loss/train", row.train_loss),
@@ -47,12 +49,13 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
+        """Close the event file of the current run."""
         if self._writer:
             self._writer.close()
         self._run = self._writer = None
 
 
 def remove_events(folder: Path) -> None:
-    """Remove what :class:`TensorBoard` has written for an earlier training in ``folder``."""
+    """Remove the event files of an earlier training in ``folder``."""
     for file in folder.glob(f"{FOLDER}/run-*/events.out.tfevents.*"):
         file.unlink(missing_ok=True)

@@ -1,38 +1,132 @@
-"""Devices: which one, what it can do, what it is called, its clock."""
+"""Devices: how one is chosen, what it can do, how work runs on it, and how a report describes it."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.metadata
 import os
 import platform
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from cifar_fast.utils.errors import InputError
+from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import check_writable
 
-if TYPE_CHECKING:
-    pass
-import contextlib
-import ctypes
-import sys
-import time
-from typing import TYPE_CHECKING
+OLDEST_GPU = (7, 5)
+"""The lowest compute capability for which the tests compile the kernels."""
 
-if TYPE_CHECKING:
-    pass
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that ``name`` means: auto, cpu, cuda or cuda:N. ``auto`` prefers a CUDA GPU.
+
+    Raises:
+        InputError: no such device exists here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise InputError(f"unknown device {name!r}; the choices are auto, cpu, cuda, cuda:0, cuda:1, ...")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise InputError(f"{option('device')} {name}: this torch finds no CUDA GPU; use cpu")
+        if device.index is not None and device.index >= count:
+            raise InputError(f"{option('device')} {name}: this machine has {count} CUDA GPUs, counted from 0")
+    return device
+
+
+def cpu_has_bfloat16() -> bool:
+    """Return whether this CPU multiplies bfloat16 natively (AVX-512 BF16, AMX, or Arm's BF16)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def fused_unavailable_reason(device: torch.device) -> str | None:
+    """Return why the fused backend cannot run on ``device``, or None if nothing is known to prevent it."""
+    try:
+        from cifar_fast.kernels.launch import interpreted
+    except ImportError as error:
+        return f"its kernels cannot be imported: {error}"
+    if device.type == "cpu":
+        if interpreted():
+            return None
+        return "its kernels need a CUDA GPU; TRITON_INTERPRET=1 runs them without one, slowly"
+    if interpreted():
+        return "TRITON_INTERPRET=1 is set, and a CUDA graph cannot hold interpreted kernels"
+    if torch.version.hip:
+        return "its kernels are written for NVIDIA GPUs, not AMD"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        return "a GPU of compute capability {}.{}, and its kernels need {}.{}".format(*capability, *OLDEST_GPU)
+    return None
+
+
+def check_caches() -> None:
+    """Raise :class:`InputError` if a compiler's cache folder from the environment is not writable.
+
+    torch creates its folder when something imports its compiler. Its optimizers and torchvision do so too.
+    """
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        if folder := os.environ.get(variable):
+            check_writable(Path(folder), f"${variable} ({folder})", "set it to a writable folder, or unset it")
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make ``device`` the current GPU inside the block. Do nothing for a CPU.
+
+    CUDA streams and graphs belong to the current GPU.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def device_timer(device: torch.device) -> Callable[[], float]:
+    """Return a clock that waits until ``device`` is idle and returns the time in seconds."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def tune_malloc() -> None:
+    """Make glibc keep freed memory for the next tensor. Do nothing with another C library.
+
+    A CPU step frees and allocates hundreds of megabytes of activations. By default glibc returns them to the system,
+    and each new page costs a page fault: 15 to 30 % of a step, measured. The setting holds for the whole process and
+    keeps its memory at the peak, so only the commands use it, never the library.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(m_mmap_max, 0)
+            libc.mallopt(m_trim_threshold, -1)
+
+
+def short_name(torch_constant: torch.dtype | torch.memory_format) -> str:
+    """Return the name without its prefix "torch."."""
+    return str(torch_constant).removeprefix("torch.")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on besides the code: versions, device, threads."""
+    """Return the versions, the device and the number of threads, which measurements depend on."""
     cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # which is a class of torch's own
+        "torch": str(torch.__version__),  # a subclass of str, which torch.load with weights_only refuses
         "torchvision": _version("torchvision"),
         "triton": _version("triton"),
         "numpy": np.__version__,
@@ -47,7 +141,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """The installed version, without an import that may be slow or fail; None where the package is not installed."""
+    """Return the installed version of ``package`` without importing it, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -62,94 +156,8 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-OLDEST_GPU = (7, 5)
-"""The lowest compute capability that the kernels are compiled for in the tests."""
-
-
-def short_name(of_torch: torch.dtype | torch.memory_format) -> str:
-    """The name without "torch." before it."""
-    return str(of_torch).removeprefix("torch.")
-
-
-def check_caches() -> None:
-    """Raise :class:`InputError` where a compiler's cache cannot be written. torch makes its own with the import of its
-    compiler, which its optimizers and torchvision do too.
-    """
-    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        if folder := os.environ.get(variable):
-            check_writable(Path(folder), f"${variable} ({folder})", "name a folder that can be, or unset it")
-
-
-def fused_unavailable_reason(device: torch.device) -> str | None:
-    """Why the fused backend cannot run on ``device``, as far as can be told before it is set up; None where it may."""
-    try:
-        from cifar_fast.kernels.launch import interpreted
-    except ImportError as error:
-        return f"its kernels cannot be imported: {error}"
-    if device.type == "cpu":
-        return (
-            None if interpreted() else "its kernels need a CUDA GPU; TRITON_INTERPRET=1 runs them without one, slowly"
-        )
-    if interpreted():
-        return "TRITON_INTERPRET=1 is set, and a CUDA graph cannot hold interpreted kernels"
-    if torch.version.hip:
-        return "an AMD GPU, and its kernels are made for NVIDIA's"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_GPU:
-        return "a GPU of compute capability {}.{}, and its kernels need {}.{}".format(*capability, *OLDEST_GPU)
-    return None
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise InputError(f"unknown device {name!r}; there are auto, cpu, cuda, cuda:0, cuda:1, ...")
+def default_dtype(device: torch.device) -> str:
+    """Return what the dtype ``auto`` means on ``device``: the reference's float16 on a GPU, the fastest on a CPU."""
     if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise InputError(f"--device {name}: no CUDA GPU is here that this torch can use; try --device cpu")
-        if device.index is not None and device.index >= count:
-            raise InputError(f"--device {name}: there are {count} CUDA GPUs here, counted from 0")
-    return device
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16, AMX, or Arm's BF16)."""
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def device_timer(device: torch.device) -> Callable[[], float]:
-    """Seconds, read when the device has done what it was given."""
-
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
-
-
-def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make ``device`` the current GPU meanwhile, where it is one: streams and graphs belong to the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def tune_malloc() -> None:
-    """Have the C library keep freed memory for the next tensor instead of handing it back to the system.
-
-    A CPU step frees and allocates its activations, hundreds of megabytes, and each fresh page costs a fault: measured
-    at 15 to 30 % of a step. Only glibc has the call; elsewhere nothing happens. It holds for the whole process, whose
-    memory then stays at its peak, so the commands call it and the library does not.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL(None)
-            libc.mallopt(m_mmap_max, 0)
-            libc.mallopt(m_trim_threshold, -1)
+        return "float16"
+    return "bfloat16" if cpu_has_bfloat16() else "float32"

@@ -15,6 +15,11 @@ def option(name: str) -> str:
     return f"\0{name}\0"  # no path and no command line can hold the marks
 
 
+def with_flags(text: str) -> str:
+    """Return ``text`` with marked options written as flags, ``--batch-size``."""
+    return _OPTION.sub(lambda match: f"--{match[1].replace('_', '-')}", text)
+
+
 class InputError(ValueError):
     """An input is wrong: a file, an option, a value.
 
@@ -31,7 +36,7 @@ class InputError(ValueError):
 
     def with_flags(self) -> str:
         """Return the message with options written as flags."""
-        return _OPTION.sub(lambda match: f"--{match[1].replace('_', '-')}", self.message)
+        return with_flags(self.message)
 
 
 class Diverged(ArithmeticError):

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Names of a run's files, and files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -7,77 +7,80 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cifar_fast.utils.errors import InputError
 
-if TYPE_CHECKING:
-    pass
-
-
-ROWS, SUMMARY, MODEL, LOGITS = "metrics.jsonl", "summary.json", "model.pt", "logits.npz"
-
-
+TRAINING = "training.json"
 CHECKPOINT = "checkpoint.pt"
-
-
-TRAINING, RUN_RESULT, CURVES = "training.json", "result.json", "curves.png"
+RUN_RESULT = "result.json"
+ROWS = "metrics.jsonl"
+SUMMARY = "summary.json"
+MODEL = "model.pt"
+LOGITS = "logits.npz"
+CURVES = "curves.png"
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A path to write to, in the same directory, that takes the place of ``path`` if the block ends well."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    """Yield a temporary path in the same folder, and rename it to ``path`` if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield draft
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())  # before the name is, else a power cut leaves an empty file
-        os.replace(draft, path)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # before the rename: a power cut could otherwise leave an empty file
+        os.replace(temporary, path)
     finally:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def remove_drafts(path: Path) -> None:
-    """Remove what was left of ``path`` by processes that were killed while they wrote it."""
-    for draft in path.parent.glob(f".{path.name}.*"):
-        draft.unlink(missing_ok=True)
+def remove_temporary(path: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote ``path``."""
+    for temporary in path.parent.glob(f".{path.name}.*"):
+        temporary.unlink(missing_ok=True)
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove those of ``folders`` that are empty, in this order."""
+    """Remove each of ``folders`` that is empty, in the order of the list."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 @contextlib.contextmanager
-def writing(what: str, cure: str = "choose another folder") -> Iterator[None]:
-    """Tell an error of the file system in a line that names ``what``, such as "--output runs/1", and the cure."""
+def os_error_as_input_error(what: str, hint: str = "choose another folder") -> Iterator[None]:
+    """Raise an OSError of the block as an :class:`InputError` in one line.
+
+    Args:
+        what: the option or the path that cannot be written.
+        hint: what the user can do about it.
+    """
     try:
         yield
     except OSError as error:
-        raise InputError(f"{what}: cannot be written to ({error.strerror or error}); {cure}") from None
+        raise InputError(f"{what}: cannot be written to ({error.strerror or error}); {hint}") from None
 
 
-def check_writable(path: Path, what: str, cure: str = "choose another folder") -> None:
-    """Raise :class:`InputError` where nothing can be made in the folder ``path``, before the work that it is for; what
-    of ``path`` is not there is not made.
+def check_writable(folder: Path, what: str, hint: str = "choose another folder") -> None:
+    """Raise :class:`InputError` if no file can be created in ``folder``, before the work starts.
+
+    The folder need not exist and is not created. ``what`` and ``hint`` are for the message, as in
+    :func:`os_error_as_input_error`.
     """
-    with writing(what, cure):
-        above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not above.is_dir():
-        raise InputError(f"{what}: {above} is not a directory; {cure}")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{what}: {above} cannot be written to; {cure}")
-    with writing(what, cure):
-        tempfile.TemporaryFile(dir=above).close()  # file systems that are read-only, or made by the kernel
+    with os_error_as_input_error(what, hint):
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise InputError(f"{what}: {existing} is not a directory; {hint}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{what}: {existing} cannot be written to; {hint}")
+    with os_error_as_input_error(what, hint):
+        tempfile.TemporaryFile(dir=existing).close()  # os.access misses read-only file systems and /proc
 
 
 @contextlib.contextmanager
 def locked(folder: Path, on_busy: Callable[[], None]) -> Iterator[None]:
-    """Keep other processes that ask for it out of ``folder`` meanwhile; without effect where there are no locks.
+    """Hold an exclusive lock on ``folder`` during the block. Do nothing if the file system has no locks.
 
-    Where another is in it, ``on_busy`` is called; if it returns, the other is waited for.
+    If another process holds the lock, call ``on_busy``. If that returns, wait for the lock.
     """
     try:
         import fcntl
@@ -95,3 +98,17 @@ def locked(folder: Path, on_busy: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Create ``folder`` and its parents, and remove those that are still empty after the block.
+
+    Folders that existed before stay, empty or not.
+    """
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        remove_empty(missing)

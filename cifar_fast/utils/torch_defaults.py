@@ -1,6 +1,4 @@
-"""Settings of the process and the thread that would change a result: at torch's defaults meanwhile, then the caller's
-again.
-"""
+"""Torch's default settings for the duration of a call, so that the caller's settings do not change a result."""
 
 from __future__ import annotations
 
@@ -14,39 +12,39 @@ import numpy as np
 import torch
 
 DEFAULT_NUM_THREADS = torch.get_num_threads()
-"""Those that the process had when this was imported. Sums over a batch are cut between threads, so that their last bits
-depend on the number.
+"""Torch's number of threads when this module was imported.
+
+Threads split the sums over a batch, so the last bits of a result depend on their number.
 """
 
 _lock = threading.Lock()
-_inside = 0
-_process_wide = contextlib.ExitStack()
+_active_calls = 0
+_process_settings = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
-def torch_defaults(device: torch.device, threads: int = DEFAULT_NUM_THREADS) -> Iterator[None]:
-    """Compute on ``device`` meanwhile as a fresh process would, whatever surrounds the call.
+def torch_defaults(device: torch.device, num_threads: int = DEFAULT_NUM_THREADS) -> Iterator[None]:
+    """Compute on ``device`` inside the block with the settings of a fresh process, then restore the caller's.
 
-    Of the thread: the number of threads it computes with, autocast, gradients and inference mode, the default device,
-    numpy's error state. Of the process:
-    the default dtype, deterministic algorithms, anomaly detection, cuDNN's and oneDNN's switches, precision of float32
-    products, warnings that are errors. The process has one such state for all its threads: the first that comes in sets
-    it, and the last that leaves gives it back. Random numbers are no part of it: those of a run come from generators
-    of its own.
+    Settings of the thread: torch's number of threads, autocast, gradients, inference mode, the default device and
+    NumPy's error state. Settings of the process: the default dtype, deterministic algorithms, anomaly detection,
+    switches of cuDNN and oneDNN, the precision of float32 products, and warnings raised as errors. All threads share
+    the settings of the process: the first active call sets them and the last one restores them. Random number
+    generators are not touched, because each run has its own.
     """
-    global _inside
+    global _active_calls
     with _lock:
-        if _inside == 0:
-            _enter_process_wide(_process_wide)
-        _inside += 1
+        if _active_calls == 0:
+            _set_process_defaults(_process_settings)
+        _active_calls += 1
     try:
         with contextlib.ExitStack() as stack:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(threads)
+            torch.set_num_threads(num_threads)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            # Without its cache: the caller's autocast, even a disabled one, would keep ours past a step, with casts of
-            # weights that have changed since.
+            # The cache must be off: inside a caller's autocast block, even a disabled one, it would keep casts of
+            # weights beyond a step, when the weights have changed.
             stack.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
             if torch.get_default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))
@@ -54,36 +52,37 @@ def torch_defaults(device: torch.device, threads: int = DEFAULT_NUM_THREADS) -> 
             yield
     finally:
         with _lock:
-            _inside -= 1
-            if _inside == 0:
-                _process_wide.close()
+            _active_calls -= 1
+            if _active_calls == 0:
+                _process_settings.close()
 
 
-def _enter_process_wide(stack: contextlib.ExitStack) -> None:
+def _set_process_defaults(stack: contextlib.ExitStack) -> None:
+    """Set the defaults of the process; closing ``stack`` restores the caller's settings."""
     stack.enter_context(warnings.catch_warnings())
     if any(action == "error" for action, *_ in warnings.filters):
         warnings.simplefilter("default")
     stack.enter_context(torch.autograd.set_detect_anomaly(False))
-    if torch.are_deterministic_algorithms_enabled():  # asked first: the call imports the whole compiler
+    if torch.are_deterministic_algorithms_enabled():  # only then, because the setter imports the whole compiler
         warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         stack.callback(torch.use_deterministic_algorithms, True, warn_only=warn_only)
         torch.use_deterministic_algorithms(False)
     stack.callback(torch.set_default_dtype, torch.get_default_dtype())
     torch.set_default_dtype(torch.float32)
-    for owner, name, value in (
+    for module, name, value in (
         (torch.backends.cudnn, "enabled", True),
         (torch.backends.cudnn, "benchmark", False),
         (torch.backends.cudnn, "deterministic", False),
         (torch.backends.mkldnn, "enabled", True),
     ):
-        stack.callback(setattr, owner, name, getattr(owner, name))
-        setattr(owner, name, value)
+        stack.callback(setattr, module, name, getattr(module, name))
+        setattr(module, name, value)
     stack.enter_context(convolutions_in_tf32(True))
-    stack.enter_context(_products_in_float32())
+    stack.enter_context(_matmuls_in_float32())
 
 
 def convolutions_in_tf32(allowed: bool) -> contextlib.AbstractContextManager[None]:
-    """Whether cuDNN may compute float32 convolutions in TF32 meanwhile; torch's default is that it may."""
+    """Allow or forbid TF32 in cuDNN's float32 convolutions inside the block. Torch's default allows it."""
     cudnn: Any = torch.backends.cudnn
     return _precision(
         lambda: cudnn.allow_tf32,
@@ -94,8 +93,8 @@ def convolutions_in_tf32(allowed: bool) -> contextlib.AbstractContextManager[Non
     )
 
 
-def _products_in_float32() -> contextlib.AbstractContextManager[None]:
-    """Matrix products of float32 in float32, and on a CPU convolutions too: torch's default."""
+def _matmuls_in_float32() -> contextlib.AbstractContextManager[None]:
+    """Compute float32 matrix products, and convolutions on a CPU, in full precision: torch's default."""
     cuda: Any = torch.backends.cuda
     mkldnn: Any = torch.backends.mkldnn
     return _precision(
@@ -109,28 +108,32 @@ def _products_in_float32() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _precision(
-    get: Callable[[], Any], put: Callable[[Any], None], value: Any, owners: tuple[Any, ...], wanted: tuple[str, ...]
+    get_old: Callable[[], Any],
+    set_old: Callable[[Any], None],
+    value: Any,
+    modules: tuple[Any, ...],
+    accepted: tuple[str, ...],
 ) -> Iterator[None]:
-    """The ``fp32_precision`` of ``owners`` one of ``wanted`` meanwhile.
+    """Set the ``fp32_precision`` of ``modules`` to one of ``accepted`` inside the block, if any of them differs.
 
-    ``get`` and ``put`` are the older setting of the same, which torch keeps beside it: where the two disagree, reading
-    the older one is an error, in torch's own code too. So both are set, and only where something differs.
+    Torch keeps an older setting beside it, read by ``get_old`` and set to ``value`` by ``set_old``. If the two
+    disagree, reading the older one is an error, even in torch's own code. Therefore this function sets both.
     """
-    before = [owner.fp32_precision for owner in owners]
-    if all(precision in wanted for precision in before):
+    before = [module.fp32_precision for module in modules]
+    if all(precision in accepted for precision in before):
         yield
         return
     try:
-        older = get()
-    except RuntimeError:  # the caller has used the newer setting alone
-        older = value
-    put(value)
-    for owner, precision in zip(owners, before):
-        if owner.fp32_precision not in wanted and precision not in wanted:
-            owner.fp32_precision = wanted[0]
+        old = get_old()
+    except RuntimeError:  # the caller has used only the newer setting
+        old = value
+    set_old(value)
+    for module, precision in zip(modules, before):
+        if module.fp32_precision not in accepted and precision not in accepted:
+            module.fp32_precision = accepted[0]
     try:
         yield
     finally:
-        put(older)
-        for owner, precision in zip(owners, before):
-            owner.fp32_precision = precision
+        set_old(old)
+        for module, precision in zip(modules, before):
+            module.fp32_precision = precision

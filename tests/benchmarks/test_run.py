@@ -67,7 +67,7 @@ def start(tmp_path, only=("steps", "kernels"), minutes=5, settings=None):
     recipe, small = Recipe(batch_size=16, widths=NARROW), small_dataset()
     deadline = time.perf_counter() + 60 * minutes
     bench = Bench(recipe, small, False, resolve_backend("auto", "cpu", "float32"), deadline, None, [])
-    default = {"dtype": "float32", "dataset": small.facts(), "recipe": {}}
+    default = {"dtype": "float32", "dataset": small.metadata(), "recipe": {}}
     code = run(tmp_path, bench, settings or default, list(only))
     return code, json.loads((tmp_path / "results.json").read_text())
 

@@ -73,11 +73,11 @@ def test_a_flag_changes_the_training_and_is_in_the_summary(tmp_path, npz, name):
         ("--label-noise 1.5", "label_noise must lie in 0 to 1"),
         ("--label-noise-seed -1", "label_noise_seed must be at least 0"),
         ("--train-subset -1", "train_subset must be at least 0"),
-        ("--train-subset 2", "tiny.npz: train_subset must lie in 3 to 24, "),
-        ("--train-subset 25", "tiny.npz: train_subset must lie in 3 to 24, "),
+        ("--train-subset 2", "tiny.npz: --train-subset must lie in 3 to 24, "),
+        ("--train-subset 25", "tiny.npz: --train-subset must lie in 3 to 24, "),
         ("--classes 1", "classes must be two or more numbers from 0, not 1"),
         ("--classes 0 0", "classes must be different numbers"),
-        ("--classes 0 3", "tiny.npz: classes must lie in 0 to 2, not 0 3"),
+        ("--classes 0 3", "tiny.npz: --classes must lie in 0 to 2, not 0 3"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(tmp_path, npz, capfd, flags, words):
@@ -115,7 +115,7 @@ def test_a_training_that_was_stopped_before_goes_on(tmp_path, tiny):
     file = tmp_path / "out/checkpoint.pt"
     saved = torch.load(file, weights_only=True)
     saved["result"]["recipe"] = of_before(saved["result"]["recipe"])
-    del saved["result"]["remarks"]
+    del saved["result"]["notes"]
     torch.save(saved, file)
     resumed, whole = fit(recipe, tiny, resume=tmp_path / "out", **HOW), fit(recipe, tiny, **HOW)
     assert [row.train_loss for row in resumed.rows] == [row.train_loss for row in whole.rows]
@@ -197,7 +197,7 @@ def test_a_batch_of_one_needs_more_pixels_for_a_norm_alone():
 
 # -- the backends
 
-REMARK = "fused: its norm kernel is for batch norm with CELU; here the compiler's kernels take its place"
+NOTE = "fused: its norm kernel is for batch norm with CELU; here the compiler's kernels take its place"
 WITH_GROUPS = dict(residual=True, decay_norms_and_biases=False, nesterov=False)
 PLAIN = ("--activation gelu", "--no-batch-norm")
 WITH_KERNELS = "--residual --no-decay-norms-and-biases --no-nesterov --init-scale 0.5"
@@ -206,7 +206,7 @@ WITH_KERNELS = "--residual --no-decay-norms-and-biases --no-nesterov --init-scal
 @pytest.mark.parametrize("flags", [*PLAIN, pytest.param(WITH_KERNELS, marks=pytest.mark.slow)])
 def test_fused_is_eager_within_eagers_own_error_at_every_layer(npz, uncompiled, few_programs, capsys, flags):
     assert compare(f"--dataset npz --data-dir {npz} {FLAGS} {flags} --steps 3".split()) == 0
-    assert (REMARK in capsys.readouterr().out) == (flags in PLAIN)
+    assert (NOTE in capsys.readouterr().out) == (flags in PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_training_with_fused_is_eagers(tiny, uncompiled, few_programs, changes
     for name, tensor in theirs.state_dict.items():
         assert torch.allclose(ours.state_dict[name], tensor, rtol=1e-3, atol=1e-4), name
     assert ours.rows[-1].test_accuracy == theirs.rows[-1].test_accuracy
-    assert ours.summary()["remarks"] == ([] if changes is WITH_GROUPS else [REMARK])
+    assert ours.summary()["notes"] == ([] if changes is WITH_GROUPS else [NOTE])
 
 
 @pytest.mark.nightly  # the compiler, a minute
@@ -254,7 +254,7 @@ def test_a_share_of_the_training_labels_is_wrong_and_no_test_label(share, count)
     assert changed.sum() == count
     assert np.array_equal(noisy.test_labels, dataset.test_labels)
     assert np.array_equal(noisy.train_images, dataset.train_images)
-    assert noisy.remarks == (f"label_noise: {count} of 1000 training labels are of another class",)
+    assert noisy.notes == (f"label_noise: {count} of 1000 training labels replaced by another class",)
 
 
 def test_every_other_class_is_as_likely():
@@ -270,7 +270,7 @@ def test_the_same_labels_are_wrong_in_every_run_and_the_summary_says_how_many(tm
     another, _ = run(npz, tmp_path / "c", "--label-noise 0.25 --label-noise-seed 1")
     digests = [summary["dataset"]["digest"] for summary in (ours, other, another)]
     assert digests[0] == digests[1] == tiny.for_recipe(Recipe(label_noise=0.25)).digest != digests[2] != tiny.digest
-    assert ours["remarks"] == ["label_noise: 6 of 24 training labels are of another class"]
+    assert ours["notes"] == ["label_noise: 6 of 24 training labels replaced by another class"]
 
 
 def test_less_noise_is_a_part_of_more():
@@ -320,7 +320,7 @@ def test_a_training_on_some_classes_goes_on(tmp_path, npz):
     run(npz, tmp_path / "out", "--classes 2 0 --train-subset 12 --label-noise 0.25")
     assert train(f"--resume {tmp_path}/out --runs 2".split()) == 0
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert len(summary["runs"]) == 2 and len(summary["remarks"]) == 3
+    assert len(summary["runs"]) == 2 and len(summary["notes"]) == 3
 
 
 def test_the_defaults_leave_the_data_as_it_is(tiny):

@@ -179,7 +179,7 @@ def swept(tmp_path_factory, npz):
     text = SPEC.format(data=npz, output=folder)
     (path := folder.parent / "spec.toml").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cifar_fast.training.run_folder.draw_curves", lambda result, path: path.touch())
+        patch.setattr("cifar_fast.training.run_folder.draw_curves", lambda rows, recipe, title, file: file.touch())
         assert main(["sweep", str(path)]) == 0
     return folder, text
 

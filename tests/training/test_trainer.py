@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small):
         (dict(dtype="float16"), "float16 needs a GPU"),
         (dict(device="tpu"), "unknown device 'tpu'"),
         (dict(device="cpu:3"), "unknown device 'cpu:3'"),
-        (dict(recipe=Recipe()), "96 training images are fewer than one batch of 512; give a smaller --batch-size"),
+        (dict(recipe=Recipe()), "96 training images are fewer than one batch of 512; give a smaller batch_size"),
     ],
 )
 def test_a_training_that_cannot_work_is_refused(small, how, words):
@@ -102,7 +102,7 @@ def test_a_training_that_cannot_work_is_refused(small, how, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here")
 def test_a_gpu_that_is_not_here_is_refused(small):
-    with pytest.raises(InputError, match="--device cuda: no CUDA GPU is here"):
+    with pytest.raises(InputError, match="^device cuda: this torch finds no CUDA GPU"):
         train(small, device="cuda")
 
 
