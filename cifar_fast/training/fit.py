@@ -336,12 +336,11 @@ class Training:
                 LOGGER.info(f"auto: {self.backend_config.reason}")
             for line in environment_changes(self.result.environment, facts) if self.result else ():
                 LOGGER.info(line)
+            for line in self.dataset.notes:
+                LOGGER.info(line)
         backend, failures = self.backends.get(
             self.backend_config, config.recipe, lambda: device_data(self.dataset, self.device), self.custom_model
         )
-        if first:
-            for line in (*self.dataset.notes, *backend.notes):
-                LOGGER.info(line)
         if self.result is None:
             self.config = config.replace(backend=backend.name)
             trained = {name for name, _ in backend.model.named_parameters()}

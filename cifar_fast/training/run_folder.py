@@ -347,14 +347,15 @@ class RunFolder(RunReader):
         self._write(
             self.path / CURVES, lambda temporary: draw_curves(result.rows, result.recipe, result.title(), temporary)
         )
-        result.unwritten.extend(self.failures.values())
+        result.unwritten.extend(line for name, line in self.failures.items() if name != CHECKPOINT)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> bool:
         def whole() -> None:
             with atomic_write(path) as temporary:
                 write(temporary)
 
-        return self._try(str(path.relative_to(self.path)), whole)
+        # Checkpoints fail alike, and the next one makes good for it.
+        return self._try(CHECKPOINT if path.name == CHECKPOINT else str(path.relative_to(self.path)), whole)
 
     def _try(self, name: str, write: Callable[[], object]) -> bool:
         try:
