@@ -16,6 +16,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from cifar_fast import Dataset
 from cifar_fast.data.dataset import ARRAYS
 from cifar_fast.data.tensors import Normalization
+from cifar_fast.training.config import TrainConfig
+from cifar_fast.training.fit import Training, train_all, used_options
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CIFAR_FAST_SHARED", Path(__file__).parents[2] / "shared"))
@@ -141,6 +143,15 @@ TIMES = ("train_seconds", "evaluation_seconds", "setup_seconds")
 
 def untimed(values):
     return {name: value for name, value in values.items() if not name.startswith("train_seconds") and name not in TIMES}
+
+
+def fit_with(backend_config, recipe, dataset):
+    """Train one run with a backend config that no options give, such as one with fallbacks on a CPU."""
+    training = Training(TrainConfig(recipe=recipe))
+    training.backend_config = backend_config
+    training.config = used_options(training.config, backend_config)
+    training.prepare(dataset)
+    return train_all([training])[0]
 
 
 def files_in(folder):

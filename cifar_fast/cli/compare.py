@@ -10,9 +10,9 @@ from cifar_fast.cli.flags import (
     add_run_flags,
     check_json,
     interpret_without_gpu,
+    print_line,
     recipe_of,
     run_command,
-    say,
     sentence,
 )
 from cifar_fast.data.sources import read_dataset
@@ -64,12 +64,14 @@ def run(args: argparse.Namespace) -> int:
     )
     dataset = read_dataset(args.dataset, args.data_dir, data_url=args.data_url)
     comparison = Comparison(first, second, tolerance=args.tolerance)
-    say(comparison.heading())
+    print_line(comparison.heading())
     if first.device.type == "cpu" and "fused" in (*first.backends, *second.backends):
-        say("no GPU: the kernels run in Triton's interpreter, slowly; narrow --widths and a small --batch-size help")
+        print_line(
+            "no GPU: the kernels run in Triton's interpreter, slowly; narrow --widths and a small --batch-size help"
+        )
     for step in compare(recipe, dataset, first, second, seed=args.seed, steps=args.steps, drift=args.drift):
-        say(comparison.add(step))
+        print_line(comparison.add(step))
     if args.json:
         write_report(args.json, comparison, recipe, dataset, seed=args.seed, drift=args.drift)
-    say(comparison.verdict())
+    print_line(comparison.verdict())
     return 0 if comparison.within else 1

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cifar_fast.cli.flags import Parser, add_device_flags, check_json, run_command, say, sentence
+from cifar_fast.cli.flags import Parser, add_device_flags, check_json, print_line, run_command, sentence
 from cifar_fast.utils.errors import InputError
 
 SUMMARY = "tell what a trained network takes images for: a line each, class and probability"
@@ -64,14 +64,14 @@ def run(args: argparse.Namespace) -> int:
             told.append(one)
             best = one.probabilities.topk(args.top)
             classes = (f"{names[i]} {100 * p:.2f} %" for p, i in zip(best.values.tolist(), best.indices.tolist()))
-            say("  ".join((str(one.image), *classes)))
+            print_line("  ".join((str(one.image), *classes)))
     if args.json:
         write_report(args.json, names, told, broken, top=args.top, flip_average=args.flip_average)
     if resized := sum(one.resized for one in told):
-        say(f"resized {resized} of {len(told)} images {HOW_RESIZED}")
+        print_line(f"resized {resized} of {len(told)} images {HOW_RESIZED}")
     if args.flip_average:
-        say("--flip-average: each image was averaged with its mirror")
+        print_line("--flip-average: each image was averaged with its mirror")
     if (percent := accuracy(told)) is not None:
         labelled = sum(one.image.label is not None for one in told)
-        say(f"accuracy {percent:.2f} % of {labelled} images whose class is known")
+        print_line(f"accuracy {percent:.2f} % of {labelled} images whose class is known")
     return 1 if broken else 0

@@ -8,9 +8,9 @@ from pathlib import Path
 from cifar_fast.cli.flags import (
     Parser,
     add_run_flags,
+    print_line,
     recipe_of,
     run_command,
-    say,
     sentence,
 )
 from cifar_fast.data.sources import read_dataset
@@ -58,5 +58,5 @@ def run(args: argparse.Namespace) -> int:
         n, drawn = len(dataset.train_images), dict(generator=augmentation, order=order)
         draws = draw_epoch(n, device=plan.device, recipe=recipe, **drawn)
         profile(backend, draws, args.output)
-    say(f"written to {args.output}: trace.json for ui.perfetto.dev, and profile.json")
+    print_line(f"written to {args.output}: trace.json for ui.perfetto.dev, and profile.json")
     return 0

@@ -9,8 +9,8 @@ from pathlib import Path
 from cifar_fast.cli.flags import (
     Parser,
     add_traceback_flag,
+    print_line,
     run_command,
-    say,
     sentence,
 )
 from cifar_fast.utils.files import check_writable
@@ -58,5 +58,5 @@ def run(args: argparse.Namespace) -> int:
     found = make_report(results, baseline=args.baseline, metric=args.metric)
     if args.output:
         found.write(args.output)
-    say(found.markdown().rstrip())
+    print_line(found.markdown().rstrip())
     return 0

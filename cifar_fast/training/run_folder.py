@@ -81,7 +81,7 @@ class RunReader:
     def run_result(self, run: int, logits: bool = True) -> RunResult | None:
         """Return the result of a run that has ended, else None; with its logits, if they were kept."""
         path = self.of_run(run) / RUN_RESULT
-        if not path.exists():
+        if not self.has_result(run):
             return None
         with self._readable(path):
             result = RunResult.from_dict(json.loads(path.read_text()))
@@ -108,9 +108,13 @@ class RunReader:
                 f"{self.name}: {name} cannot be read ({first_line(error)}); remove that file to train the run again"
             ) from None
 
+    def has_result(self, run: int) -> bool:
+        """Return whether a run has ended."""
+        return (self.of_run(run) / RUN_RESULT).exists()
+
     def missing(self, runs: int) -> list[int]:
         """Return the indices of the runs that have no result yet."""
-        return [run for run in range(runs) if not (self.of_run(run) / RUN_RESULT).exists()]
+        return [run for run in range(runs) if not self.has_result(run)]
 
     def all_written(self, runs: int) -> bool:
         """Return whether all ``runs`` have ended and the files made from them are there."""
@@ -174,7 +178,7 @@ class RunFolder(RunReader):
     def _refuse_results(self) -> None:
         with os_error_as_input_error(self.name):
             found = [self.path / name for name in FILES if (self.path / name).exists()]
-            found += sorted(self.path.glob("run-*/"))
+            found += sorted(folder for folder in self.path.glob("run-*/") if any(folder.iterdir()))
         if found and not self.overwrite:
             resume = f"{option('resume')} to continue it, " if (self.path / TRAINING).exists() else ""
             raise InputError(
@@ -240,6 +244,12 @@ class RunFolder(RunReader):
             (self.path / TRAINING).unlink(missing_ok=True)
 
     # Writing
+
+    def has_result(self, run: int) -> bool:
+        return not self._replaced and super().has_result(run)
+
+    def checkpoint(self, run: int) -> Checkpoint | None:
+        return None if self._replaced else super().checkpoint(run)
 
     def begin(self, result: Result) -> None:
         """Write ``training.json``, or remember it until the first row replaces earlier results."""
@@ -351,6 +361,7 @@ class RunFolder(RunReader):
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> bool:
         def whole() -> None:
+            path.parent.mkdir(exist_ok=True)  # of an earlier training's run it was deleted
             with atomic_write(path) as temporary:
                 write(temporary)
 

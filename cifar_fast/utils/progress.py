@@ -39,9 +39,11 @@ class _LineHandler(logging.Handler):
         super().__init__()
         self.log, self.thread = log, threading.get_ident()
 
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Pass this thread's lines. Python asks before it takes the handler's lock, so threads do not wait here."""
+        return record.thread == self.thread
+
     def emit(self, record: logging.LogRecord) -> None:
-        if record.thread != self.thread:  # another training, with lines of its own
-            return
         line = getattr(_thread, "prefix", "") + self.format(record)
         try:
             self.log(line)

@@ -25,7 +25,7 @@ from cifar_fast.backends.select import resolve_backend
 from cifar_fast.data.tensors import device_data
 from cifar_fast.kernels.record_step import record_reference
 from cifar_fast.train import main
-from tests.helpers import DEVICE, NARROW, save_npz, small_dataset
+from tests.helpers import DEVICE, NARROW, fit_with, save_npz, small_dataset
 
 GPU_RECIPE = Recipe(epochs=2, batch_size=4, widths=(4, 8, 8, 16))
 """As that of test_replay.py: on a stand-in for a GPU each kernel of another shape takes seconds the first time."""
@@ -308,7 +308,6 @@ def test_without_a_usable_gpu_auto_says_so(monkeypatch):
 
 def test_auto_falls_back_to_the_next_backend_and_says_so_in_a_line(small, monkeypatch):
     from cifar_fast.backends.select import BackendConfig
-    from cifar_fast.training.fit import fit_plan
     from cifar_fast.utils.progress import lines_to
 
     def broken(*args, **how):
@@ -320,7 +319,7 @@ def test_auto_falls_back_to_the_next_backend_and_says_so_in_a_line(small, monkey
     lines = []
     recipe = Recipe(epochs=1, batch_size=32, widths=NARROW)
     with lines_to(lines.append):
-        result = fit_plan(recipe, small, plan)
+        result = fit_with(plan, recipe, small)
     assert result.backend == "eager"
     said = [line for line in lines if "cannot be set up" in line]
     assert said == [

@@ -8,9 +8,8 @@ from cifar_fast import CNN, Diverged, InputError, Recipe, draw_epoch, fit
 from cifar_fast.backends.eager import Compiled, Eager
 from cifar_fast.backends.select import BackendConfig
 from cifar_fast.data.tensors import device_data
-from cifar_fast.training.fit import fit_plan
 from cifar_fast.utils.device import cpu_has_bfloat16
-from tests.helpers import HOW, NARROW, small_dataset
+from tests.helpers import HOW, NARROW, fit_with, small_dataset
 
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
 
@@ -199,8 +198,8 @@ def test_the_first_cause_is_told_and_the_traceback_can_be_had(monkeypatch, small
 
     monkeypatch.setattr(torch, "compile", broken)
     plan = BackendConfig(("compiled", "eager"), torch.device("cpu"), torch.float32, torch.channels_last, "")
-    with caplog.at_level("INFO", "cifar_fast"):
-        result = fit_plan(RECIPE, small, plan)
+    with caplog.at_level("DEBUG", "cifar_fast"):
+        result = fit_with(plan, RECIPE, small)
     said = "the compiled backend cannot be set up here (ValueError: a type that it lacks)"
     assert result.auto == [f"{said}, eager instead"]
     assert said in caplog.text and "in broken" in caplog.text
