@@ -38,12 +38,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 
-def run_command(command: Callable[[], int], argv: list[str] | None, on_interrupt: str = "interrupted") -> int:
+def run_command(
+    command: Callable[[], int], argv: list[str] | None, on_interrupt: str = "interrupted", *, flags: bool = True
+) -> int:
     """Run ``command`` and return its exit code.
 
     An :class:`InputError` is printed in one line and gives 2; :class:`Diverged` and :class:`MissingRuns` give 1. Ctrl-C
     gives 130, and under torchrun only rank 0 prints about it. With --traceback in ``argv`` (default: ``sys.argv``) an
-    error also shows its traceback.
+    error also shows its traceback. ``flags``: whether the options that an error names are flags of the command.
     """
     show_traceback = "--traceback" in (sys.argv if argv is None else argv)
     if show_traceback:
@@ -59,8 +61,7 @@ def run_command(command: Callable[[], int], argv: list[str] | None, on_interrupt
     except (InputError, Diverged, MissingRuns) as error:
         if show_traceback:
             traceback.print_exc()
-        message = error.with_flags() if isinstance(error, InputError) else error
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {error.with_flags() if flags else error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as interrupt:
         if World.from_env().rank == 0:

@@ -15,7 +15,7 @@ SUMMARY = "train variants of the recipe in turn, as a file states them, or resum
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code: 1 if a variant diverged or a file is missing, 2 for bad input."""
-    return run_command(lambda: run(argv), argv)
+    return run_command(lambda: run(argv), argv, flags=False)
 
 
 def make_parser() -> argparse.ArgumentParser:

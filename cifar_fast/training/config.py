@@ -86,7 +86,7 @@ class TrainConfig:
         for name in ("seed", "init_seed", "order_seed", "augment_seed"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63 - self.runs:
-                raise InputError(f"{option(name)} must be between 0 and 2^63, not {value}")
+                raise InputError(f"{option(name)} must lie between 0 and 2^63, not {value}")
         also_test = {str(name): str(path) for name, path in (self.also_test or {}).items()}
         object.__setattr__(self, "also_test", also_test)
 

@@ -174,6 +174,9 @@ class Training:
     ) -> None:
         earlier = folder.earlier if folder else None
         asked = config if earlier is None else config.resuming(earlier.config)
+        number = asked.device.removeprefix("cuda:")
+        if config.device == "auto" and number.isdecimal() and int(number) >= torch.cuda.device_count():
+            asked = asked.replace(device="cuda")  # of several GPUs that shared the runs, this one is gone
         self.backend_config = local_device(settle_backend(asked), world.size, world.local_rank, asked.device)
         self.config = used_options(asked, self.backend_config)
         self.folder, self.custom_model, self.hooks, self.name = folder, custom_model, hooks, name
@@ -322,7 +325,6 @@ class Training:
                 result.state_dict.update((name, tensor.detach().cpu().clone()) for name, tensor in weights_now)
             if folder:
                 folder.finish_run(result, self._runs[run])
-                folder.close()
 
     def _backend(self, facts: dict[str, Any]) -> tuple[Backend, Result]:
         """Return the backend, built at the first call, and the result without runs."""
@@ -374,12 +376,13 @@ class Training:
             found = self._runs.get(number) or (self.folder.run_result(number) if self.folder else None)
             if found is None:
                 raise MissingRuns(
-                    f"{where}: run {number + 1} is missing, it could not be written; start again with train --resume"
+                    f"{where}: run {number + 1} is missing, it could not be written; start again with "
+                    f"{option('resume')}"
                 )
             if found.backend != result.backend:
                 raise MissingRuns(
                     f"{where}: run {number + 1} was trained by {found.backend}, and others by {result.backend}; name a "
-                    "backend, and start again"
+                    f"{option('backend')}, and start again"
                 )
             runs.append(found)
         state_dict = result.state_dict or (self.folder.state_dict() if self.folder else {})

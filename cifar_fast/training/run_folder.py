@@ -209,17 +209,13 @@ class RunFolder(RunReader):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        if self.tensorboard:
+            self._try(FOLDER, self.tensorboard.close)
         self._stack.close()
 
     def join(self, path: Path) -> None:
         """Write to the folder ``path``, which another process owns."""
         self.path, self._replaced = path, []
-
-    def close(self) -> None:
-        """Close the files that stay open between rows."""
-        if self.tensorboard:
-            self._try(FOLDER, self.tensorboard.close)
 
     def _make(self) -> None:
         wanted = self.path
@@ -315,7 +311,9 @@ class RunFolder(RunReader):
 
     def _write_rows(self, rows: Iterable[EpochRow]) -> None:
         text, path = "".join(map(_line, rows)), self.path / ROWS
-        if text and not (path.exists() and path.read_text() == text):
+        if not text:
+            path.unlink(missing_ok=True)
+        elif not (path.exists() and path.read_text() == text):
             self._write(path, lambda temporary: temporary.write_text(text))
 
     def save_checkpoint(self, run: int, checkpoint: Checkpoint) -> None:

@@ -132,12 +132,8 @@ class World:
         for item in items[self.rank :: self.size]:
             try:
                 do(item)
-            except InputError as error:
+            except (InputError, Diverged) as error:
                 if self.size == 1:
                     raise
-                raise InputError(f"rank {self.rank}: {error.message}") from error
-            except Diverged as error:
-                if self.size == 1:
-                    raise
-                raise Diverged(f"rank {self.rank}: {error}") from error
+                raise type(error)(f"rank {self.rank}: {error.message}") from error
         self.gather(None, waiting)

@@ -20,18 +20,15 @@ def with_flags(text: str) -> str:
     return _OPTION.sub(lambda match: f"--{match[1].replace('_', '-')}", text)
 
 
-class InputError(ValueError):
-    """An input is wrong: a file, an option, a value.
-
-    The message says what is wrong, where, and what to do. The commands print it and exit with code 2.
-    """
+class UserError(Exception):
+    """An error whose message is one line for a person, with options marked by :func:`option`."""
 
     def __str__(self) -> str:
         return _OPTION.sub(r"\1", self.message)
 
     @property
     def message(self) -> str:
-        """The message with its marks, for another :class:`InputError` that quotes it."""
+        """The message with its marks, for another error that quotes it."""
         return super().__str__()
 
     def with_flags(self) -> str:
@@ -39,7 +36,14 @@ class InputError(ValueError):
         return with_flags(self.message)
 
 
-class Diverged(ArithmeticError):
+class InputError(UserError, ValueError):
+    """An input is wrong: a file, an option, a value.
+
+    The message says what is wrong, where, and what to do. The commands print it and exit with code 2.
+    """
+
+
+class Diverged(UserError, ArithmeticError):
     """The loss is no longer finite.
 
     The message names the step. The commands print it and exit with code 1.
@@ -50,7 +54,7 @@ class StopTraining(Exception):
     """Raised by a callback of :func:`cifar_fast.fit` to end the run early. The run counts as finished."""
 
 
-class MissingRuns(RuntimeError):
+class MissingRuns(UserError, RuntimeError):
     """Runs of a shared training are missing, because a process died or could not write them.
 
     The commands print the message and exit with code 1.

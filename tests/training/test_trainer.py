@@ -78,7 +78,7 @@ def test_the_images_left_over_are_dropped_and_the_last_test_batch_is_not():
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small):
     wild = Recipe(epochs=2, batch_size=32, widths=NARROW, lr_values=(1e30, 1e30, 0))
-    with pytest.raises(Diverged, match=r"the loss is not finite at step \d+ \(epoch 1\); try smaller --lr-values"):
+    with pytest.raises(Diverged, match=r"the loss is not finite at step \d+ \(epoch 1\); try smaller lr_values"):
         train(small, recipe=wild)
 
 
@@ -103,7 +103,7 @@ def test_a_training_that_cannot_work_is_refused(small, how, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here")
 def test_a_gpu_that_is_not_here_is_refused(small):
-    with pytest.raises(InputError, match="^device cuda: this torch finds no CUDA GPU"):
+    with pytest.raises(InputError, match=r"^device cuda: this torch finds no CUDA GPU"):
         train(small, device="cuda")
 
 
