@@ -103,7 +103,7 @@ def test_a_training_that_cannot_work_is_refused(small, how, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here")
 def test_a_gpu_that_is_not_here_is_refused(small):
-    with pytest.raises(InputError, match="^device cuda: this torch finds no CUDA GPU"):
+    with pytest.raises(InputError, match=r"^device cuda: this torch finds no CUDA GPU"):
         train(small, device="cuda")
 
 
