@@ -6,9 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from cifar_fast.cli.flags import Parser, add_traceback_flag, run_command, say, sentence
+from cifar_fast.cli.flags import Parser, add_traceback_flag, run_command, sentence
 from cifar_fast.utils.errors import option
 from cifar_fast.utils.files import check_writable
+from cifar_fast.utils.progress import LOGGER
 
 SUMMARY = "compare trainings: means, confidence intervals, differences"
 
@@ -53,5 +54,5 @@ def run(args: argparse.Namespace) -> int:
     report = make_report(results, baseline=args.baseline, metric=args.metric)
     if args.output:
         report.write(args.output)
-    say(report.markdown().rstrip())
+    LOGGER.info(report.markdown().rstrip())
     return 0

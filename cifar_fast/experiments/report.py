@@ -19,8 +19,9 @@ from cifar_fast.experiments.sweep import SWEEP, changes, variants_in
 from cifar_fast.training.metrics import confidence_interval_95
 from cifar_fast.training.plots import default_style
 from cifar_fast.training.results import Result
-from cifar_fast.utils.errors import InputError, first_line, option
-from cifar_fast.utils.files import SUMMARY, atomic_write, os_error_as_input_error
+from cifar_fast.training.run_folder import RunReader
+from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,12 +140,15 @@ class Report:
 
         column = self.metric if self.metric in EPOCH_METRICS else "test_accuracy"
         for place, (name, result) in enumerate(self.results.items()):
-            values = [[getattr(row, column) for row in result.rows if row.run == run.run] for run in result.runs]
-            epochs = range(1, result.recipe.epochs + 1)
+            by_epoch: dict[int, list[float]] = {}
+            for row in result.rows:  # a run that was stopped early has fewer epochs
+                by_epoch.setdefault(row.epoch, []).append(getattr(row, column))
+            epochs, values = zip(*sorted(by_epoch.items()))
             color = f"C{place % 10}"
-            axes.plot(epochs, np.mean(values, axis=0), ".-", color=color, label=name)
-            if len(values) > 1:
-                axes.fill_between(epochs, np.min(values, axis=0), np.max(values, axis=0), color=color, alpha=0.2, lw=0)
+            axes.plot(epochs, list(map(statistics.fmean, values)), ".-", color=color, label=name)
+            if len(result.runs) > 1:
+                lows, highs = list(map(min, values)), list(map(max, values))
+                axes.fill_between(epochs, lows, highs, color=color, alpha=0.2, lw=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(EPOCH_METRICS[column])
@@ -296,7 +300,7 @@ def _shorten(names: list[str]) -> str:
 
 
 def read_results(folders: list[str | Path]) -> tuple[dict[str, Result], list[str]]:
-    """Read the results of finished trainings.
+    """Read the results of trainings, as far as their runs are finished.
 
     Args:
         folders: folders of trainings, or of sweeps, each of which means all its variants.
@@ -315,7 +319,7 @@ def read_results(folders: list[str | Path]) -> tuple[dict[str, Result], list[str
         for training in [folder / name for name in variants_in(folder)] if is_sweep else [folder]:
             if training in found:
                 raise InputError(f"{training} is given twice; remove one of them")
-            if is_sweep and not (training / SUMMARY).exists():
+            if is_sweep and not any(training.glob(f"run-*/{RUN_RESULT}")):
                 skipped.append(f"{training.name} has no finished run and is left out")
                 continue
             found[training] = _read(training)
@@ -325,11 +329,6 @@ def read_results(folders: list[str | Path]) -> tuple[dict[str, Result], list[str
 
 
 def _read(folder: Path) -> Result:
-    try:
-        return Result.load(folder)
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        hint = "choose the folder of a finished training, or of a sweep"
-        raise InputError(f"{folder}: holds no {missing}; {hint}") from None
-    except Exception as error:  # a damaged file raises many types of errors
-        raise InputError(f"{folder}: the results cannot be read ({first_line(error)}); train again") from None
+    if not (folder / TRAINING).exists():
+        raise InputError(f"{folder}: holds no {TRAINING}; choose the folder of a training, or of a sweep")
+    return RunReader(folder).result(weights=False)

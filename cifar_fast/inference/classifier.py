@@ -14,7 +14,7 @@ from cifar_fast.model import CNN
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
 from cifar_fast.training.results import FORMAT
 from cifar_fast.utils.errors import InputError, first_line, option
-from cifar_fast.utils.files import CHECKPOINT, MODEL
+from cifar_fast.utils.files import MODEL, TRAINING
 
 
 class Classifier(nn.Module):
@@ -90,7 +90,7 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        if not (path / MODEL).exists() and (path / CHECKPOINT).exists():
+        if not (path / MODEL).exists() and (path / TRAINING).exists():
             raise InputError(f"{path}: this training is not finished; continue it with {option('resume')} {path}")
         path = path / MODEL
     hint = f"choose the {MODEL} of a finished training, or its folder"

@@ -15,9 +15,10 @@ from scipy import stats
 from cifar_fast import Dataset, Recipe, fit, make_report
 from cifar_fast.cli.main import main
 from cifar_fast.data.synthetic import PATTERNS, textures
+from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.metrics import EpochRow, Run
-from cifar_fast.training.results import Result
-from cifar_fast.training.run_folder import Output
+from cifar_fast.training.results import Result, RunResult
+from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.progress import lines_to
 from tests.helpers import cells, contents
 
@@ -28,26 +29,34 @@ ACCURACIES = {"a": [93.1, 93.7, 93.4, 93.9], "b": [94.2, 94.0, 94.9], "c": [93.0
 
 def made_up(accuracies, *, epochs=2, dataset="cifar10", device="A10", also=None, **recipe):
     """Return a result whose runs end with ``accuracies``; an epoch earlier they have 10 less and twice the loss."""
-    rows, runs = [], []
-    for run, accuracy in enumerate(accuracies):
+    config = TrainConfig(
+        recipe=Recipe(epochs=epochs, **recipe), backend="eager", dtype="float32", memory_format="contiguous_format",
+        runs=len(accuracies),
+    )  # fmt: skip
+    environment, runs = {"device_name": device}, []
+    for index, accuracy in enumerate(accuracies):
+        rows = []
         for epoch in range(1, epochs + 1):
             left = epochs - epoch
-            rows.append(EpochRow(run, epoch, accuracy / 100 * 2**left, accuracy - 1, accuracy - 10 * left, epoch, 0.1))
-        runs.append(
-            Run(run, run, None, None, None, accuracy, 10.0 + run**2, 1.0, 0.2, {"other": accuracy / 2} if also else {})
-        )
-    facts = {"name": dataset, "digest": dataset * 9, "train_images": 9, "test_images": 9, "class_names": ["x"]}
-    return Result(
-        Recipe(epochs=epochs, **recipe), {"device_name": device}, "eager", "float32", "contiguous_format", [], facts,
-        {"runs": len(runs)}, rows, runs, [0.0], [1.0], {"w": torch.zeros(1)},
-    )  # fmt: skip
+            numbers = accuracy / 100 * 2**left, accuracy - 1, accuracy - 10 * left
+            rows.append(EpochRow(index, epoch, *numbers, epoch, 0.1))
+        also_test = {"other": accuracy / 2} if also else {}
+        run = Run(index, index, None, None, None, accuracy, 10.0 + index**2, 1.0, 0.2, also_test)
+        runs.append(RunResult(run, rows, "eager", environment))
+    metadata = {"name": dataset, "digest": dataset * 9, "train_images": 9, "test_images": 9, "class_names": ["x"]}
+    weights = {"w": torch.zeros(1)}
+    return Result(config, environment, [], metadata, [0.0], [1.0], [], None, 1, runs, weights)
 
 
 def write(folder, result):
     """Write the files of a training with this result to ``folder`` and return its path as a string."""
-    with Output(folder) as output:
-        for row in result.rows:
-            output.add(row)
+    with RunFolder(folder) as output:
+        output.begin(result)
+        for run in result.run_results:
+            with output.run_lock(run.run.run):
+                for row in run.rows:
+                    output.add_row(row)
+                output.finish_run(result, run)
         output.finish(result, np.zeros(0, int))
     return str(folder)
 
@@ -189,8 +198,8 @@ def test_folder_of_a_sweep_means_its_variants_in_order(tmp_path, no_figures, cap
             "{folder}/a --metric zzz",
             "a: --metric 'zzz' does not exist; the choices are test_accuracy, train_accuracy, train_loss, other",
         ),
-        ("{folder}/none", "none: holds no summary.json; choose the folder of a finished training, or of a sweep"),
-        ("{folder}/a {folder}/damaged", "damaged: the results cannot be read (Expecting value"),
+        ("{folder}/none", "none: holds no training.json; choose the folder of a training, or of a sweep"),
+        ("{folder}/a {folder}/damaged", "damaged: training.json cannot be read (Expecting value"),
         ("{folder}/sweep", "sweep.json: cannot be read ("),
         ("", "the following arguments are required: DIR"),
         ("{folder}/a --output {folder}/a/model.pt", "model.pt is not a directory"),
@@ -198,7 +207,7 @@ def test_folder_of_a_sweep_means_its_variants_in_order(tmp_path, no_figures, cap
 )
 def test_bad_input_prints_one_line_exits_with_2_and_writes_nothing(tmp_path, folders, capfd, flags, words):
     write(tmp_path / "damaged", made_up([90.0]))
-    (tmp_path / "damaged/summary.json").write_text("")
+    (tmp_path / "damaged/training.json").write_text("")
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep/sweep.json").write_text("{}")
     output = [] if "--output" in flags else ["--output", f"{tmp_path}/report"]
@@ -240,6 +249,13 @@ def test_figures_show_runs_intervals_and_bands():
     (band,) = axes.collections
     assert set(band.get_paths()[0].vertices[:, 1]) == {80, 82, 90, 92}
     assert dict(matplotlib.rcParams) == before
+
+
+def test_curves_include_runs_that_were_stopped_early():
+    result = made_up([90.0, 92.0])
+    result.run_results[1].rows.pop()
+    (axes,) = make_report({"a": result}, metric="train_loss").curves_figure().axes
+    assert list(axes.lines[0].get_ydata()) == [pytest.approx(1.82), 0.9]
 
 
 def test_dollar_signs_in_a_name_are_not_typeset_as_a_formula():

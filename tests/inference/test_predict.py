@@ -9,7 +9,7 @@ from PIL import Image
 
 from cifar_fast import CNN, InputError, Recipe, fit, load_model
 from cifar_fast.cli.main import main
-from cifar_fast.training.results import Result
+from cifar_fast.training.run_folder import RunReader
 from cifar_fast.utils.progress import lines_to
 from tests.helpers import DEVICE, HOW, save_npz, small_dataset, stop_after
 
@@ -199,7 +199,7 @@ def test_other_files_in_a_folder_are_counted(tmp_path, trained, capfd):
 def test_bad_input_prints_one_line_and_exits_with_2(tmp_path, trained, capfd, arguments, words):
     for name in ("empty", "stopped"):
         (tmp_path / name).mkdir()
-    (tmp_path / "stopped/checkpoint.pt").touch()
+    (tmp_path / "stopped/training.json").touch()
     write_image(tmp_path / "a.png")
     images = np.zeros((4, 32, 32, 3), np.uint8)
     np.savez(tmp_path / "float.npz", images=images / 255)
@@ -320,9 +320,9 @@ def test_each_backend_returns_the_logits(backend, dtype, uncompiled, few_program
     assert fit(recipe, few, **how).logits == []
 
 
-def test_result_load_reads_the_logits(tmp_path, dataset):
+def test_result_of_a_folder_has_the_logits(tmp_path, dataset):
     result = fit(RECIPE, dataset, output=tmp_path / "out", save_logits=True, **HOW)
-    (logits,) = Result.load(tmp_path / "out").logits
+    (logits,) = RunReader(tmp_path / "out").result().logits
     assert torch.equal(logits, result.logits[0])
 
 
