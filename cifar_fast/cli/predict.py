@@ -6,9 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from cifar_fast.cli.flags import Parser, add_device_flags, check_json, run_command, sentence
+from cifar_fast.cli.flags import Parser, add_device_flags, check_json, print_line, run_command, sentence
 from cifar_fast.utils.errors import InputError
-from cifar_fast.utils.progress import LOGGER
 
 SUMMARY = "classify images with a trained network: one line per image, with class and probability"
 
@@ -67,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
             predictions.append(prediction)
             best = prediction.probabilities.topk(args.top)
             classes = (f"{names[i]} {100 * p:.2f} %" for p, i in zip(best.values.tolist(), best.indices.tolist()))
-            LOGGER.info("  ".join((str(prediction.image), *classes)))
+            print_line("  ".join((str(prediction.image), *classes)))
     if args.json:
         write_predictions(args.json, names, predictions, unreadable, top=args.top, flip_average=flip)
     if resized := sum(prediction.resized for prediction in predictions):
-        LOGGER.info(f"resized {resized} of {len(predictions)} images {RESIZING}")
+        print_line(f"resized {resized} of {len(predictions)} images {RESIZING}")
     if flip:
-        LOGGER.info("--flip-average: each image was averaged with its mirror")
+        print_line("--flip-average: each image was averaged with its mirror")
     if (percent := accuracy(predictions)) is not None:
         labeled = sum(prediction.image.label is not None for prediction in predictions)
-        LOGGER.info(f"accuracy {percent:.2f} % of {labeled} images with a known class")
+        print_line(f"accuracy {percent:.2f} % of {labeled} images with a known class")
     return 1 if unreadable else 0

@@ -6,10 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from cifar_fast.cli.flags import Parser, add_traceback_flag, run_command, sentence
+from cifar_fast.cli.flags import Parser, add_traceback_flag, print_line, run_command, sentence
 from cifar_fast.utils.errors import option
 from cifar_fast.utils.files import check_writable
-from cifar_fast.utils.progress import LOGGER
 
 SUMMARY = "compare trainings: means, confidence intervals, differences"
 
@@ -54,5 +53,5 @@ def run(args: argparse.Namespace) -> int:
     report = make_report(results, baseline=args.baseline, metric=args.metric)
     if args.output:
         report.write(args.output)
-    LOGGER.info(report.markdown().rstrip())
+    print_line(report.markdown().rstrip())
     return 0

@@ -218,7 +218,7 @@ class RunFolder(RunReader):
 
     def close(self) -> None:
         """Close the files that stay open between rows."""
-        if self.tensorboard:
+        if self.tensorboard and FOLDER not in self.failures:  # a failure stays one if this works
             self._try(FOLDER, self.tensorboard.close)
 
     def _make(self) -> None:

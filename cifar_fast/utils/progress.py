@@ -40,7 +40,7 @@ class _LineHandler(logging.Handler):
         self.log, self.thread = log, threading.get_ident()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Skip other trainings' lines here, before the handler's lock, so that a slow ``log`` delays only its own."""
+        """Pass this thread's lines. Python asks before it takes the handler's lock, so threads do not wait here."""
         return record.thread == self.thread
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -328,7 +328,7 @@ def test_result_of_a_folder_has_the_logits(tmp_path, dataset):
 
 def test_saving_logits_cannot_start_when_runs_are_added(tmp_path, dataset):
     fit(RECIPE, dataset, output=tmp_path / "out", **HOW)
-    with pytest.raises(InputError, match="--save-logits was False, not True"):
+    with pytest.raises(InputError, match="save_logits was False, not True"):
         fit(RECIPE, dataset, resume=tmp_path / "out", runs=2, save_logits=True, **HOW)
 
 
@@ -339,6 +339,6 @@ def test_logits_that_cannot_be_written_stay_in_the_checkpoint(tmp_path, dataset,
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez", full)
         result = fit(RECIPE, dataset, output=tmp_path / "out", save_logits=True, **HOW)
-    assert len(result.unwritten) == 1 and "logits.npz" in result.unwritten[0]
+    assert result.unwritten and all("logits.npz could not be written" in line for line in result.unwritten)
     fit(RECIPE, dataset, resume=tmp_path / "out", save_logits=True, **HOW)
     assert np.array_equal(saved_logits(tmp_path / "out")["logits"][0], result.logits[0].numpy())

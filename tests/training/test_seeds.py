@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-import cifar_fast.training.fit
+import cifar_fast.backends.base
 import cifar_fast.training.trainer
 from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
 from cifar_fast.train import main
@@ -33,7 +33,7 @@ def drawn(tmp_path, npz, monkeypatch, no_curves):
             return epochs[-1]
 
         with monkeypatch.context() as patch:
-            patch.setattr(cifar_fast.training.fit, "CNN", model)
+            patch.setattr(cifar_fast.backends.base, "CNN", model)
             patch.setattr(cifar_fast.training.trainer, "draw_epoch", epoch)
             assert main(f"{FLAGS} --data-dir {npz} --output {tmp_path}/out --overwrite {flags}".split()) == 0
         pairs = [torch.stack([draws.tensor for draws in epochs[i : i + 2]]) for i in range(0, len(epochs), 2)]
@@ -89,7 +89,9 @@ def test_equal_separate_seeds_give_independent_streams():
     assert len({tuple(generator.get_state().tolist()) for generator in generators}) == 3
 
 
-@pytest.mark.parametrize(("seed", "words"), [(-1, "order_seed must lie between 0"), (1.5, "must be whole numbers")])
+@pytest.mark.parametrize(
+    ("seed", "words"), [(-1, "order_seed must be between 0"), (1.5, "order_seed must be a whole number")]
+)
 def test_invalid_separate_seed_is_refused(small, seed, words):
     with pytest.raises(InputError, match=words):
         fit(Recipe(epochs=1, batch_size=32, widths=NARROW), small, device="cpu", order_seed=seed, log=None)
