@@ -12,7 +12,7 @@ from cifar_fast import CNN, Dataset, InputError, Recipe, draw_epoch, fit
 from cifar_fast.cli.compare import main as compare
 from cifar_fast.data.augment import augment
 from cifar_fast.train import main as train
-from cifar_fast.training.results import Result
+from cifar_fast.training.run_folder import RunReader
 from tests.helpers import HOW, normalize, save_npz, small_dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings, by the command and from Python
@@ -48,7 +48,7 @@ def tiny():
 def run(npz, folder, flags):
     """Train by the command and return the summary and the last loss."""
     assert train(f"--dataset npz --data-dir {npz} --output {folder} --backend eager {FLAGS} {flags}".split()) == 0
-    result = Result.load(folder)
+    result = RunReader(folder).result()
     return json.loads((folder / "summary.json").read_text()), result.rows[-1].train_loss
 
 
@@ -108,11 +108,10 @@ def test_training_whose_file_lacks_the_ablations_resumes(tmp_path, tiny):
 
     with pytest.raises(KeyboardInterrupt):
         fit(recipe, tiny, output=tmp_path / "out", **HOW | {"log": stop})
-    file = tmp_path / "out/checkpoint.pt"
-    saved = torch.load(file, weights_only=True)
-    saved["result"]["recipe"] = published_constants(saved["result"]["recipe"])
-    del saved["result"]["notes"]
-    torch.save(saved, file)
+    file = tmp_path / "out/training.json"
+    training = json.loads(file.read_text())
+    training["config"]["recipe"] = published_constants(training["config"]["recipe"])
+    file.write_text(json.dumps(training))
     resumed, whole = fit(recipe, tiny, resume=tmp_path / "out", **HOW), fit(recipe, tiny, **HOW)
     assert [row.train_loss for row in resumed.rows] == [row.train_loss for row in whole.rows]
 
@@ -190,7 +189,7 @@ def test_batch_of_one_needs_several_pixels_only_with_batch_norm():
     assert Recipe(batch_size=1, widths=widths, batch_norm=False).blocks()[-1].out_size == 1
 
 
-NOTE = "fused: its norm kernel is for batch norm with CELU; here the compiler's kernels take its place"
+NOTE = "fused: its norm kernel needs batch norm with CELU; the compiler's kernels are used instead"
 WITH_GROUPS = dict(residual=True, decay_norms_and_biases=False, nesterov=False)
 PLAIN = ("--activation gelu", "--no-batch-norm")
 WITH_KERNELS = "--residual --no-decay-norms-and-biases --no-nesterov --init-scale 0.5"
@@ -300,7 +299,7 @@ def test_classes_are_renumbered_in_their_order(tmp_path, npz, tiny):
 def test_extra_test_sets_are_limited_to_the_same_classes(tmp_path, npz):
     summary, _ = run(npz, tmp_path / "out", f"--classes 2 0 --also-test own={npz}")
     assert summary["also_test_mean"]["own"] == pytest.approx(summary["test_accuracy_mean"])
-    with pytest.raises(InputError, match="--also-test own: has no image of --classes 1 2"):
+    with pytest.raises(InputError, match="also_test own: has no image of classes 1 2"):
         zeros = dict(test_images=np.zeros((2, 32, 32, 3), np.uint8), test_labels=np.zeros(2, int))
         other = save_npz(tmp_path / "other.npz", small_dataset(), **zeros)
         fit(dataclasses.replace(RECIPE, classes=(1, 2)), small_dataset(), also_test={"own": other}, **HOW)
