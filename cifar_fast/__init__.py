@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from cifar_fast.data.dataset import Dataset
     from cifar_fast.data.loader import Loader
     from cifar_fast.data.sources import load_dataset
-    from cifar_fast.experiments.report import make_report
+    from cifar_fast.experiments.report import make_report, welch
     from cifar_fast.experiments.sweep import Sweep, fit_sweep
     from cifar_fast.inference.classifier import Classifier, load_model
     from cifar_fast.model import CNN
     from cifar_fast.recipe import Recipe
     from cifar_fast.training.fit import fit
+    from cifar_fast.training.metrics import confidence_interval_95
     from cifar_fast.training.results import Result
     from cifar_fast.utils.errors import Diverged, InputError
 
@@ -36,12 +37,14 @@ _MODULE_OF = {
     "Recipe": "recipe",
     "Result": "training.results",
     "Sweep": "experiments.sweep",
+    "confidence_interval_95": "training.metrics",
     "draw_epoch": "data.augment",
     "fit": "training.fit",
     "fit_sweep": "experiments.sweep",
     "load_dataset": "data.sources",
     "load_model": "inference.classifier",
     "make_report": "experiments.report",
+    "welch": "experiments.report",
 }
 __all__ = sorted(_MODULE_OF)
 

@@ -10,8 +10,7 @@ quote? The interval shrinks with the square root of their number, so that half t
 import argparse
 import statistics
 
-from cifar_fast import Recipe, fit, load_dataset
-from cifar_fast.training.metrics import confidence_interval_95
+from cifar_fast import Recipe, confidence_interval_95, fit, load_dataset
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ import argparse
 import dataclasses
 import tempfile
 
-from cifar_fast import Recipe, Sweep, fit_sweep, make_report
-from cifar_fast.experiments.report import welch
+from cifar_fast import Recipe, Sweep, fit_sweep, make_report, welch
 
 
 def main() -> None:
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the published network, batch size and number of images")
     parser.add_argument("--output", help="keep the results there, and go on from them (default: nowhere)")
     args = parser.parse_args()
-    welch()  # of scipy, which is asked for before the work
+    welch()  # raises now, not after the training, if scipy is not installed
 
     recipe = Recipe(epochs=args.epochs)
     if not args.full:

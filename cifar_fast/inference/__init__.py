@@ -1,1 +1,1 @@
-"""."""
+"""Use of a trained network: load it, and classify images with it."""

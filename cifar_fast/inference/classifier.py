@@ -1,4 +1,4 @@
-"""A trained network in use: :func:`load_model` reads ``model.pt``, and what it gives takes images as they are."""
+"""A trained network with its normalization, and :func:`load_model`, which reads it from ``model.pt``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from cifar_fast.data.tensors import Normalization
 from cifar_fast.model import CNN
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
 from cifar_fast.training.results import FORMAT
-from cifar_fast.utils.errors import InputError, first_line
-from cifar_fast.utils.files import CHECKPOINT, MODEL
+from cifar_fast.utils.errors import InputError, first_line, option
+from cifar_fast.utils.files import MODEL, TRAINING
 
 
 class Classifier(nn.Module):
-    """A trained ``model``, the plain :class:`CNN` or one's own, behind the normalization that it was trained with.
+    """A trained ``model`` that takes raw images, normalized as in its training.
 
-    ``recipe`` and ``class_names`` are the training's; ``mean`` and ``std``, buffers ``[3]``, are those of the training
-    images' 0..255 values. As any module it goes to a device by ``to``.
+    Args:
+        model: the recipe's :class:`CNN`, or the custom model that was trained.
+        recipe: the recipe of the training.
+        class_names: names of the classes, in the order of the logits.
+        mean, std: per channel, of the training images' 0..255 values. They become buffers, float32 ``[3]``.
     """
 
     mean: torch.Tensor
@@ -35,69 +39,82 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits ``[N, classes]`` of ``images``, uint8 ``[N, 32, 32, 3]``, on the module's device."""
-        return self.model(((images - self.mean) / self.std).permute(0, 3, 1, 2).contiguous())
+        """Return logits ``[N, classes]`` for uint8 images ``[N, 32, 32, 3]`` on the module's device."""
+        normalized = Normalization(self.mean, self.std).apply(images, self.mean.dtype)
+        return self.model(normalized.permute(0, 3, 1, 2).contiguous())
 
     @torch.no_grad()
     def predict(
         self, images: np.ndarray | torch.Tensor, *, flip_average: bool = False, batch_size: int = 512
     ) -> torch.Tensor:
-        """Probabilities ``[N, classes]``, on the module's device, of ``images``, uint8 ``[N, 32, 32, 3]``, on any.
+        """Return the probability of each class.
 
-        With ``flip_average`` they are those of the mean of the logits of each image and of its mirror. With a label
-        smoothing of s an image's own class was trained towards 1 - s + s / classes, not towards 1.
+        Training with a label smoothing of s aims at a probability of 1 - s + s / classes for the correct class, not
+        at 1.
+
+        Args:
+            images: uint8 ``[N, 32, 32, 3]``, on any device.
+            flip_average: average the logits of each image and its mirror image.
+            batch_size: images per forward pass.
+
+        Returns:
+            Probabilities, float32 ``[N, classes]``, on the module's device.
 
         Raises:
-            InputError: images of another type or shape.
+            InputError: ``images`` has another dtype or shape.
         """
         if not isinstance(images, torch.Tensor):
             images = torch.from_numpy(np.require(images, requirements=["C_CONTIGUOUS", "WRITEABLE"]))
         shape = (IMAGE_SIZE, IMAGE_SIZE, IMAGE_CHANNELS)
         if images.dtype != torch.uint8 or images.shape[1:] != shape:
             raise InputError(f"images must be uint8 of shape (N, 32, 32, 3), not {images.dtype} of {(*images.shape,)}")
-        found = []
+        probabilities = []
         for batch in images.split(batch_size):
             batch = batch.to(self.mean.device)
             logits = self(batch)
             if flip_average:
                 logits = (logits + self(batch.flip(2))) / 2
-            found.append(logits.softmax(dim=1))
-        return torch.cat(found)
+            probabilities.append(logits.softmax(dim=1))
+        return torch.cat(probabilities)
 
 
 def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
-    """The network of the ``model.pt`` at ``path``, a file or a training's folder: on the CPU in float32, in eval mode.
+    """Load a trained network on the CPU, in float32 and eval mode, whatever backend and dtype trained it.
 
-    Whichever backend and dtype it was trained in. Of a training with a model of one's own, ``model`` is such a one; it
-    gets the weights. Raises :class:`InputError` where it cannot be had.
+    Args:
+        path: ``model.pt``, or the folder of a finished training.
+        model: an instance of the custom model that was trained. It gets the weights. None for the recipe's network.
+
+    Raises:
+        InputError: the file cannot be read, or its weights do not fit the model.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        if not (path / MODEL).exists() and (path / CHECKPOINT).exists():
-            raise InputError(f"{path}: that training has not ended; go on with it by cifar-fast train --resume {path}")
+        if not (path / MODEL).exists() and (path / TRAINING).exists():
+            raise InputError(f"{path}: this training is not finished; continue it with {option('resume')} {path}")
         path = path / MODEL
-    cure = f"name the {MODEL} of a training that has ended, or its folder"
+    hint = f"choose the {MODEL} of a finished training, or its folder"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)}); {cure}") from None
-    except Exception:  # a damaged file fails in as many ways as there are bytes, and torch then advises to trust it
-        raise InputError(f"{path}: no file of torch.save with plain tensors, or damaged; {cure}") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)}); {hint}") from None
+    except Exception:  # a damaged file raises many types of errors, with torch's advice to trust the file
+        raise InputError(f"{path}: damaged, or not written by torch.save with plain tensors; {hint}") from None
     if not (isinstance(saved, dict) and "format" in saved):
-        raise InputError(f"{path}: holds no recipe beside the weights, as before version 0.1; train again, or {cure}")
+        raise InputError(f"{path}: has no recipe beside the weights; {hint}")
     if saved["format"] != FORMAT:
-        raise InputError(f"{path}: is of format {saved['format']}, not {FORMAT}; use the version that wrote it")
-    name = saved.get("model")  # which files of before lack
-    if (model is None) != (name is None):
-        raise InputError(
-            f"{path}: holds the weights of {name or 'the recipe'}, "
-            + ("a model of one's own: load_model(path, model) with one gives it them" if name else "give no model")
-        )
+        raise InputError(f"{path}: has format {saved['format']}, not {FORMAT}; use the version that wrote it")
+    class_name = saved.get("model")
+    if class_name and model is None:
+        raise InputError(f"{path}: holds the weights of the custom model {class_name}; call load_model(path, model)")
+    if model is not None and not class_name:
+        raise InputError(f"{path}: holds the weights of the recipe's network; call load_model(path) without a model")
     try:
         recipe = Recipe(**saved["recipe"])
-        if model is None:  # under a generator that is not torch's own, which is the caller's
+        if model is None:  # with a generator of its own, because torch's default one belongs to the caller
             model = CNN(recipe, len(saved["class_names"]), torch.Generator())
         model.to("cpu", torch.float32).load_state_dict(saved["state_dict"])
         return Classifier(model, recipe, saved["class_names"], saved["mean"], saved["std"]).eval()
-    except Exception as error:  # another project's file, or another file of this one's
-        raise InputError(f"{path}: holds no network ({type(error).__name__}: {first_line(error)}); {cure}") from None
+    except Exception as error:  # the file of another project, or another kind of file of this one
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{path}: holds no network that can be loaded ({cause}); {hint}") from None

@@ -1,4 +1,4 @@
-"""What ``cifar-fast predict`` does: finds images, decodes them, and tells what a trained network takes them for."""
+"""Prediction for files: find images, decode them, classify them with a trained network, write the results."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from cifar_fast.data.eval_sets import read_npz
 from cifar_fast.data.image_folder import by_kind, decode_image, images_below
 from cifar_fast.inference.classifier import Classifier
 from cifar_fast.recipe import IMAGE_SIZE
-from cifar_fast.utils.errors import InputError
+from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import atomic_write, os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER
 
-HOW_RESIZED = f"to {IMAGE_SIZE} x {IMAGE_SIZE}: upright, the largest square in the middle, bicubic"
+RESIZING = f"to {IMAGE_SIZE} x {IMAGE_SIZE}: rotated upright, cropped to the largest central square, bicubic"
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """An image that is to be told: a file, or number ``index`` of a .npz file with its ``pixels``, uint8
-    ``[32, 32, 3]``. ``label`` is its class, None where that is not known.
+class ImageRef:
+    """An image to classify: the file ``path``, or image number ``index`` of the .npz file ``path``.
+
+    ``pixels``, uint8 ``[32, 32, 3]``, are only set for an image of a .npz file. ``label`` is None if unknown.
     """
 
     path: Path
@@ -40,144 +41,160 @@ class Found:
         return str(self.path) if self.index is None else f"{self.path}[{self.index}]"
 
     def read(self) -> tuple[np.ndarray, bool]:
-        """Its pixels, uint8 ``[32, 32, 3]``, and whether it was resized, see :data:`HOW_RESIZED`; :class:`InputError`
-        where it cannot be decoded.
+        """Return the pixels, uint8 ``[32, 32, 3]``, and whether they were resized (see :data:`RESIZING`).
+
+        Raises:
+            InputError: the file cannot be decoded.
         """
         if self.pixels is not None:
             return self.pixels, False
-        resized = []
+        resized = False
 
-        def fit(image: Image.Image) -> Image.Image:
-            resized.append(image.size)
-            upright = ImageOps.exif_transpose(image)  # as a camera was held
+        def resize(image: Image.Image) -> Image.Image:
+            nonlocal resized
+            resized = True
+            upright = ImageOps.exif_transpose(image)  # cameras store the pixels as the sensor reads them
             return ImageOps.fit(upright, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
 
-        return decode_image(self.path, str(self), fit), bool(resized)
+        pixels = decode_image(self.path, str(self), resize)
+        return pixels, resized
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What an image was taken for: ``probabilities`` ``[classes]``, on the CPU."""
+    """The result for one image: ``probabilities`` ``[classes]``, on the CPU."""
 
-    image: Found
+    image: ImageRef
     resized: bool
     probabilities: torch.Tensor
 
     @property
-    def right(self) -> bool:
-        """Whether the likeliest class is the label, where there is one."""
+    def correct(self) -> bool:
+        """True if the most probable class is the label."""
         return int(self.probabilities.argmax()) == self.image.label
 
 
-def find_images(paths: Iterable[str | Path], class_names: Sequence[str]) -> list[Found]:
-    """The images at ``paths``: files, folders and what is below them in the order of their names, .npz files.
+def find_images(paths: Iterable[str | Path], class_names: Sequence[str]) -> list[ImageRef]:
+    """Return the images in ``paths``: image files, folders with subfolders, and .npz files.
 
-    The label of a file in a folder is the first folder on the way down to it that has the name of a class; those of a
-    .npz file are its labels. Raises :class:`InputError` for a path that holds no images.
+    The images of a folder are in the order of their paths. The label of such an image is the first folder on the way
+    down to it that is named after a class. The labels of a .npz file are its own.
+
+    Raises:
+        InputError: a path contains no images.
     """
-    found: list[Found] = []
+    images: list[ImageRef] = []
     for path in (Path(path).expanduser() for path in paths):
         if path.is_dir():
-            found += _in_folder(path, class_names)
+            images += _images_of_folder(path, class_names)
         elif path.suffix == ".npz":
-            found += _in_npz(path, len(class_names))
+            images += _images_of_npz(path, len(class_names))
         elif path.is_file():
-            found.append(Found(path))
+            images.append(ImageRef(path))
         else:
-            raise InputError(f"{path}: no such file; name image files, folders of them, or .npz files")
-    return found
+            raise InputError(f"{path}: no such file; give image files, folders of them, or .npz files")
+    return images
 
 
-def _in_folder(folder: Path, class_names: Sequence[str]) -> list[Found]:
-    left_out: Counter[str] = Counter()
+def _images_of_folder(folder: Path, class_names: Sequence[str]) -> list[ImageRef]:
+    ignored: Counter[str] = Counter()
     try:
-        files = sorted(images_below(folder, left_out))
+        files = sorted(images_below(folder, ignored))
     except OSError as error:
-        raise InputError(f"{error.filename}: {error.strerror}; name folders that can be read") from None
+        raise InputError(f"{error.filename}: {error.strerror}; give folders that can be read") from None
     if not files:
-        raise InputError(
-            f"{folder}: no image that Pillow reads in it; name image files, folders of them, or .npz files"
-        )
-    if left_out:
-        LOGGER.info(f"left out {left_out.total()} files under {folder} that are no images: {by_kind(left_out)}")
-    numbers = {name: number for number, name in enumerate(class_names)}
-    above = [file.relative_to(folder).parts[:-1] for file in files]
-    return [
-        Found(file, next((numbers[name] for name in names if name in numbers), None))
-        for file, names in zip(files, above)
-    ]
+        raise InputError(f"{folder}: no image that Pillow reads; give image files, folders of them, or .npz files")
+    if ignored:
+        LOGGER.info(f"ignored {ignored.total()} files under {folder} that are not images: {by_kind(ignored)}")
+    class_indices = {name: index for index, name in enumerate(class_names)}
+    images = []
+    for file in files:
+        folders = file.relative_to(folder).parts[:-1]
+        label = next((class_indices[name] for name in folders if name in class_indices), None)
+        images.append(ImageRef(file, label))
+    return images
 
 
-def _in_npz(path: Path, num_classes: int) -> list[Found]:
+def _images_of_npz(path: Path, num_classes: int) -> list[ImageRef]:
     images, labels = read_npz(path)
     check_images(str(path), images, np.zeros(images.shape[:1], int) if labels is None else labels)
     if labels is None:
-        return [Found(path, None, index, pixels) for index, pixels in enumerate(images)]
+        return [ImageRef(path, None, index, pixels) for index, pixels in enumerate(images)]
     if labels.max() >= num_classes:
-        raise InputError(f"{path}: its labels go up to {labels.max()}, but the model has {num_classes} classes")
-    return [Found(path, label, index, pixels) for index, (label, pixels) in enumerate(zip(labels.tolist(), images))]
+        raise InputError(f"{path}: the largest label is {labels.max()}, but the model has {num_classes} classes")
+    return [ImageRef(path, label, index, pixels) for index, (label, pixels) in enumerate(zip(labels.tolist(), images))]
 
 
-def predictions(
+def classify(
     model: Classifier,
-    images: Sequence[Found],
+    images: Sequence[ImageRef],
     *,
     batch_size: int = 512,
     flip_average: bool = False,
-    on_broken: Callable[[Found, str], None],
+    on_unreadable: Callable[[ImageRef, str], None],
 ) -> Iterator[Prediction]:
-    """What ``model`` takes each of ``images`` for, in their order; for one that cannot be decoded ``on_broken`` is
-    called with the reason in a line.
+    """Yield the prediction of ``model`` for each image, in order.
+
+    An image that cannot be decoded has no prediction. ``on_unreadable`` is called with it and a one-line reason.
     """
     for start in range(0, len(images), batch_size):
-        read: list[tuple[Found, np.ndarray, bool]] = []
+        decoded: list[tuple[ImageRef, np.ndarray, bool]] = []
         for image in images[start : start + batch_size]:
             try:
-                read.append((image, *image.read()))
+                decoded.append((image, *image.read()))
             except InputError as error:
-                on_broken(image, str(error))
-        if read:
-            pixels = np.stack([pixels for _, pixels, _ in read])
-            found = model.predict(pixels, flip_average=flip_average, batch_size=batch_size).cpu()
-            for (image, _, resized), probabilities in zip(read, found):
+                on_unreadable(image, str(error))
+        if decoded:
+            pixels = np.stack([pixels for _, pixels, _ in decoded])
+            batch = model.predict(pixels, flip_average=flip_average, batch_size=batch_size).cpu()
+            for (image, _, resized), probabilities in zip(decoded, batch):
                 yield Prediction(image, resized, probabilities)
 
 
-def write_report(
+def accuracy(predictions: Sequence[Prediction]) -> float | None:
+    """Return the accuracy in %, over the images with a label. Return None if there are none."""
+    correct = [prediction.correct for prediction in predictions if prediction.image.label is not None]
+    return 100 * sum(correct) / len(correct) if correct else None
+
+
+def write_predictions(
     path: Path,
-    names: Sequence[str],
-    told: Sequence[Prediction],
-    broken: Mapping[str, str],
+    class_names: Sequence[str],
+    predictions: Sequence[Prediction],
+    unreadable: Mapping[str, str],
     *,
     top: int,
     flip_average: bool,
 ) -> None:
-    """The ``top`` classes of each prediction as JSON, see docs/outputs.md; ``names`` of all classes."""
+    """Write predictions as JSON; docs/outputs.md describes the keys.
+
+    Args:
+        path: the file.
+        class_names: names of all classes.
+        predictions: the predictions, of which the file gets the ``top`` most probable classes.
+        unreadable: the reason for each image that could not be decoded, by its name.
+        flip_average: whether each image was averaged with its mirror image.
+    """
     images = []
-    for one in told:
-        best = one.probabilities.topk(top)
+    for prediction in predictions:
+        best = prediction.probabilities.topk(top)
+        image = prediction.image
         images.append(
             {
-                "path": str(one.image.path),
-                "index": one.image.index,
-                "classes": [names[number] for number in best.indices.tolist()],
+                "path": str(image.path),
+                "index": image.index,
+                "classes": [class_names[index] for index in best.indices.tolist()],
                 "probabilities": best.values.tolist(),
-                "label": None if one.image.label is None else names[one.image.label],
-                "resized": one.resized,
+                "label": None if image.label is None else class_names[image.label],
+                "resized": prediction.resized,
             }
         )
     report: dict[str, Any] = {
-        "class_names": list(names),
+        "class_names": list(class_names),
         "flip_average": flip_average,
-        "accuracy": accuracy(told),
+        "accuracy": accuracy(predictions),
         "images": images,
-        "broken": [{"path": name, "error": error} for name, error in broken.items()],
+        "unreadable": [{"path": name, "error": error} for name, error in unreadable.items()],
     }
-    with os_error_as_input_error(f"--json {path}", "choose another file"), atomic_write(path) as temporary:
+    with os_error_as_input_error(f"{option('json')} {path}", "choose another file"), atomic_write(path) as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def accuracy(told: Sequence[Prediction]) -> float | None:
-    """In %, over the images whose label is known; None where there is none."""
-    right = [one.right for one in told if one.image.label is not None]
-    return 100 * sum(right) / len(right) if right else None

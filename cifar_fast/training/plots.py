@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def draw_curves(rows: Sequence[EpochRow], recipe: Recipe, title: str, file: Path | IO[bytes]) -> None:
-    """Write the curves to ``file`` as a PNG; the other arguments are those of :func:`curves_figure`."""
+    """Write the curves to ``file`` as a PNG. See :func:`curves_figure` for the other arguments."""
     with default_style():
         _draw(rows, recipe, title).savefig(file, dpi=120, format="png")
 

@@ -52,6 +52,13 @@ def cpu_has_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def default_dtype(device: torch.device) -> str:
+    """Return what the dtype ``auto`` means on ``device``: the reference's float16 on a GPU, the fastest on a CPU."""
+    if device.type == "cuda":
+        return "float16"
+    return "bfloat16" if cpu_has_bfloat16() else "float32"
+
+
 def fused_unavailable_reason(device: torch.device) -> str | None:
     """Return why the fused backend cannot run on ``device``, or None if nothing is known to prevent it."""
     try:
@@ -154,10 +161,3 @@ def _cpu_name() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def default_dtype(device: torch.device) -> str:
-    """Return what the dtype ``auto`` means on ``device``: the reference's float16 on a GPU, the fastest on a CPU."""
-    if device.type == "cuda":
-        return "float16"
-    return "bfloat16" if cpu_has_bfloat16() else "float32"

@@ -142,7 +142,7 @@ def test_what_is_written_names_the_model_and_its_weights_load_into_one(tmp_path,
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["model"], summary["parameters"]) == ("MyNet", sum(p.numel() for p in MyNet().parameters()))
     with pytest.raises(
-        InputError, match=r"holds the weights of MyNet, a model of one's own: load_model\(path, model\)"
+        InputError, match=r"holds the weights of the custom model MyNet; call load_model\(path, model\)"
     ):
         load_model(tmp_path)
     classifier = load_model(tmp_path, MyNet())

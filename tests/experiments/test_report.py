@@ -1,4 +1,4 @@
-"""A report's figures are scipy's; its table, warnings and pictures say what the results hold."""
+"""``cifar-fast report``: statistics equal scipy's, and table, warnings and figures agree with the results."""
 
 import dataclasses
 import io
@@ -15,9 +15,10 @@ from scipy import stats
 from cifar_fast import Dataset, Recipe, fit, make_report
 from cifar_fast.cli.main import main
 from cifar_fast.data.synthetic import PATTERNS, textures
+from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.metrics import EpochRow, Run
-from cifar_fast.training.results import Result
-from cifar_fast.training.run_folder import Output
+from cifar_fast.training.results import Result, RunResult
+from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.progress import lines_to
 from tests.helpers import cells, contents
 
@@ -27,34 +28,42 @@ ACCURACIES = {"a": [93.1, 93.7, 93.4, 93.9], "b": [94.2, 94.0, 94.9], "c": [93.0
 
 
 def made_up(accuracies, *, epochs=2, dataset="cifar10", device="A10", also=None, **recipe):
-    """A result whose runs end with ``accuracies``, having had 10 less and twice the loss an epoch before."""
-    rows, runs = [], []
-    for run, accuracy in enumerate(accuracies):
+    """Return a result whose runs end with ``accuracies``; an epoch earlier they have 10 less and twice the loss."""
+    config = TrainConfig(
+        recipe=Recipe(epochs=epochs, **recipe), backend="eager", dtype="float32", memory_format="contiguous_format",
+        runs=len(accuracies),
+    )  # fmt: skip
+    environment, runs = {"device_name": device}, []
+    for index, accuracy in enumerate(accuracies):
+        rows = []
         for epoch in range(1, epochs + 1):
             left = epochs - epoch
-            rows.append(EpochRow(run, epoch, accuracy / 100 * 2**left, accuracy - 1, accuracy - 10 * left, epoch, 0.1))
-        runs.append(
-            Run(run, run, None, None, None, accuracy, 10.0 + run**2, 1.0, 0.2, {"other": accuracy / 2} if also else {})
-        )
-    facts = {"name": dataset, "digest": dataset * 9, "train_images": 9, "test_images": 9, "class_names": ["x"]}
-    return Result(
-        Recipe(epochs=epochs, **recipe), {"device_name": device}, "eager", "float32", "contiguous_format", [], facts,
-        {"runs": len(runs)}, rows, runs, [0.0], [1.0], {"w": torch.zeros(1)},
-    )  # fmt: skip
+            numbers = accuracy / 100 * 2**left, accuracy - 1, accuracy - 10 * left
+            rows.append(EpochRow(index, epoch, *numbers, epoch, 0.1))
+        also_test = {"other": accuracy / 2} if also else {}
+        run = Run(index, index, None, None, None, accuracy, 10.0 + index**2, 1.0, 0.2, also_test)
+        runs.append(RunResult(run, rows, "eager", environment))
+    metadata = {"name": dataset, "digest": dataset * 9, "train_images": 9, "test_images": 9, "class_names": ["x"]}
+    weights = {"w": torch.zeros(1)}
+    return Result(config, environment, [], metadata, [0.0], [1.0], [], None, 1, runs, weights)
 
 
 def write(folder, result):
-    """What a training that gave ``result`` writes to ``folder``; gives its path as text."""
-    with Output(folder) as output:
-        for row in result.rows:
-            output.add(row)
+    """Write the files of a training with this result to ``folder`` and return its path as a string."""
+    with RunFolder(folder) as output:
+        output.begin(result)
+        for run in result.run_results:
+            with output.run_lock(run.run.run):
+                for row in run.rows:
+                    output.add_row(row)
+                output.finish_run(result, run)
         output.finish(result, np.zeros(0, int))
     return str(folder)
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    """What takes longest, where nobody looks at it."""
+def no_figures(monkeypatch):
+    """Skip drawing, the slowest part, in tests that do not look at the figures."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **how: path.touch())
 
 
@@ -63,39 +72,43 @@ def folders(tmp_path):
     return [write(tmp_path / name, made_up(values, also=True)) for name, values in ACCURACIES.items()]
 
 
-def reported(tmp_path, *flags):
-    """What ``report.json`` holds after the command with ``flags``, the variants by their names."""
+def report_json(tmp_path, *flags):
+    """Run the command with ``flags`` and return the content of ``report.json``, with the variants by name."""
     assert main(["report", *flags, "--output", str(tmp_path / "report")]) == 0
-    found = json.loads((tmp_path / "report/report.json").read_text())
-    return found | {"variants": {one["name"]: one for one in found["variants"]}}
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    return report | {"variants": {variant["name"]: variant for variant in report["variants"]}}
 
 
 @pytest.mark.parametrize("baseline", ["a", "b"])
-def test_the_figures_are_scipys(tmp_path, folders, no_pictures, baseline):
-    flags = ["--baseline", "b"] if baseline == "b" else []  # the first where none is named
-    found = reported(tmp_path, *folders, *flags)
-    assert found["baseline"] == baseline and list(found["variants"]) == ["a", "b", "c"]
+def test_statistics_equal_scipys(tmp_path, folders, no_figures, baseline):
+    flags = ["--baseline", "b"] if baseline == "b" else []  # the default is the first variant
+    report = report_json(tmp_path, *folders, *flags)
+    assert report["baseline"] == baseline and list(report["variants"]) == ["a", "b", "c"]
     base = ACCURACIES[baseline]
     for name, values in ACCURACIES.items():
-        one = found["variants"][name]
-        assert (one["n"], one["values"], one["mean"]) == (len(values), values, pytest.approx(np.mean(values)))
+        variant = report["variants"][name]
+        assert (variant["n"], variant["values"], variant["mean"]) == (
+            len(values),
+            values,
+            pytest.approx(np.mean(values)),
+        )
         if len(values) > 1:
-            assert one["std"] == pytest.approx(stats.tstd(values))
+            assert variant["std"] == pytest.approx(stats.tstd(values))
             interval = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
-            assert one["ci95"] == pytest.approx(interval, rel=1e-5)
+            assert variant["ci95"] == pytest.approx(interval, rel=1e-5)
         if name != baseline:
-            assert one["difference"] == pytest.approx(np.mean(values) - np.mean(base))
+            assert variant["difference"] == pytest.approx(np.mean(values) - np.mean(base))
         if name != baseline and len(values) > 1:
             welch = stats.ttest_ind(values, base, equal_var=False)
-            assert one["welch_p"] == pytest.approx(welch.pvalue)
-            assert one["difference_ci95"] == pytest.approx(list(welch.confidence_interval()))
-    absent = [found["variants"]["c"][key] for key in ("std", "ci95", "difference_ci95", "welch_p")]
-    absent += [found["variants"][baseline][key] for key in ("difference", "difference_ci95", "welch_p")]
+            assert variant["welch_p"] == pytest.approx(welch.pvalue)
+            assert variant["difference_ci95"] == pytest.approx(list(welch.confidence_interval()))
+    absent = [report["variants"]["c"][key] for key in ("std", "ci95", "difference_ci95", "welch_p")]
+    absent += [report["variants"][baseline][key] for key in ("difference", "difference_ci95", "welch_p")]
     assert absent == [None] * 7
-    assert found["variants"]["a"]["train_seconds_median"] == 12.5
+    assert report["variants"]["a"]["train_seconds_median"] == 12.5
 
 
-def test_the_table_has_a_line_for_each_variant_and_a_dash_for_what_does_not_exist(folders, capfd):
+def test_table_has_a_line_per_variant_and_a_dash_for_missing_statistics(folders, capfd):
     assert main(["report", *folders]) == 0
     lines = capfd.readouterr().out.splitlines()
     rows = cells(lines[:5])
@@ -116,25 +129,25 @@ def test_the_table_has_a_line_for_each_variant_and_a_dash_for_what_does_not_exis
         ("other", lambda accuracy: accuracy / 2),
     ],
 )
-def test_another_metric(tmp_path, folders, no_pictures, metric, of):
-    found = reported(tmp_path, *folders, "--metric", metric)
-    assert found["metric"] == metric
+def test_report_of_another_metric(tmp_path, folders, no_figures, metric, of):
+    report = report_json(tmp_path, *folders, "--metric", metric)
+    assert report["metric"] == metric
     for name, values in ACCURACIES.items():
-        assert found["variants"][name]["values"] == pytest.approx([of(value) for value in values])
+        assert report["variants"][name]["values"] == pytest.approx([of(value) for value in values])
 
 
-def test_an_interval_of_losses_is_not_cut_off_as_one_of_accuracies_is():
+def test_interval_is_limited_to_100_for_accuracies_but_not_for_losses():
     losses = make_report({"a": made_up([90.0, 30000.0])}, metric="train_loss").variants[0]
     accuracies = make_report({"a": made_up([90.0, 99.0])}).variants[0]
     assert losses.ci95[1] > 1000 and accuracies.ci95[1] == 100
 
 
-def test_runs_without_any_spread_have_a_difference_and_no_p():
-    one = make_report({"a": made_up([100.0, 100.0]), "b": made_up([99.0, 99.0])}).variants[1]
-    assert (one.difference, one.difference_ci95, one.welch_p) == (-1.0, None, None)
+def test_runs_without_spread_have_a_difference_but_no_p_value():
+    variant = make_report({"a": made_up([100.0, 100.0]), "b": made_up([99.0, 99.0])}).variants[1]
+    assert (variant.difference, variant.difference_ci95, variant.welch_p) == (-1.0, None, None)
 
 
-def test_another_model_is_told_in_a_line():
+def test_different_models_give_a_warning():
     other = dataclasses.replace(made_up([90.0]), model="MyNet")
     report = make_report({"a": made_up([90.0]), "b": other})
     assert report.warnings == ["different models: the recipe's network (a); MyNet (b)"]
@@ -148,19 +161,19 @@ def test_another_model_is_told_in_a_line():
         (dict(device="T4"), "different devices: A10 (a); T4 (b)"),
     ],
 )
-def test_what_is_not_alike_is_told_in_a_line(tmp_path, capfd, other, words):
+def test_different_settings_give_a_warning(tmp_path, capfd, other, words):
     paths = [write(tmp_path / name, made_up([90.0], **how)) for name, how in {"a": {}, "b": other}.items()]
     assert main(["report", *paths]) == 0
     assert [line for line in capfd.readouterr().out.splitlines() if "Warning" in line] == [f"Warning: {words}"]
 
 
-def test_what_a_variant_changes_stands_beside_its_name(tmp_path, capfd):
+def test_table_lists_the_changes_of_each_variant(tmp_path, capfd):
     a, b = (write(tmp_path / name, made_up([90.0], momentum=momentum)) for name, momentum in (("a", 0.9), ("b", 0.8)))
     assert main(["report", a, b]) == 0
     assert "| b       | momentum 0.8 |" in capfd.readouterr().out
 
 
-def test_folders_of_one_name_are_told_by_their_paths_and_none_is_taken_twice(tmp_path, capfd):
+def test_folders_with_equal_names_are_listed_by_path_and_duplicates_are_refused(tmp_path, capfd):
     paths = [write(tmp_path / place / "same", made_up([90.0])) for place in ("x", "y")]
     assert main(["report", *paths, "--baseline", paths[1]]) == 0
     assert f"| {paths[0]} |" in capfd.readouterr().out
@@ -168,33 +181,33 @@ def test_folders_of_one_name_are_told_by_their_paths_and_none_is_taken_twice(tmp
     assert f"{paths[0]} is given twice" in capfd.readouterr().err
 
 
-def test_a_sweeps_folder_stands_for_its_variants_in_their_order(tmp_path, no_pictures, capfd):
+def test_folder_of_a_sweep_means_its_variants_in_order(tmp_path, no_figures, capfd):
     for name in ("z", "a"):
         write(tmp_path / "sweep" / name, made_up([90.0]))
     (tmp_path / "sweep/sweep.json").write_text('{"variants": {"z": {}, "late": {}, "a": {}}}')
-    found = reported(tmp_path, str(tmp_path / "sweep"))
-    assert list(found["variants"]) == ["z", "a"]
-    assert capfd.readouterr().err == "late has no run that has ended, and is left out\n"
+    report = report_json(tmp_path, str(tmp_path / "sweep"))
+    assert list(report["variants"]) == ["z", "a"]
+    assert capfd.readouterr().err == "late has no finished run and is left out\n"
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("{folder}/a --baseline z", "there is no variant 'z' for a baseline; there are a"),
+        ("{folder}/a --baseline z", "--baseline 'z' is not a variant; the variants are a"),
         (
             "{folder}/a --metric zzz",
-            "a: there is no metric 'zzz'; there are test_accuracy, train_accuracy, train_loss, other",
+            "a: --metric 'zzz' does not exist; the choices are test_accuracy, train_accuracy, train_loss, other",
         ),
-        ("{folder}/none", "none: holds no summary.json; name the folder of a training that has ended, or of a sweep"),
-        ("{folder}/a {folder}/damaged", "damaged: the results there cannot be read (Expecting value"),
+        ("{folder}/none", "none: holds no training.json; choose the folder of a training, or of a sweep"),
+        ("{folder}/a {folder}/damaged", "damaged: training.json cannot be read (Expecting value"),
         ("{folder}/sweep", "sweep.json: cannot be read ("),
         ("", "the following arguments are required: DIR"),
         ("{folder}/a --output {folder}/a/model.pt", "model.pt is not a directory"),
     ],
 )
-def test_what_cannot_be_reported_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, folders, capfd, flags, words):
+def test_bad_input_prints_one_line_exits_with_2_and_writes_nothing(tmp_path, folders, capfd, flags, words):
     write(tmp_path / "damaged", made_up([90.0]))
-    (tmp_path / "damaged/summary.json").write_text("")
+    (tmp_path / "damaged/training.json").write_text("")
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep/sweep.json").write_text("{}")
     output = [] if "--output" in flags else ["--output", f"{tmp_path}/report"]
@@ -204,14 +217,14 @@ def test_what_cannot_be_reported_is_one_line_and_exit_code_2_and_writes_nothing(
     assert shown.out == "" and not (tmp_path / "report").exists()
 
 
-def test_without_scipy_a_line_says_so_before_anything_is_read(monkeypatch, capfd):
+def test_missing_scipy_is_reported_before_anything_is_read(monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     assert main(["report", "none"]) == 2
     assert capfd.readouterr().err == "error: a report needs scipy: pip install 'cifar_fast[report]'\n"
 
 
-def test_the_files_of_a_report(tmp_path, folders, capfd):
-    reported(tmp_path, *folders)
+def test_report_writes_its_four_files(tmp_path, folders, capfd):
+    report_json(tmp_path, *folders)
     names = sorted(path.name for path in (tmp_path / "report").iterdir())
     assert names == ["report-curves.png", "report-variants.png", "report.json", "report.md"]
     page = (tmp_path / "report/report.md").read_text()
@@ -222,7 +235,7 @@ def test_the_files_of_a_report(tmp_path, folders, capfd):
             assert image.format == "PNG" and len(image.getcolors(1 << 22)) > 10
 
 
-def test_the_pictures_show_runs_intervals_and_bands():
+def test_figures_show_runs_intervals_and_bands():
     before = dict(matplotlib.rcParams)
     results = {"a": made_up([90.0, 92.0]), "b": made_up([80.0])}
     report = make_report(results)
@@ -230,7 +243,7 @@ def test_the_pictures_show_runs_intervals_and_bands():
     points = [list(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) > 1]
     assert points[0] == [90, 92] and [80] in [list(line.get_ydata()) for line in axes.lines]
     bars = [segment[:, 1].tolist() for collection in axes.collections for segment in collection.get_segments()]
-    assert bars == [pytest.approx(report.variants[0].ci95)], "one run alone has no interval"
+    assert bars == [pytest.approx(report.variants[0].ci95)], "a single run has no interval"
     (axes,) = report.curves_figure().axes
     assert [list(line.get_ydata()) for line in axes.lines] == [[81, 91], [70, 80]]
     (band,) = axes.collections
@@ -238,17 +251,24 @@ def test_the_pictures_show_runs_intervals_and_bands():
     assert dict(matplotlib.rcParams) == before
 
 
-def test_a_name_with_dollar_signs_is_no_formula():
+def test_curves_include_runs_that_were_stopped_early():
+    result = made_up([90.0, 92.0])
+    result.run_results[1].rows.pop()
+    (axes,) = make_report({"a": result}, metric="train_loss").curves_figure().axes
+    assert list(axes.lines[0].get_ydata()) == [pytest.approx(1.82), 0.9]
+
+
+def test_dollar_signs_in_a_name_are_not_typeset_as_a_formula():
     report = make_report({r"$\none$": made_up([90.0]), "b": made_up([80.0])})
     for figure in (report.variants_figure(), report.curves_figure()):
-        figure.savefig(svg := io.StringIO(), format="svg")  # a formula that is none is an error
+        figure.savefig(svg := io.StringIO(), format="svg")  # an invalid formula would be an error
         assert "<svg" in svg.getvalue()
 
 
-@pytest.mark.slow  # four trainings, and all pictures
-def test_a_small_sweep_through_both_commands_interrupted_in_the_middle(tmp_path, monkeypatch, capfd):
+@pytest.mark.slow  # four trainings, and all figures
+def test_interrupted_sweep_and_report_by_command_equal_separate_trainings(tmp_path, monkeypatch, capfd):
     data = Dataset("npz", "textures.npz", *textures(1000, seed=0), *textures(200, seed=1), tuple(PATTERNS))
-    data.save(tmp_path / "textures.npz")  # the synthetic data set, a tenth of it
+    data.save(tmp_path / "textures.npz")  # a tenth of the synthetic data set
     (tmp_path / "spec.toml").write_text(f"""
         dataset = "npz"
         data_dir = "{tmp_path}/textures.npz"
@@ -273,13 +293,13 @@ def test_a_small_sweep_through_both_commands_interrupted_in_the_middle(tmp_path,
     with lines_to(stop):
         assert main(["sweep", f"{tmp_path}/spec.toml"]) == 130
     assert main(["sweep", f"{tmp_path}/spec.toml"]) == 0
-    found = reported(tmp_path, f"{tmp_path}/sweep")
+    report = report_json(tmp_path, f"{tmp_path}/sweep")
     how = dict(backend="eager", device="cpu", dtype="float32", runs=2, log=None)
     recipe = Recipe(epochs=2, widths=(6,), batch_size=100, cutout_size=0)
     fit(recipe, data, output=tmp_path / "alone", **how)
     assert contents(tmp_path / "sweep/no-cutout", "data_source") == contents(tmp_path / "alone", "data_source")
     runs = json.loads((tmp_path / "alone/summary.json").read_text())["runs"]
-    one = found["variants"]["no-cutout"]
-    assert one["values"] == [run["test_accuracy"] for run in runs] and one["changes"] == "cutout_size 0"
-    assert one["difference_ci95"][0] < one["difference"] < one["difference_ci95"][1]
-    assert found["variants"]["plain"]["n"] == 2 and found["warnings"] == []
+    variant = report["variants"]["no-cutout"]
+    assert variant["values"] == [run["test_accuracy"] for run in runs] and variant["changes"] == "cutout_size 0"
+    assert variant["difference_ci95"][0] < variant["difference"] < variant["difference_ci95"][1]
+    assert report["variants"]["plain"]["n"] == 2 and report["warnings"] == []

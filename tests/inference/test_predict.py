@@ -1,4 +1,4 @@
-"""A trained network in use: ``cifar-fast predict``, ``load_model``, and the logits that a training keeps."""
+"""``cifar-fast predict``, ``load_model``, and the logits that a training saves."""
 
 import json
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from cifar_fast import CNN, InputError, Recipe, fit, load_model
 from cifar_fast.cli.main import main
-from cifar_fast.training.results import Result
+from cifar_fast.training.run_folder import RunReader
 from cifar_fast.utils.progress import lines_to
 from tests.helpers import DEVICE, HOW, save_npz, small_dataset, stop_after
 
@@ -23,7 +23,7 @@ FLAGS = "--widths 4 8 8 16 --epochs 2 --batch-size 16 --device cpu --dtype float
 
 @pytest.fixture(scope="module")
 def dataset():
-    """With some wrong labels to test with, so that no accuracy is 100 %."""
+    """A data set with some wrong test labels, so that no accuracy is 100 %."""
     dataset = small_dataset(train=64, test=40)
     dataset.test_labels[:10] = (dataset.test_labels[:10] + 1) % 3
     return dataset
@@ -31,13 +31,13 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory, dataset):
-    """With more than the four arrays: names of the classes."""
+    """The data set as a file, with the names of the classes beside its four arrays."""
     return save_npz(tmp_path_factory.mktemp("data") / "small.npz", dataset, class_names=np.array(NAMES))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, npz):
-    """The folder of a training by the command."""
+    """The folder of a training that the command ran."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     assert main(f"train --dataset npz --data-dir {npz} --output {folder} --seed 3 {FLAGS}".split()) == 0
     return folder
@@ -54,8 +54,8 @@ def original_images(tmp_path_factory, dataset):
     return root
 
 
-def by_hand(folder, images):
-    """Probabilities from model.pt as docs/outputs.md tells."""
+def plain_logits(folder, images):
+    """Return logits computed from model.pt as docs/outputs.md describes."""
     saved = torch.load(folder / "model.pt", weights_only=True)
     model = CNN(Recipe(**saved["recipe"]), len(saved["class_names"]))
     model.load_state_dict(saved["state_dict"])
@@ -66,7 +66,7 @@ def by_hand(folder, images):
 
 
 def predict(capfd, *arguments, code=0):
-    """Lines on standard output and on standard error."""
+    """Return the lines on standard output and on standard error."""
     capfd.readouterr()
     assert main(["predict", *map(str, arguments)]) == code
     shown = capfd.readouterr()
@@ -78,33 +78,30 @@ def write_image(path, size=(32, 32), **how):
     return path
 
 
-# -- the command
-
-
-def test_folders_of_classes_give_a_line_for_each_image_and_the_accuracy(trained, original_images, dataset, capfd):
+def test_command_prints_a_line_per_image_and_the_accuracy(trained, original_images, dataset, capfd):
     lines, errors = predict(capfd, trained, original_images)
-    probabilities = by_hand(trained, dataset.test_images).softmax(1)
-    guesses = probabilities.argmax(1)
+    probabilities = plain_logits(trained, dataset.test_images).softmax(1)
+    predicted = probabilities.argmax(1)
     files = sorted(original_images.rglob("*.png"))
     assert len(lines) == len(files) + 1 == 41 and not errors
     for line, file in zip(lines, files):
         number = int(file.stem)
-        assert line.startswith(f"{file}  {NAMES[guesses[number]]} ") and line.endswith(" %")
+        assert line.startswith(f"{file}  {NAMES[predicted[number]]} ") and line.endswith(" %")
         assert float(line.split()[-2]) == pytest.approx(100 * probabilities[number].max().item(), abs=0.01)
-    right = 100 * (guesses.numpy() == dataset.test_labels).mean()
-    assert lines[-1] == f"accuracy {right:.2f} % of 40 images whose class is known"
+    correct = 100 * (predicted.numpy() == dataset.test_labels).mean()
+    assert lines[-1] == f"accuracy {correct:.2f} % of 40 images with a known class"
 
 
-def test_the_accuracy_is_that_of_the_training(trained, npz, capfd):
-    """On the same images as a .npz file, by model.pt instead of its folder."""
+def test_accuracy_on_the_test_images_equals_the_training_summary(trained, npz, capfd):
+    """The images come from a .npz file, the model from model.pt instead of its folder."""
     lines, _ = predict(capfd, trained / "model.pt", npz, "--batch-size", 7)
     assert lines[0].startswith(f"{npz}[0]  ") and len(lines) == 41
     accuracy = json.loads((trained / "summary.json").read_text())["test_accuracy_mean"]
     assert 0 < accuracy < 100
-    assert lines[-1] == f"accuracy {accuracy:.2f} % of 40 images whose class is known"
+    assert lines[-1] == f"accuracy {accuracy:.2f} % of 40 images with a known class"
 
 
-def test_where_no_class_is_known_there_is_no_accuracy(tmp_path, trained, dataset, capfd):
+def test_no_accuracy_is_printed_if_no_class_is_known(tmp_path, trained, dataset, capfd):
     np.savez(tmp_path / "plain.npz", images=dataset.test_images[:3])
     (tmp_path / "holidays").mkdir()
     write_image(tmp_path / "holidays/a.png")
@@ -116,45 +113,47 @@ def test_where_no_class_is_known_there_is_no_accuracy(tmp_path, trained, dataset
 
 
 @pytest.mark.parametrize("flags", [[], ["--flip-average"]])
-def test_json_holds_what_the_lines_say(tmp_path, trained, original_images, dataset, capfd, flags):
+def test_json_holds_the_same_predictions_as_the_lines(tmp_path, trained, original_images, dataset, capfd, flags):
     lines, _ = predict(capfd, trained, original_images, "--json", tmp_path / "out.json", "--top", 2, *flags)
     report = json.loads((tmp_path / "out.json").read_text())
-    logits = by_hand(trained, dataset.test_images)
+    logits = plain_logits(trained, dataset.test_images)
     if flags:
-        logits = (logits + by_hand(trained, dataset.test_images[:, :, ::-1].copy())) / 2
+        logits = (logits + plain_logits(trained, dataset.test_images[:, :, ::-1].copy())) / 2
     expected = logits.softmax(1).topk(2)
     for line, image in zip(lines, report["images"]):
         number = int(image["path"][-7:-4])
         assert image["classes"] == [NAMES[i] for i in expected.indices[number]]
         assert image["probabilities"] == pytest.approx(expected.values[number].tolist(), abs=1e-5)
-        told = (f"{name} {100 * p:.2f} %" for name, p in zip(image["classes"], image["probabilities"]))
-        assert line == "  ".join([image["path"], *told])
+        classes = (f"{name} {100 * p:.2f} %" for name, p in zip(image["classes"], image["probabilities"]))
+        assert line == "  ".join([image["path"], *classes])
         label = NAMES[dataset.test_labels[number]]
         assert (image["label"], image["index"], image["resized"]) == (label, None, False)
-    assert (report["class_names"], report["flip_average"], report["broken"]) == ([*NAMES], bool(flags), [])
+    assert (report["class_names"], report["flip_average"], report["unreadable"]) == ([*NAMES], bool(flags), [])
     assert f"accuracy {report['accuracy']:.2f} %" in lines[-1]
     assert ("--flip-average: each image was averaged with its mirror" in lines) == bool(flags)
 
 
-def test_an_image_of_another_size_is_the_middle_square_of_what_is_upright(tmp_path, trained, capfd):
-    """As a camera writes it that was held upright: lying on its side, with a note of that."""
+def test_other_image_sizes_are_rotated_upright_and_cropped_to_the_central_square(tmp_path, trained, capfd):
+    """The file is like a camera's in portrait mode: pixels in landscape, and an EXIF tag with the rotation."""
     random = np.random.RandomState(0)
     square = Image.fromarray(random.randint(0, 255, (64, 64, 3)).astype(np.uint8))
     square.resize((32, 32), Image.Resampling.BICUBIC).save(tmp_path / "small.png")
     upright = Image.new("RGB", (64, 100))
     upright.paste(square, (0, 18))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=exif)
     arguments = trained, tmp_path / "photo.png", tmp_path / "small.png", "--json", tmp_path / "out.json"
     lines, _ = predict(capfd, *arguments)
     photo, small = json.loads((tmp_path / "out.json").read_text())["images"]
     assert photo["probabilities"] == pytest.approx(small["probabilities"], abs=5e-4)
     assert (photo["resized"], small["resized"]) == (True, False)
-    assert lines[2:] == ["resized 1 of 2 images to 32 x 32: upright, the largest square in the middle, bicubic"]
+    assert lines[2:] == [
+        "resized 1 of 2 images to 32 x 32: rotated upright, cropped to the largest central square, bicubic"
+    ]
 
 
-def test_broken_images_are_a_line_each_and_the_rest_goes_on(tmp_path, trained, capfd):
+def test_unreadable_images_get_an_error_line_each_and_the_others_a_prediction(tmp_path, trained, capfd):
     whole = write_image(tmp_path / "a.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "c.png").write_bytes(b"hello")
@@ -164,24 +163,24 @@ def test_broken_images_are_a_line_each_and_the_rest_goes_on(tmp_path, trained, c
     assert [line.split("  ")[0] for line in lines] == [f"{tmp_path}/a.png", f"{tmp_path}/e.png"]
     for name, words, error in zip("bcd", ("not a whole", "not a whole", "must have 8 bits"), errors, strict=True):
         assert error.startswith(f"error: {tmp_path}/{name}.png: ") and words in error
-    broken = json.loads((tmp_path / "out.json").read_text())["broken"]
-    assert [f"error: {one['error']}" for one in broken] == errors
+    unreadable = json.loads((tmp_path / "out.json").read_text())["unreadable"]
+    assert [f"error: {image['error']}" for image in unreadable] == errors
 
 
-def test_what_is_no_image_in_a_folder_is_counted(tmp_path, trained, capfd):
+def test_other_files_in_a_folder_are_counted(tmp_path, trained, capfd):
     write_image(tmp_path / "a.png")
     (tmp_path / "notes.txt").touch()
     lines, _ = predict(capfd, trained, tmp_path)
-    assert lines[0] == f"left out 1 files under {tmp_path} that are no images: 1 .txt" and len(lines) == 2
+    assert lines[0] == f"ignored 1 files under {tmp_path} that are not images: 1 .txt" and len(lines) == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("{trained} none.png", "none.png: no such file"),
-        ("{trained} {tmp}/empty", "empty: no image that Pillow reads in it"),
+        ("{trained} {tmp}/empty", "empty: no image that Pillow reads;"),
         ("{trained} {tmp}/float.npz", "images must be uint8"),
-        ("{trained} {tmp}/labels.npz", "labels go up to 3, but the model has 3 classes"),
+        ("{trained} {tmp}/labels.npz", "the largest label is 3, but the model has 3 classes"),
         ("{trained} {tmp}/other.npz", "holds pixels; it must hold images"),
         ("{trained} {tmp}/a.png --top 4", "--top must be from 1 to 3"),
         ("{trained} {tmp}/a.png --batch-size 0", "--batch-size must be at least 1"),
@@ -190,17 +189,17 @@ def test_what_is_no_image_in_a_folder_is_counted(tmp_path, trained, capfd):
         ("{trained}", "IMAGES"),
         ("{tmp}/none {tmp}/a.png", "none: cannot be read (No such file or directory)"),
         ("{tmp}/empty {tmp}/a.png", "empty/model.pt: cannot be read"),
-        ("{tmp}/a.png {tmp}/a.png", "a.png: no file of torch.save"),
-        ("{tmp}/weights.pt {tmp}/a.png", "weights.pt: holds no recipe beside the weights"),
-        ("{tmp}/later.pt {tmp}/a.png", "later.pt: is of format 2, not 1"),
-        ("{tmp}/lacks.pt {tmp}/a.png", "lacks.pt: holds no network (KeyError: 'std')"),
-        ("{tmp}/stopped {tmp}/a.png", "that training has not ended; go on with it by cifar-fast train --resume"),
+        ("{tmp}/a.png {tmp}/a.png", "a.png: damaged, or not written by torch.save"),
+        ("{tmp}/weights.pt {tmp}/a.png", "weights.pt: has no recipe beside the weights"),
+        ("{tmp}/later.pt {tmp}/a.png", "later.pt: has format 2, not 1"),
+        ("{tmp}/lacks.pt {tmp}/a.png", "lacks.pt: holds no network that can be loaded (KeyError: 'std')"),
+        ("{tmp}/stopped {tmp}/a.png", "this training is not finished; continue it with --resume"),
     ],
 )
-def test_what_cannot_work_is_one_line_and_exit_code_2(tmp_path, trained, capfd, arguments, words):
+def test_bad_input_prints_one_line_and_exits_with_2(tmp_path, trained, capfd, arguments, words):
     for name in ("empty", "stopped"):
         (tmp_path / name).mkdir()
-    (tmp_path / "stopped/checkpoint.pt").touch()
+    (tmp_path / "stopped/training.json").touch()
     write_image(tmp_path / "a.png")
     images = np.zeros((4, 32, 32, 3), np.uint8)
     np.savez(tmp_path / "float.npz", images=images / 255)
@@ -215,10 +214,7 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(tmp_path, trained, capfd, 
     assert errors[0].startswith("error: ") and words in errors[0]
 
 
-# -- the library
-
-
-def test_a_loaded_model_has_what_it_is_used_with_and_leaves_random_numbers_alone(trained, dataset):
+def test_load_model_restores_everything_and_draws_no_random_numbers(trained, dataset):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -227,64 +223,61 @@ def test_a_loaded_model_has_what_it_is_used_with_and_leaves_random_numbers_alone
     assert (model.class_names, model.recipe) == (NAMES, RECIPE) and not model.training
     assert model.mean.tolist() == pytest.approx(dataset.train_images.mean((0, 1, 2)).tolist())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    logits = by_hand(trained, dataset.test_images)
+    logits = plain_logits(trained, dataset.test_images)
     assert torch.allclose(model(torch.from_numpy(dataset.test_images)), logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["array", "tensor", "reversed view", "read-only"])
-def test_images_come_in_any_layout(trained, dataset, how):
+def test_predict_accepts_any_memory_layout(trained, dataset, how):
     images = dataset.test_images[:9].copy()
-    expected = by_hand(trained, images).softmax(1)
+    expected = plain_logits(trained, images).softmax(1)
     if how == "tensor":
         images = torch.from_numpy(images)
-    elif how == "reversed view":  # as OpenCV's
+    elif how == "reversed view":  # from BGR to RGB, for example
         images = images[..., ::-1].copy()[..., ::-1]
     elif how == "read-only":
         images.flags.writeable = False
-    found = load_model(trained).predict(images, batch_size=4)
-    assert torch.allclose(found, expected, atol=1e-6) and not found.requires_grad
+    probabilities = load_model(trained).predict(images, batch_size=4)
+    assert torch.allclose(probabilities, expected, atol=1e-6) and not probabilities.requires_grad
 
 
 @pytest.mark.parametrize("images", [np.zeros((2, 32, 32, 3)), np.zeros((2, 3, 32, 32), np.uint8), np.uint8(0)])
-def test_images_of_another_type_or_shape_are_refused(trained, images):
+def test_predict_refuses_other_dtypes_and_shapes(trained, images):
     with pytest.raises(InputError, match=r"images must be uint8 of shape \(N, 32, 32, 3\), not "):
         load_model(trained).predict(images)
 
 
 @pytest.mark.gpu
-def test_a_model_predicts_on_a_gpu(trained, dataset, capfd, npz):
+def test_predict_on_a_gpu(trained, dataset, capfd, npz):
     model = load_model(trained).to("cuda")
-    found = model.predict(dataset.test_images)
-    assert found.device.type == "cuda"
-    assert torch.allclose(found.cpu(), by_hand(trained, dataset.test_images).softmax(1), atol=0.01)
+    probabilities = model.predict(dataset.test_images)
+    assert probabilities.device.type == "cuda"
+    assert torch.allclose(probabilities.cpu(), plain_logits(trained, dataset.test_images).softmax(1), atol=0.01)
     assert len(predict(capfd, trained, npz, "--device", "cuda")[0]) == 41
 
 
-# -- logits
-
-
-def kept(folder):
+def saved_logits(folder):
     with np.load(folder / "logits.npz") as arrays:
         return dict(arrays)
 
 
-def test_a_training_keeps_the_logits_of_each_run(tmp_path, npz, dataset):
+def test_training_saves_the_logits_of_each_run(tmp_path, npz, dataset):
     flags = f"--dataset npz --data-dir {npz} --output {tmp_path}/out --runs 2 --seed 3 --save-logits"
     assert main(f"train {flags} {FLAGS}".split()) == 0
-    found = kept(tmp_path / "out")
-    assert (found["logits"].shape, found["logits"].dtype) == ((2, 40, 3), np.float16)
-    assert found["labels"].tolist() == dataset.test_labels.tolist() and found["seeds"].tolist() == [3, 4]
-    last = by_hand(tmp_path / "out", dataset.test_images)
-    assert torch.allclose(torch.from_numpy(found["logits"][1]).float(), last, atol=1e-4, rtol=1e-3)
+    saved = saved_logits(tmp_path / "out")
+    assert (saved["logits"].shape, saved["logits"].dtype) == ((2, 40, 3), np.float16)
+    assert saved["labels"].tolist() == dataset.test_labels.tolist() and saved["seeds"].tolist() == [3, 4]
+    last = plain_logits(tmp_path / "out", dataset.test_images)
+    assert torch.allclose(torch.from_numpy(saved["logits"][1]).float(), last, atol=1e-4, rtol=1e-3)
     runs = json.loads((tmp_path / "out/summary.json").read_text())["runs"]
-    for run, logits in zip(runs, found["logits"]):
-        assert 100 * (logits.argmax(1) == found["labels"]).mean() == pytest.approx(run["test_accuracy"], abs=2.6)
-    assert not np.array_equal(*found["logits"])
+    for run, logits in zip(runs, saved["logits"]):
+        assert 100 * (logits.argmax(1) == saved["labels"]).mean() == pytest.approx(run["test_accuracy"], abs=2.6)
+    assert not np.array_equal(*saved["logits"])
 
 
 @pytest.mark.slow  # whole trainings
-def test_a_resumed_training_has_the_logits_of_all_runs(tmp_path, npz, monkeypatch):
-    """Stopped at the end of a run, in the midst of the next, and at its end."""
+def test_resumed_training_saves_the_logits_of_all_runs(tmp_path, npz, monkeypatch):
+    """The training is stopped at the end of a run, in the middle of the next one, and at its end."""
     stops = [(0, 2), (1, 1), (1, 2)]
     flags = f"--dataset npz --data-dir {npz} --runs 2 --save-logits {FLAGS}"
     assert main(f"train {flags} --output {tmp_path}/whole".split()) == 0
@@ -295,16 +288,16 @@ def test_a_resumed_training_has_the_logits_of_all_runs(tmp_path, npz, monkeypatc
             assert not (tmp_path / "parts/logits.npz").exists()
             command = f"train --resume {tmp_path}/parts"
     assert main(command.split()) == 0
-    whole, parts = kept(tmp_path / "whole"), kept(tmp_path / "parts")
+    whole, parts = saved_logits(tmp_path / "whole"), saved_logits(tmp_path / "parts")
     assert all(np.array_equal(whole[name], parts[name]) for name in ("logits", "labels", "seeds"))
 
 
-def test_runs_that_are_added_after_the_end_are_added_to_the_logits(tmp_path, npz):
+def test_added_runs_extend_the_saved_logits(tmp_path, npz):
     flags = f"--dataset npz --data-dir {npz} --save-logits {FLAGS}"
     assert main(f"train {flags} --output {tmp_path}/out".split()) == 0
-    first = kept(tmp_path / "out")
+    first = saved_logits(tmp_path / "out")
     assert main(f"train --resume {tmp_path}/out --runs 2".split()) == 0
-    both = kept(tmp_path / "out")
+    both = saved_logits(tmp_path / "out")
     assert both["seeds"].tolist() == [0, 1] and np.array_equal(both["logits"][:1], first["logits"])
 
 
@@ -312,7 +305,7 @@ def test_runs_that_are_added_after_the_end_are_added_to_the_logits(tmp_path, npz
     ("backend", "dtype"),
     [("eager", "bfloat16"), ("compiled", "float32"), pytest.param("fused", "float32", marks=pytest.mark.slow)],
 )
-def test_each_backend_gives_a_result_its_logits(backend, dtype, uncompiled, few_programs):
+def test_each_backend_returns_the_logits(backend, dtype, uncompiled, few_programs):
     few = small_dataset(train=4, test=4)
     recipe = Recipe(epochs=1, batch_size=4, widths=(4, 8))
     how = dict(backend=backend, device=DEVICE.type, dtype=dtype, log=None)
@@ -327,25 +320,25 @@ def test_each_backend_gives_a_result_its_logits(backend, dtype, uncompiled, few_
     assert fit(recipe, few, **how).logits == []
 
 
-def test_results_are_read_with_their_logits(tmp_path, dataset):
+def test_result_of_a_folder_has_the_logits(tmp_path, dataset):
     result = fit(RECIPE, dataset, output=tmp_path / "out", save_logits=True, **HOW)
-    (logits,) = Result.load(tmp_path / "out").logits
+    (logits,) = RunReader(tmp_path / "out").result().logits
     assert torch.equal(logits, result.logits[0])
 
 
-def test_to_keep_logits_from_a_later_run_on_is_refused(tmp_path, dataset):
+def test_saving_logits_cannot_start_when_runs_are_added(tmp_path, dataset):
     fit(RECIPE, dataset, output=tmp_path / "out", **HOW)
-    with pytest.raises(InputError, match="--save-logits was False, not True"):
+    with pytest.raises(InputError, match="save_logits was False, not True"):
         fit(RECIPE, dataset, resume=tmp_path / "out", runs=2, save_logits=True, **HOW)
 
 
-def test_logits_that_could_not_be_written_stay_in_the_checkpoint(tmp_path, dataset, monkeypatch):
+def test_logits_that_cannot_be_written_stay_in_the_checkpoint(tmp_path, dataset, monkeypatch):
     def full(*args, **how):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez", full)
         result = fit(RECIPE, dataset, output=tmp_path / "out", save_logits=True, **HOW)
-    assert len(result.unwritten) == 1 and "logits.npz" in result.unwritten[0]
+    assert result.unwritten and all("logits.npz could not be written" in line for line in result.unwritten)
     fit(RECIPE, dataset, resume=tmp_path / "out", save_logits=True, **HOW)
-    assert np.array_equal(kept(tmp_path / "out")["logits"][0], result.logits[0].numpy())
+    assert np.array_equal(saved_logits(tmp_path / "out")["logits"][0], result.logits[0].numpy())

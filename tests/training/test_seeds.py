@@ -1,4 +1,4 @@
-"""Where a run's random numbers come from: ``--seed`` for all, or a seed each for weights, order and augmentation."""
+"""Seeds of a run: ``--seed`` for everything, or separate seeds for weights, order and augmentation."""
 
 import json
 
@@ -18,7 +18,7 @@ SOURCES = ("weights", "permutation", "crop", "flip", "cutout")
 
 @pytest.fixture
 def drawn(tmp_path, npz, monkeypatch, no_curves):
-    """Gives what the command draws with these flags: of each run the weights and the draws of its two epochs."""
+    """A function of flags that runs the command and returns each run's initial weights and draws of two epochs."""
 
     def draw(flags):
         models, epochs = [], []
@@ -51,14 +51,14 @@ def differing(one, other):
     ("varied", "differs"),
     [("init", {"weights"}), ("order", {"permutation"}), ("augment", {"crop", "flip", "cutout"})],
 )
-def test_a_seed_apart_varies_its_source_alone(drawn, varied, differs):
+def test_separate_seed_changes_only_its_own_source(drawn, varied, differs):
     fixed = " ".join(f"--{name}-seed 5" for name in ("init", "order", "augment") if name != varied)
     (one,), (other,) = (drawn(f"{fixed} --{varied}-seed {seed}") for seed in (6, 7))
     assert differing(one, other) == differs
 
 
-def test_what_is_given_is_the_same_in_all_runs_and_the_rest_is_of_their_seeds(drawn, tmp_path):
-    """The same initial weights in another order and under other augmentation."""
+def test_separate_seed_is_the_same_in_all_runs_and_others_follow_the_run_index(drawn, tmp_path):
+    """The runs share initial weights, with different order and augmentation."""
     first, second = drawn("--init-seed 5 --seed 3 --runs 2")
     assert differing(first, second) == set(SOURCES) - {"weights"}
     runs = json.loads((tmp_path / "out/summary.json").read_text())["runs"]
@@ -68,12 +68,12 @@ def test_what_is_given_is_the_same_in_all_runs_and_the_rest_is_of_their_seeds(dr
     assert not differing(alone, second)
 
 
-def test_an_init_seed_gives_the_weights_of_that_seed(drawn):
-    (apart,), (together,) = drawn("--init-seed 5 --seed 9"), drawn("--seed 5")
-    assert torch.equal(apart["weights"], together["weights"])
+def test_init_seed_gives_the_same_weights_as_an_equal_seed(drawn):
+    (separate,), (single,) = drawn("--init-seed 5 --seed 9"), drawn("--seed 5")
+    assert torch.equal(separate["weights"], single["weights"])
 
 
-def test_with_none_apart_all_numbers_come_from_one_stream_as_the_references(drawn, tmp_path, tiny):
+def test_without_separate_seeds_one_stream_gives_all_numbers_as_in_the_reference(drawn, tmp_path, tiny):
     torch.manual_seed(5)
     weights = torch.cat([parameter.flatten() for parameter in CNN(Recipe(widths=NARROW), 3).parameters()])
     epochs = torch.stack([draw_epoch(len(tiny.train_images), device="cpu").tensor for _ in range(2)])
@@ -83,19 +83,21 @@ def test_with_none_apart_all_numbers_come_from_one_stream_as_the_references(draw
     assert (run["seed"], run["init_seed"], run["order_seed"], run["augment_seed"]) == (5, None, None, None)
 
 
-def test_equal_seeds_do_not_tie_the_crops_to_the_order():
-    """One stream read twice would: a shuffle and a crop are remainders of the same random number."""
+def test_equal_separate_seeds_give_independent_streams():
+    """With equal streams crops would depend on the order: both are remainders of the same random numbers."""
     generators = Seeds(5, 5, 5, 5).generators(torch.device("cpu"))
     assert len({tuple(generator.get_state().tolist()) for generator in generators}) == 3
 
 
-@pytest.mark.parametrize(("seed", "words"), [(-1, "order_seed must lie between 0"), (1.5, "must be a whole number")])
-def test_a_seed_apart_that_cannot_be_one_is_refused(small, seed, words):
+@pytest.mark.parametrize(
+    ("seed", "words"), [(-1, "order_seed must lie between 0"), (1.5, "order_seed must be a whole number")]
+)
+def test_invalid_separate_seed_is_refused(small, seed, words):
     with pytest.raises(InputError, match=words):
         fit(Recipe(epochs=1, batch_size=32, widths=NARROW), small, device="cpu", order_seed=seed, log=None)
 
 
-def test_a_profile_takes_the_draws_of_the_seeds_that_train_is_given(tmp_path, npz, monkeypatch):
+def test_profile_uses_the_seeds_given_to_train(tmp_path, npz, monkeypatch):
     taken = []
     monkeypatch.setattr(
         "cifar_fast.diagnostics.profile.profile", lambda backend, draws, *given, **how: taken.append(draws)

@@ -1,4 +1,4 @@
-"""``--log tensorboard``, read back with TensorBoard's own reader."""
+"""``--log tensorboard``: the event files, read with TensorBoard's own reader."""
 
 import json
 import sys
@@ -28,48 +28,48 @@ def train(npz, flags):
 
 
 def points(reader, folder):
-    """Steps and values by tag, for each run in the folder of a training."""
-    found = {}
+    """Return the steps and values of each tag, for each run of the training in ``folder``."""
+    by_run = {}
     for run in sorted((folder / "tensorboard").iterdir()):
         events = reader(str(run)).Reload()
-        found[run.name] = {
+        by_run[run.name] = {
             tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
         }
-    return found
+    return by_run
 
 
 def expected(folder):
-    """The same from metrics.jsonl, and the learning rate from the recipe: knots at 0, 1/5 and all of the run."""
+    """Return the same from metrics.jsonl, with the learning rate from knots at 0, 1/5 and the end of the training."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     low, high, last = Recipe().lr_values
     assert (low, high, last) == (0.1, 0.6, 0)
-    found = {}
+    by_run = {}
     for run in sorted({row["run"] for row in rows}):
         own = [row for row in rows if row["run"] == run]
-        found[f"run-{run}"] = {
+        by_run[f"run-{run}"] = {
             tag: [(row["epoch"], pytest.approx(row[key], rel=1e-6)) for row in own] for tag, key in TAGS.items()
         }
         rates = [(epoch, pytest.approx(0.6 * (1 - (epoch / 3 - 0.2) / 0.8), abs=1e-7)) for epoch in (1, 2, 3)]
-        found[f"run-{run}"]["learning_rate"] = rates[: len(own)]
-    return found
+        by_run[f"run-{run}"]["learning_rate"] = rates[: len(own)]
+    return by_run
 
 
-def test_the_event_files_hold_the_rows_of_each_run(tmp_path, npz, reader):
+def test_event_files_hold_the_rows_of_each_run(tmp_path, npz, reader):
     assert train(npz, f"--runs 2 --output {tmp_path}/out --log tensorboard") == 0
-    found = points(reader, tmp_path / "out")
-    assert found == expected(tmp_path / "out") and [*found] == ["run-0", "run-1"]
+    by_run = points(reader, tmp_path / "out")
+    assert by_run == expected(tmp_path / "out") and [*by_run] == ["run-0", "run-1"]
 
 
-def test_a_resumed_training_goes_on_in_the_same_place_without_double_points(tmp_path, npz, reader, monkeypatch):
+def test_resumed_training_continues_the_points_without_duplicates(tmp_path, npz, reader, monkeypatch):
     with lines_to(stop_after((1, 2))):
         assert train(npz, f"--runs 2 --output {tmp_path}/out --log tensorboard") == 130
     assert [step for step, _ in points(reader, tmp_path / "out")["run-1"]["loss/train"]] == [1, 2]
-    assert main(["--resume", f"{tmp_path}/out"]) == 0  # epoch 2 again, whose checkpoint was not there
+    assert main(["--resume", f"{tmp_path}/out"]) == 0  # trains epoch 2 again, because it had no checkpoint
     assert len(list((tmp_path / "out/tensorboard/run-1").iterdir())) == 2
     assert points(reader, tmp_path / "out") == expected(tmp_path / "out")
 
 
-def test_points_are_there_while_the_training_goes_on(tmp_path, npz, reader, monkeypatch):
+def test_points_are_readable_during_the_training(tmp_path, npz, reader, monkeypatch):
     seen = []
 
     def say(line):
@@ -82,19 +82,19 @@ def test_points_are_there_while_the_training_goes_on(tmp_path, npz, reader, monk
 
 
 @pytest.mark.parametrize("log", ["", "--log tensorboard"])
-def test_overwriting_takes_the_points_of_the_earlier_training_away(tmp_path, npz, reader, log):
+def test_overwriting_removes_the_points_of_the_earlier_training(tmp_path, npz, reader, log):
     assert train(npz, f"--runs 2 --output {tmp_path}/out --log tensorboard") == 0
     assert train(npz, f"--seed 4 --output {tmp_path}/out --overwrite {log}") == 0
     left = {run: tags for run, tags in points(reader, tmp_path / "out").items() if tags}
     assert left == (expected(tmp_path / "out") if log else {})
 
 
-def test_without_the_flag_nothing_is_written(tmp_path, npz):
+def test_no_event_files_without_the_flag(tmp_path, npz):
     assert train(npz, f"--output {tmp_path}/out") == 0
     assert not (tmp_path / "out/tensorboard").exists()
 
 
-def test_without_tensorboard_one_line_says_how_to_get_it_before_the_work(tmp_path, npz, monkeypatch, capfd):
+def test_missing_tensorboard_is_reported_before_the_training(tmp_path, npz, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
@@ -104,7 +104,7 @@ def test_without_tensorboard_one_line_says_how_to_get_it_before_the_work(tmp_pat
     assert shown.out == "" and not (tmp_path / "out").exists()
 
 
-def test_event_files_that_cannot_be_written_take_nothing_with_them(tmp_path, npz, capfd):
+def test_other_files_are_written_if_event_files_cannot_be(tmp_path, npz, capfd):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/tensorboard").touch()
     assert train(npz, f"--output {tmp_path}/out --log tensorboard") == 1

@@ -1,4 +1,4 @@
-"""Whatever surrounds a call, the same seed gives the same bits, and what the caller had set stays set."""
+"""The caller's torch settings neither change the bits of a training nor are changed by it."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ def setting(get, put, value):
     put(value)
     try:
         yield
-        assert get() == value, "what the caller had set is another"
+        assert get() == value, "the caller's setting was not restored"
     finally:
         put(before)
 
@@ -59,7 +59,7 @@ def set_determinism(value):
     torch.use_deterministic_algorithms(value)
 
 
-SURROUNDINGS = {
+CALLER_SETTINGS = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "autocast, disabled": lambda: torch.autocast("cpu", torch.bfloat16, enabled=False),
     "no_grad": torch.no_grad,
@@ -81,22 +81,22 @@ SURROUNDINGS = {
 @pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, "float32") for name in SURROUNDINGS), ("autocast", "bfloat16"), ("autocast, disabled", "bfloat16")],
+    [*((name, "float32") for name in CALLER_SETTINGS), ("autocast", "bfloat16"), ("autocast, disabled", "bfloat16")],
 )
-def test_what_surrounds_the_call_changes_nothing(small, name, dtype, alone={}):  # noqa: B006
+def test_callers_settings_do_not_change_the_result(small, name, dtype, alone={}):  # noqa: B006
     if dtype not in alone:
         alone[dtype] = train(small, dtype=dtype)
-    with SURROUNDINGS[name]():
+    with CALLER_SETTINGS[name]():
         assert train(small, dtype=dtype) == alone[dtype]
 
 
-def test_an_autocast_block_does_not_keep_bfloat16_from_learning(small):
+def test_training_in_bfloat16_learns_inside_an_autocast_block(small):
     with torch.autocast("cpu", torch.bfloat16):
         rows, _ = train(small, dtype="bfloat16")
     assert rows[1].train_loss < rows[0].train_loss
 
 
-def test_compare_gives_the_same_rows_and_the_callers_state_between_them(small):
+def test_compare_restores_the_callers_settings_between_its_rows(small):
     plans = [resolve_backend("eager", "cpu", "float32", layout) for layout in ("channels_last", "contiguous_format")]
     alone = list(compare(RECIPE, small, *plans, steps=2))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -108,7 +108,7 @@ def test_compare_gives_the_same_rows_and_the_callers_state_between_them(small):
     assert seen == alone
 
 
-def test_a_profile_trains_as_alone_and_gives_the_callers_state_back(small, tmp_path):
+def test_profile_ignores_and_restores_the_callers_settings(small, tmp_path):
     def weights():
         cpu = torch.device("cpu")
         backend = Eager(RECIPE, device_data(small, cpu), cpu, torch.float32, torch.contiguous_format)
@@ -124,7 +124,7 @@ def test_a_profile_trains_as_alone_and_gives_the_callers_state_back(small, tmp_p
     assert all(torch.equal(surrounded[name], tensor) for name, tensor in alone.items())
 
 
-def test_the_callers_random_numbers_go_on_as_if_nothing_had_been(small):
+def test_training_does_not_touch_the_callers_random_numbers(small):
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -133,8 +133,8 @@ def test_the_callers_random_numbers_go_on_as_if_nothing_had_been(small):
 
 
 @pytest.mark.slow
-def test_runs_in_two_threads_are_those_of_their_seeds(small):
-    """And a third thread draws all the while."""
+def test_trainings_in_two_threads_equal_separate_trainings(small):
+    """A third thread draws random numbers at the same time."""
     alone = [train(small, seed) for seed in range(4)]
     found, done = [None] * 4, threading.Event()
 
@@ -160,14 +160,14 @@ def test_runs_in_two_threads_are_those_of_their_seeds(small):
     assert found == alone
 
 
-def test_settings_come_back_when_the_last_of_several_calls_has_ended(small):
-    """Each thread sees the state that is the process's own; the first call must not give it back under the second."""
+def test_settings_are_restored_when_the_last_of_several_calls_ends(small):
+    """Settings of the process are the same for all threads, so the first call that ends must not restore them."""
     with setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64):
-        inside, go_on = threading.Event(), threading.Event()
+        inside, finish = threading.Event(), threading.Event()
 
         def wait(line):
             inside.set()
-            assert go_on.wait(60)
+            assert finish.wait(60)
 
         slow = threading.Thread(
             target=fit, args=(RECIPE, small), kwargs=dict(backend="eager", device="cpu", dtype="float32", log=wait)
@@ -175,12 +175,12 @@ def test_settings_come_back_when_the_last_of_several_calls_has_ended(small):
         slow.start()
         assert inside.wait(60)
         train(small)
-        assert torch.get_default_dtype() == torch.float32, "the other call is still at work"
-        go_on.set()
+        assert torch.get_default_dtype() == torch.float32, "the other call is still running"
+        finish.set()
         slow.join()
 
 
-def test_a_generators_epoch_is_that_of_the_same_seed():
+def test_generator_draws_the_same_epoch_as_the_default_generator_with_that_seed():
     torch.manual_seed(5)
     expected = draw_epoch(50, device="cpu")
     drawn = draw_epoch(50, device="cpu", generator=torch.Generator().manual_seed(5))
@@ -188,7 +188,7 @@ def test_a_generators_epoch_is_that_of_the_same_seed():
 
 
 @pytest.mark.slow
-def test_curves_are_drawn_in_matplotlibs_own_style(tmp_path):
+def test_curves_ignore_the_callers_matplotlib_style(tmp_path):
     dataset = small_dataset()
     dataset = dataclasses.replace(dataset, name="a $ and a $x^$")
     train(dataset, output=tmp_path / "plain")
@@ -199,7 +199,7 @@ def test_curves_are_drawn_in_matplotlibs_own_style(tmp_path):
 
 
 @pytest.mark.gpu
-def test_every_gpus_generator_is_left_as_it_was(small):
+def test_training_does_not_touch_the_generators_of_any_gpu(small):
     torch.cuda.manual_seed_all(9)
     states = [torch.cuda.get_rng_state(device) for device in range(torch.cuda.device_count())]
     for device in ("cpu", "cuda:0"):
