@@ -93,7 +93,9 @@ def _classes(split: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
         raise InputError(f"{split}: no class folders; put the images of each class into a folder of its own there")
     for name, images in classes.items():
         if not images:
-            raise InputError(f"{split / name}: no image that Pillow reads; add images or delete the folder")
+            raise InputError(
+                f"{split / name}: an empty class, without images that Pillow reads; add some or delete the folder"
+            )
     return classes
 
 
