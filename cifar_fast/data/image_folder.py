@@ -177,7 +177,7 @@ def decode_image(
 
     Args:
         file: the encoded image.
-        name: of the image, for error messages.
+        name: name of the image, for error messages.
         resize: makes an RGB image of another size 32 x 32. By default such an image is refused.
 
     Raises:
