@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-import cifar_fast.diagnostics.compare
 from cifar_fast import Dataset, Recipe, fit
+from cifar_fast.compare import main as compare
 from cifar_fast.data.synthetic import PATTERNS
 from cifar_fast.train import main
 from tests.helpers import NARROW, small_dataset
@@ -67,7 +67,7 @@ def test_cifar10_training_can_be_profiled(cifar10, tmp_path):
 @pytest.mark.slow  # the interpreter
 def test_backends_can_be_compared_on_cifar10(cifar10, few_programs, uncompiled):
     flags = f"--dataset cifar10 --data-dir {cifar10} {TINY} --dtype float32 --steps 2"
-    assert cifar_fast.diagnostics.compare.main(f"{flags} --backend fused --against eager".split()) == 0
+    assert compare(f"{flags} --backend fused --against eager".split()) == 0
 
 
 @pytest.mark.slow
