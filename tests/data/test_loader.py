@@ -10,8 +10,7 @@ from torch import nn
 
 from cifar_fast import InputError, Loader, Recipe, draw_epoch
 from cifar_fast.data.augment import augment
-from cifar_fast.data.tensors import device_data
-from tests.helpers import small_dataset
+from tests.helpers import normalize, small_dataset
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 UNCHANGED = dict(augment=False, shuffle=False)
@@ -30,14 +29,14 @@ def either_path(request):
 
 def trainer_batches(dataset, recipe, dtype, epochs, seed):
     """Yield the images and labels that the eager backend trains on for the same draws."""
-    data = device_data(dataset, DEVICE)
-    images = data.normalization.apply(data.train_images, dtype)
+    images, _ = normalize(dataset, DEVICE, dtype)
+    labels = torch.tensor(dataset.train_labels, device=DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(seed)
     for _ in range(epochs):
-        draws = draw_epoch(len(data.train_labels), device=DEVICE, recipe=recipe, generator=generator)
+        draws = draw_epoch(len(labels), device=DEVICE, recipe=recipe, generator=generator)
         for start in range(0, len(draws) - recipe.batch_size + 1, recipe.batch_size):
             batch = draws.slice(start, start + recipe.batch_size)
-            yield augment(images, batch, recipe), data.train_labels[batch.permutation]
+            yield augment(images, batch, recipe), labels[batch.permutation]
 
 
 def same(ours, theirs):
@@ -52,9 +51,8 @@ def test_two_epochs_equal_the_batches_of_the_trainer(either_path, dtype, recipe)
     dataset = small_dataset(train=10, test=6)
     loader = Loader(dataset, 4, augment=recipe, seed=3, dtype=dtype)
     batches = [*loader, *loader]
-    assert (
-        same(batches, list(trainer_batches(dataset, recipe, dtype, 2, seed=3))) and len(batches) == 2 * len(loader) == 4
-    )
+    assert same(batches, list(trainer_batches(dataset, recipe, dtype, 2, seed=3)))
+    assert len(batches) == 2 * len(loader) == 4
     assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in batches)
 
 
@@ -79,8 +77,7 @@ def test_test_split_is_complete_in_order_and_normalized_as_train(small, either_p
     loader = Loader(small, 16, split="test")
     images, labels = (torch.cat(parts) for parts in zip(*loader))
     assert [len(batch) for _, batch in loader] == [16, 16, 8] and len(loader) == 3
-    data = device_data(small, DEVICE)
-    assert torch.equal(images, data.normalization.apply(data.test_images, torch.float32).permute(0, 3, 1, 2))
+    assert torch.equal(images, normalize(small, DEVICE, torch.float32)[1].permute(0, 3, 1, 2))
     assert labels.tolist() == small.test_labels.tolist()
 
 
