@@ -1,10 +1,10 @@
-"""How many augmented images/s: cifar_fast.Loader beside torchvision's transforms under torch's DataLoader.
+"""Measure augmented images/s: cifar_fast.Loader, and torchvision's transforms in torch's DataLoader.
 
     python examples/loader_speed.py                          # 10,000 images, 5 rounds: a minute on two cores
     python examples/loader_speed.py --images 1000 --rounds 2 # some seconds
 
-All crop with reflection, mirror, normalize and cut out, and give float32 batches of 512 on the device. They take turns,
-an epoch each a round, after one that starts workers and is not counted.
+All of them crop with reflection, mirror, normalize and cut out, and return float32 batches of 512 on the device. They
+take turns: one epoch each in every round. The first round starts the workers and is not counted.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def cutout(image: torch.Tensor) -> torch.Tensor:
 
 
 class Pictures(Dataset):
-    """As torchvision's CIFAR10: a PIL image of the array, transformed, and its label."""
+    """Returns a transformed PIL image and its label, as torchvision's CIFAR10 does."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, transform: Callable) -> None:
         self.images, self.labels, self.transform = images.cpu().numpy(), labels.tolist(), transform
@@ -53,8 +53,10 @@ def images_per_second(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], devi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=10_000, help="of an epoch, to 10,000 (default: 10,000)")
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each side (default: 5)")
+    parser.add_argument(
+        "--images", type=int, default=10_000, help="images of an epoch, at most 10,000 (default: 10,000)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="counted epochs of each loader (default: 5)")
     args = parser.parse_args()
 
     ours = Loader(load_dataset("synthetic"), min(512, args.images))
@@ -64,17 +66,17 @@ def main() -> None:
     transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std), cutout])
     theirs = Pictures(ours.images, ours.labels, transform)
 
-    sides: dict[str, Iterable] = {"cifar_fast.Loader": ours}
+    loaders: dict[str, Iterable] = {"cifar_fast.Loader": ours}
     for workers in (0, 2):
-        how = dict(num_workers=workers, persistent_workers=workers > 0, shuffle=True, drop_last=True)
-        sides[f"torchvision, {workers} workers"] = DataLoader(theirs, ours.batch_size, **how)
-    found: dict[str, list[float]] = {name: [] for name in sides}
+        options = dict(num_workers=workers, persistent_workers=workers > 0, shuffle=True, drop_last=True)
+        loaders[f"torchvision, {workers} workers"] = DataLoader(theirs, ours.batch_size, **options)
+    measured: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(1 + args.rounds):
-        for name, batches in sides.items():
-            found[name].append(images_per_second(batches, ours.device))
+        for name, batches in loaders.items():
+            measured[name].append(images_per_second(batches, ours.device))
     print(f"{torch.get_num_threads()} threads, {ours.device}, {args.rounds} rounds; images/s, median (min to max)")
-    for name, (_, *rates) in found.items():
-        ratios = [mine / its for mine, its in zip(found["cifar_fast.Loader"][1:], rates)]
+    for name, (_, *rates) in measured.items():
+        ratios = [our_rate / rate for our_rate, rate in zip(measured["cifar_fast.Loader"][1:], rates)]
         print(f"{name}: {spread(rates, ',.0f')}; Loader has {spread(ratios, '.1f')} times as many")
 
 

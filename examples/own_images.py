@@ -1,9 +1,9 @@
-"""Train on images of your own: as files in folders, or as arrays in one .npz file.
+"""Train on your own images: files in folders, or arrays in one .npz file.
 
     python examples/own_images.py [DIRECTORY]
 
-makes a small data set of two classes in DIRECTORY (default: a temporary one), in both forms, trains on each, and shows
-that they are the same data. The commands for the same, with the files in place:
+This makes a small data set of two classes in DIRECTORY (default: a temporary one), as files and as arrays. It trains on
+both and shows that they contain the same data. The commands for such files are:
 
     cifar-fast train --dataset folder --data-dir DIRECTORY/images
     cifar-fast train --dataset npz --data-dir DIRECTORY/images.npz
@@ -23,7 +23,7 @@ CLASSES = ("dark", "light")
 
 
 def make_images(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """``n`` noisy images, uint8 ``[n, 32, 32, 3]``, and labels ``[n]``: class 1 is the brighter one."""
+    """Return noisy images, uint8 ``[n, 32, 32, 3]``, and labels ``[n]``. Class 1 is brighter."""
     random = np.random.default_rng(seed)
     labels = np.arange(n) % 2
     images = random.integers(0, 100, (n, 32, 32, 3)) + 120 * labels[:, None, None, None]
@@ -39,8 +39,8 @@ def main() -> None:
 
 
 def run(directory: Path) -> None:
-    # Folders: images/train/CLASS/*.png and images/test/CLASS/*.png. Classes are numbered in alphabetical order, images
-    # taken in the order of their names.
+    # Files go to images/train/CLASS/*.png and images/test/CLASS/*.png. Classes are numbered in alphabetical order, and
+    # images are sorted by their names.
     arrays: dict[str, np.ndarray] = {"class_names": np.array(CLASSES)}
     for seed, (split, n) in enumerate(SPLITS.items()):
         images, labels = make_images(n, seed)
@@ -50,7 +50,7 @@ def run(directory: Path) -> None:
             path = directory / "images" / split / CLASSES[label] / f"{i:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-    # One file: the four arrays, and the names of the classes if there are any.
+    # The .npz file holds the four arrays, and optionally the names of the classes.
     np.savez(directory / "images.npz", **arrays)
 
     folder = load_dataset("folder", directory / "images")

@@ -14,7 +14,7 @@ from cifar_fast.backends.eager import Compiled, Eager
 from cifar_fast.data.tensors import DeviceData
 from cifar_fast.model import CustomModel, build_model
 from cifar_fast.recipe import BACKENDS, DTYPES, IMAGE_CHANNELS, IMAGE_SIZE, MEMORY_FORMATS, Recipe
-from cifar_fast.utils.device import check_caches, cpu_has_bfloat16, fused_unavailable_reason, resolve_device, short_name
+from cifar_fast.utils.device import check_caches, default_dtype, fused_unavailable_reason, resolve_device, short_name
 from cifar_fast.utils.errors import InputError, first_cause, first_line, option, out_of_memory
 from cifar_fast.utils.progress import LOGGER
 
@@ -60,13 +60,14 @@ def resolve_backend(
     if device == "auto":
         reasons.append("a GPU is here" if where.type == "cuda" else "no CUDA GPU is here")
 
-    if dtype == "auto" and where.type == "cuda":
-        dtype = "float16"
-        reasons.append("float16 as the reference")
-    elif dtype == "auto":
-        dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
+    if dtype == "auto":
+        dtype = default_dtype(where)
         reasons.append(
-            "this CPU computes in bfloat16" if dtype == "bfloat16" else "this CPU has no bfloat16 arithmetic"
+            {
+                "float16": "float16 as the reference",
+                "bfloat16": "this CPU computes in bfloat16",
+                "float32": "this CPU has no bfloat16 arithmetic",
+            }[dtype]
         )
 
     if memory_format == "auto" and backend == "eager":

@@ -66,10 +66,10 @@ def draw_epoch(
     The calls and their order are the reference script's, so the same seed gives the same epoch.
 
     Args:
-        device: of the draws and of both generators.
+        device: device of the draws and of both generators.
         recipe: gives crop, flip and cutout. The reference recipe by default.
-        generator: of all draws. The device's default generator by default.
-        order: of the permutation, if it is to have a generator of its own.
+        generator: generator of all draws. The default generator of the device by default.
+        order: generator of the permutation. ``generator`` by default.
     """
     recipe = recipe or Recipe()
     crops = (recipe.crop_padding + 1) ** 2

@@ -27,12 +27,12 @@ class Dataset:
     native byte order. It copies an array only if that array is not in this form.
 
     Args:
-        name: of the data set, for reports.
-        source: where the data came from, for error messages.
+        name: name of the data set, for reports.
+        source: file or address of the data, for error messages.
         train_images, test_images: uint8 ``[N, 32, 32, 3]``.
         train_labels, test_labels: integers ``[N]``, from 0 to the number of classes minus 1. Each class needs at least
             one training image.
-        class_names: by default the numbers of the classes.
+        class_names: names of the classes, their numbers by default.
         notes: lines that say what :meth:`for_recipe` changed.
 
     Raises:
@@ -83,7 +83,7 @@ class Dataset:
         return len(self.train_images) // batch_size
 
     def check_trainable(self, batch_size: int) -> None:
-        """Raise :class:`InputError` if there is no whole batch, or if a channel is constant and has no deviation."""
+        """Raise :class:`InputError` if there is no whole batch, or if a channel is constant."""
         n = len(self.train_images)
         if n < batch_size:
             raise InputError(
@@ -173,7 +173,7 @@ def new_labels(labels: np.ndarray, classes: tuple[int, ...]) -> np.ndarray:
 
 
 def _subset(dataset: Dataset, count: int) -> Dataset:
-    """Return ``dataset`` with ``count`` training images in their order, balanced over the classes.
+    """Keep ``count`` training images in their order, balanced over the classes.
 
     If the classes do not divide ``count``, the first ones have one more image. Smaller subsets are part of larger ones.
     """
@@ -198,7 +198,7 @@ def _subset(dataset: Dataset, count: int) -> Dataset:
 def _with_label_noise(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     """Replace a ``fraction`` of the training labels by other classes, uniformly at random.
 
-    With the same seed, a larger fraction replaces the same labels and more.
+    With the same seed, a larger fraction replaces the labels that a smaller one replaces, and more.
     """
     n, k = len(dataset.train_labels), dataset.num_classes
     random = np.random.RandomState(seed)

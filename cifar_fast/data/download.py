@@ -45,8 +45,8 @@ def download(sources: Sequence[str], path: Path, md5: str) -> None:
 
     Args:
         sources: URLs, or paths of files.
-        path: of the file to create.
-        md5: in hexadecimal.
+        path: the file to create.
+        md5: the MD5 sum in hexadecimal.
 
     Raises:
         InputError: the file cannot be written.
@@ -67,7 +67,7 @@ def download(sources: Sequence[str], path: Path, md5: str) -> None:
                 part.unlink()
                 if before:  # the earlier bytes may be wrong, so this source is retried from the start
                     queue.appendleft(url)
-                raise ValueError("other bytes than the published file's")
+                raise ValueError("not the published file, its MD5 sum is another")
             with os_error_as_input_error(str(path)):
                 os.replace(part, path)
             LOGGER.info(f"{path.name} from {url} in {time.monotonic() - start:.0f} s; its MD5 sum is correct")

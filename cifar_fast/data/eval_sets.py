@@ -21,8 +21,8 @@ KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels")
 class EvalSet:
     """A named test set.
 
-    ``images`` are uint8 ``[N, 32, 32, 3]``; those of a .npy file stay on disk until they are used. ``labels`` are int64
-    ``[N]``, with -1 for an image of a class that is not trained on.
+    ``images`` are uint8 ``[N, 32, 32, 3]``. Images of a .npy file stay on disk until they are used. ``labels`` are
+    int64 ``[N]``, with -1 for an image of a class that is not trained on.
     """
 
     name: str
@@ -31,7 +31,7 @@ class EvalSet:
 
     @property
     def indices(self) -> np.ndarray:
-        """The indices of the images to evaluate: those of a class that is trained on."""
+        """Indices of the images to evaluate, whose class is trained on."""
         return np.flatnonzero(self.labels >= 0)
 
 
@@ -44,30 +44,26 @@ def read_eval_sets(paths: Mapping[str, str | Path], num_classes: int, classes: t
       test set, NAME/FILE.
 
     Args:
-        paths: of the test sets, by their names.
-        num_classes: of the training data, before ``classes`` selects from them.
-        classes: that are trained on. Empty: all.
+        paths: a path for each name.
+        num_classes: number of classes of the training data, before ``classes`` selects from them.
+        classes: numbers of the classes that are trained on. Empty means all.
 
     Raises:
         InputError: a test set cannot be used. The message names its file.
     """
-    eval_sets = [eval_set for name, path in paths.items() for eval_set in _read(str(name), Path(path).expanduser())]
-    for eval_set in eval_sets:
+    eval_sets = []
+    for eval_set in (one for name, path in paths.items() for one in _read(str(name), Path(path).expanduser())):
         name = f"{option('also_test')} {eval_set.name}"
         check_images(name, eval_set.images, eval_set.labels)
         if eval_set.labels.max() >= num_classes:
             raise InputError(
                 f"{name}: its labels go up to {eval_set.labels.max()}, but the training data has {num_classes} classes"
             )
-    if not classes:
-        return eval_sets
-    eval_sets = [dataclasses.replace(one, labels=new_labels(one.labels, classes)) for one in eval_sets]
-    for eval_set in eval_sets:
-        if not len(eval_set.indices):
-            raise InputError(
-                f"{option('also_test')} {eval_set.name}: has no image of {option('classes')} "
-                f"{' '.join(map(str, classes))}"
-            )
+        if classes:
+            eval_set = dataclasses.replace(eval_set, labels=new_labels(eval_set.labels, classes))
+            if not len(eval_set.indices):
+                raise InputError(f"{name}: has no image of {option('classes')} {' '.join(map(str, classes))}")
+        eval_sets.append(eval_set)
     return eval_sets
 
 

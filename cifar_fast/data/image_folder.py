@@ -93,7 +93,9 @@ def _classes(split: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
         raise InputError(f"{split}: no class folders; put the images of each class into a folder of its own there")
     for name, images in classes.items():
         if not images:
-            raise InputError(f"{split / name}: no image that Pillow reads; add images or delete the folder")
+            raise InputError(
+                f"{split / name}: an empty class, without images that Pillow reads; add some or delete the folder"
+            )
     return classes
 
 
@@ -175,7 +177,7 @@ def decode_image(
 
     Args:
         file: the encoded image.
-        name: of the image, for error messages.
+        name: name of the image, for error messages.
         resize: makes an RGB image of another size 32 x 32. By default such an image is refused.
 
     Raises:

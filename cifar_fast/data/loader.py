@@ -30,15 +30,15 @@ class Loader:
     These attributes may be edited in place between epochs, or replaced by tensors on the same device:
 
     * ``images``, uint8 ``[N, 32, 32, 3]``, and ``labels``, int64 ``[N]``: copies of the arrays of the data set.
-    * ``mean`` and ``std``, float32 ``[3]``: per channel, of the 0..255 values of the training images of the data set.
-      They do not follow edits of ``images``.
+    * ``mean`` and ``std``, float32 ``[3]``: statistics of the training images' 0..255 values, per channel. They do not
+      follow edits of ``images``.
 
     Args:
         split: train or test. Test images are normalized with ``mean`` and ``std`` of the training images.
         augment: True for the reference's crop, mirror and cutout, False for none. A :class:`Recipe` gives its
             ``crop_padding``, ``flip`` and ``cutout_size``. Default: True for train, False for test.
         shuffle, drop_last: as in torch's DataLoader. Default: True for train, False for test.
-        seed: of the draws.
+        seed: seed of the draws.
         device: auto, cpu, cuda or cuda:N.
         dtype: float16, bfloat16 or float32, as a name or a torch dtype. auto: the dtype of ``fit`` on that device.
 

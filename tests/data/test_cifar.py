@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in the form in which they are published, through every command to its end."""
+"""CIFAR-10 and CIFAR-100 in their published form, through the commands; data sets of any array layout."""
 
 import json
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
-import cifar_fast.diagnostics.compare
 from cifar_fast import Dataset, Recipe, fit
+from cifar_fast.compare import main as compare
 from cifar_fast.data.synthetic import PATTERNS
 from cifar_fast.train import main
 from tests.helpers import NARROW, small_dataset
@@ -17,7 +17,7 @@ TINY = "--widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu"
 
 
 def train(name, root, output, flags):
-    """Train on the archive by the command; gives its summary."""
+    """Train on the archive with the command and return its summary."""
     assert main(f"--dataset {name} --data-dir {root} --output {output} {TINY} {flags}".split()) == 0
     return json.loads((output / "summary.json").read_text())
 
@@ -26,15 +26,15 @@ def losses(output):
     return [json.loads(line)["train_loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_archives_are_of_the_published_form(cifar10, cifar100):
-    """Which is a transposed view, of bytes that lie as [N, 3, 32, 32]."""
+def test_archives_have_the_published_layout(cifar10, cifar100):
+    """torchvision gives a transposed view of [N, 3, 32, 32]."""
     for kind, root in ((CIFAR10, cifar10), (CIFAR100, cifar100)):
         assert kind(root, train=True, download=True).data.strides == (3072, 32, 1, 1024)
 
 
 @pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_cifar10_trains_without_a_compiler(cifar10, tmp_path, backend, capsys):
+def test_cifar10_trains_without_compiler(cifar10, tmp_path, backend, capsys):
     summary = train("cifar10", cifar10, tmp_path / "out", f"--backend {backend} --runs 2")
     memory_format = "contiguous_format" if backend == "eager" else "channels_last"
     assert summary["backend"] == "eager" and summary["memory_format"] == memory_format
@@ -43,36 +43,36 @@ def test_cifar10_trains_without_a_compiler(cifar10, tmp_path, backend, capsys):
     assert summary["dataset"]["class_names"] == list(PATTERNS)
 
 
-@pytest.mark.slow  # torch.compile takes most of it
+@pytest.mark.slow  # torch.compile
 @pytest.mark.parametrize(("backend", "runs"), [("compiled", 2), ("fused", 1)])
-def test_cifar10_trains_compiled(cifar10, tmp_path, backend, runs, few_programs):
-    how = f"--dtype float32 --batch-size 50 --runs {runs}"
-    summary = train("cifar10", cifar10, tmp_path / "out", f"--backend {backend} {how}")
+def test_cifar10_trains_with_compiler(cifar10, tmp_path, backend, runs, few_programs):
+    flags = f"--dtype float32 --batch-size 50 --runs {runs}"
+    summary = train("cifar10", cifar10, tmp_path / "out", f"--backend {backend} {flags}")
     assert summary["backend"] == backend and summary["memory_format"] == "channels_last"
-    train("cifar10", cifar10, tmp_path / "eager", f"--backend eager {how}")
+    train("cifar10", cifar10, tmp_path / "eager", f"--backend eager {flags}")
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "eager"), rel=1e-3)
 
 
-def test_cifar100_trains_on_its_fine_labels(cifar100, tmp_path):
+def test_cifar100_trains_on_fine_labels(cifar100, tmp_path):
     summary = train("cifar100", cifar100, tmp_path / "out", "--dtype float32")
     assert summary["dataset"]["name"] == "cifar100" and len(summary["dataset"]["class_names"]) == 100
     assert summary["dataset"]["digest"] == small_dataset(200, 100, 100).digest
 
 
-def test_a_profile_of_training_on_cifar10(cifar10, tmp_path):
+def test_cifar10_training_can_be_profiled(cifar10, tmp_path):
     assert main(f"--dataset cifar10 --data-dir {cifar10} --profile {tmp_path}/out {TINY}".split()) == 0
     assert json.loads((tmp_path / "out/profile.json").read_text())["step_milliseconds"] > 0
 
 
 @pytest.mark.slow  # the interpreter
-def test_a_comparison_on_cifar10(cifar10, few_programs, uncompiled):
+def test_backends_can_be_compared_on_cifar10(cifar10, few_programs, uncompiled):
     flags = f"--dataset cifar10 --data-dir {cifar10} {TINY} --dtype float32 --steps 2"
-    assert cifar_fast.diagnostics.compare.main(f"{flags} --backend fused --against eager".split()) == 0
+    assert compare(f"{flags} --backend fused --against eager".split()) == 0
 
 
 @pytest.mark.slow
-def test_eager_is_in_the_scripts_layout_and_channels_last_gives_other_bits(cifar10, tmp_path):
-    """If not, a test of parity cannot tell which of the two layouts it holds."""
+def test_eager_uses_contiguous_format_and_channels_last_gives_other_bits(cifar10, tmp_path):
+    """Otherwise a test of parity could not tell the two layouts apart."""
     for memory_format in ("auto", "contiguous_format", "channels_last"):
         train(
             "cifar10",
@@ -113,7 +113,7 @@ LAYOUTS = {
     [*((layout, "auto") for layout in LAYOUTS), pytest.param("transposed", "fused", marks=pytest.mark.slow)],
 )
 @pytest.mark.filterwarnings("error")
-def test_a_data_set_of_any_layout_trains_to_the_same_result(tmp_path, layout, backend, few_programs, uncompiled):
+def test_any_array_layout_trains_to_the_same_result(tmp_path, layout, backend, few_programs, uncompiled):
     def other(images):
         return LAYOUTS[layout](images, tmp_path)
 
@@ -133,6 +133,6 @@ def test_a_data_set_of_any_layout_trains_to_the_same_result(tmp_path, layout, ba
     assert all(torch.equal(ours.state_dict[name], tensor) for name, tensor in plain.state_dict.items())
 
 
-def test_arrays_that_are_as_they_should_be_are_not_copied(small):
+def test_arrays_in_the_right_layout_are_not_copied(small):
     again = Dataset("npz", "x", small.train_images, small.train_labels, small.test_images, small.test_labels)
     assert again.train_images is small.train_images and again.test_labels is small.test_labels

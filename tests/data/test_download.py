@@ -1,4 +1,4 @@
-"""The download of an archive, from servers on the loopback address that do what servers do."""
+"""Downloads from faulty servers on the loopback address, and data sets of a local Hugging Face Hub."""
 
 import contextlib
 import functools
@@ -27,6 +27,7 @@ from cifar_fast.data.download import download
 from cifar_fast.data.sources import MIRRORS
 from cifar_fast.train import main
 from cifar_fast.utils.files import locked
+from cifar_fast.utils.progress import lines_to
 from tests.helpers import KINDS, small_dataset
 
 module = sys.modules[download.__module__]
@@ -35,7 +36,7 @@ DATA = np.random.RandomState(0).bytes(400_000)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves ``data`` with ranges; its other arguments are what is wrong with it."""
+    """Serves ``data``, with ranges. The other arguments are faults."""
 
     daemon_threads = True
 
@@ -80,7 +81,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", server.content_type)
         self.end_headers()
         body = body[: server.cut]
-        with contextlib.suppress(OSError):  # who downloads may leave
+        with contextlib.suppress(OSError):  # the client may disconnect
             for i in range(0, len(body), 4000):
                 self.wfile.write(body[i : i + 4000])
                 if server.rate:
@@ -107,22 +108,20 @@ def serve():
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """Seconds become tenths of one: a source of less than 200 kB/s over 0.3 s is slow."""
-    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    """Shorten the times: a source is slow below 200 kB/s over 0.3 s."""
+    monkeypatch.setattr(module, "RATE_WINDOW", 0.3)
     monkeypatch.setattr(module, "TIMEOUT", 0.5)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-def bring(tmp_path, *urls, data=DATA):
-    """Download from ``urls``; gives the lines that were logged."""
+def download_from(tmp_path, *urls, data=DATA):
+    """Download from ``urls``, check that only the file is left, and return the log lines."""
     lines = []
-    download(urls, tmp_path / "archive", hashlib.md5(data).hexdigest(), lines.append)
+    with lines_to(lines.append):
+        download(urls, tmp_path / "archive", hashlib.md5(data).hexdigest())
     assert (tmp_path / "archive").read_bytes() == data
     assert sorted(os.listdir(tmp_path)) == ["archive"]
     return lines
-
-
-# -- through the command, to the end of a training
 
 
 def train(tmp_path, flags):
@@ -140,7 +139,7 @@ def train(tmp_path, flags):
         ("cifar10", "$CIFAR_FAST_DATA_URL"),
     ],
 )
-def test_the_command_downloads_and_trains(request, tmp_path, serve, monkeypatch, capsys, name, source):
+def test_command_downloads_and_trains(request, tmp_path, serve, monkeypatch, capsys, name, source):
     archive = request.getfixturevalue(name) / KINDS[name].filename
     url = serve(archive.read_bytes()).url
     flags = ""
@@ -154,13 +153,13 @@ def test_the_command_downloads_and_trains(request, tmp_path, serve, monkeypatch,
         monkeypatch.setenv("CIFAR_FAST_DATA_URL", url)
     summary = train(tmp_path, f"--dataset {name} --data-dir {tmp_path}/data {flags}")
     assert summary["dataset"]["name"] == name
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "MD5 sum is right" in line]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "MD5 sum is correct" in line]
     assert line.startswith(f"{archive.name} from {url} in ")
     again = load_dataset(name, tmp_path / "data", data_url="http://127.0.0.1:9/none", log=None)
-    assert again.digest == summary["dataset"]["digest"], "what is there is not downloaded again"
+    assert again.digest == summary["dataset"]["digest"], "an existing data set is not downloaded again"
 
 
-def test_the_unpacked_folder_itself_trains_under_any_name(cifar100, tmp_path):
+def test_unpacked_folder_trains_under_any_name(cifar100, tmp_path):
     with tarfile.open(cifar100 / KINDS["cifar100"].filename) as archive:
         archive.extractall(tmp_path, filter="data")
     (tmp_path / KINDS["cifar100"].base_folder).rename(tmp_path / "unpacked")
@@ -168,7 +167,7 @@ def test_the_unpacked_folder_itself_trains_under_any_name(cifar100, tmp_path):
     assert summary["dataset"]["digest"] == load_dataset("cifar100", cifar100, log=None).digest
 
 
-def test_a_damaged_file_of_the_unpacked_folder_is_told_and_nothing_is_downloaded_into_it(cifar10, tmp_path, serve):
+def test_damaged_file_in_unpacked_folder_is_reported_without_download(cifar10, tmp_path, serve):
     server = serve((cifar10 / KINDS["cifar10"].filename).read_bytes())
     whole = load_dataset("cifar10", cifar10, log=None)
     folder = cifar10 / "cifar-10-batches-py"
@@ -179,13 +178,13 @@ def test_a_damaged_file_of_the_unpacked_folder_is_told_and_nothing_is_downloaded
     assert not server.asked and len(os.listdir(folder)) == 7
 
 
-def test_a_folder_that_the_archive_cannot_be_unpacked_into_is_told_as_that(cifar10):
+def test_unwritable_unpack_folder_is_reported(cifar10):
     (cifar10 / "cifar-10-batches-py").touch()
     with pytest.raises(InputError, match=r"cifar10: cannot be written to \("):
         load_dataset("cifar10", cifar10, log=None)
 
 
-def test_without_a_network_the_command_ends_at_once_in_one_line(tmp_path, capsys):
+def test_command_without_network_fails_fast_with_one_line(tmp_path, capsys):
     start = time.monotonic()
     assert main(f"--dataset cifar100 --data-dir {tmp_path}/a/b --output {tmp_path}/out {TINY}".split()) == 2
     assert time.monotonic() - start < 5
@@ -194,7 +193,7 @@ def test_without_a_network_the_command_ends_at_once_in_one_line(tmp_path, capsys
     assert not list(tmp_path.iterdir())
 
 
-def test_a_corrupt_archive_is_replaced_where_a_source_is(cifar10, serve):
+def test_corrupt_archive_is_downloaded_again(cifar10, serve):
     archive = cifar10 / KINDS["cifar10"].filename
     whole = archive.read_bytes()
     archive.write_bytes(whole[:-100])
@@ -202,42 +201,39 @@ def test_a_corrupt_archive_is_replaced_where_a_source_is(cifar10, serve):
     assert len(dataset.train_images) == 100 and archive.read_bytes() == whole
 
 
-# -- sources
-
-
-def test_a_slow_source_is_left_for_the_next_which_goes_on_from_the_same_bytes(tmp_path, serve):
+def test_next_source_resumes_after_a_slow_one(tmp_path, serve):
     slow, quick = serve(DATA, rate=100_000), serve(DATA)
-    lines = bring(tmp_path, slow.url, quick.url)
+    lines = download_from(tmp_path, slow.url, quick.url)
     assert slow.asked == [None]
     assert 10_000 < int(quick.asked[0].removeprefix("bytes=").removesuffix("-")) < 200_000
-    assert any(line.startswith(f"{slow.url}: ") and "kB/s, the next source goes on" in line for line in lines)
+    assert any(line.startswith(f"{slow.url}: ") and "kB/s, trying the next source" in line for line in lines)
 
 
 @pytest.mark.slow
-def test_where_all_are_slow_the_fastest_finishes(tmp_path, serve):
+def test_fastest_of_slow_sources_finishes(tmp_path, serve):
     slow, slower = serve(DATA, rate=150_000), serve(DATA, rate=50_000)
-    lines = bring(tmp_path, slower.url, slow.url)
+    lines = download_from(tmp_path, slower.url, slow.url)
     assert lines[-1].startswith(f"archive from {slow.url} in ")
     assert len(slower.asked) == 1 and len(slow.asked) == 2
 
 
-def test_the_only_source_may_be_slow_and_a_log_says_how_far_it_is(tmp_path, serve):
+def test_only_source_may_be_slow_and_progress_is_logged(tmp_path, serve):
     server = serve(DATA[:100_000], rate=100_000, ranges=False)
-    lines = bring(tmp_path, server.url, data=DATA[:100_000])
+    lines = download_from(tmp_path, server.url, data=DATA[:100_000])
     assert server.asked == [None]
-    assert re.fullmatch(r"0\.\d MB are here, 0\.\d\d MB/s, \d s left", lines[1])
+    assert re.fullmatch(r"0\.\d MB downloaded, 0\.\d\d MB/s, \d s left", lines[1])
 
 
-def test_a_source_that_stalls_is_left_for_the_next_which_goes_on_from_the_same_bytes(tmp_path, serve):
+def test_next_source_resumes_after_a_stalled_one(tmp_path, serve):
     stalling, good = serve(DATA, cut=150_000, stall=1), serve(DATA)
-    lines = bring(tmp_path, stalling.url, good.url)
+    lines = download_from(tmp_path, stalling.url, good.url)
     assert stalling.asked == [None] and good.asked == ["bytes=150000-"]
-    assert f"{stalling.url}: timed out, the next source goes on" in lines
+    assert f"{stalling.url}: timed out, trying the next source" in lines
 
 
-def test_a_source_that_is_cut_off_goes_on_where_it_was(tmp_path, serve):
+def test_source_that_was_cut_off_is_resumed(tmp_path, serve):
     server = serve(DATA, cut=150_000)
-    bring(tmp_path, server.url)
+    download_from(tmp_path, server.url)
     assert server.asked == [None, "bytes=150000-", "bytes=300000-"]
 
 
@@ -245,80 +241,78 @@ def test_a_source_that_is_cut_off_goes_on_where_it_was(tmp_path, serve):
     ("wrong", "reason"),
     [
         (dict(status=404), "404"),
-        (dict(data=b"x" * 1000), "other bytes than the published file's"),
+        (dict(data=b"x" * 1000), "not the published file"),
         (dict(data=b"<html>", content_type="text/html; charset=utf-8"), "a web page, not the file"),
         (dict(cut=0), "cut off after 0 of 400,000 bytes"),
     ],
 )
-def test_a_source_that_is_wrong_is_left_for_the_next(tmp_path, serve, wrong, reason):
+def test_next_source_replaces_a_wrong_one(tmp_path, serve, wrong, reason):
     bad, good = serve(**{"data": DATA} | wrong), serve(DATA)
-    lines = bring(tmp_path, bad.url, good.url)
+    lines = download_from(tmp_path, bad.url, good.url)
     assert any(line.startswith(f"{bad.url}: ") and reason in line for line in lines)
     assert len(bad.asked) == 1 and good.asked == [None]
 
 
 @pytest.mark.parametrize("form", [str, lambda path: path.as_uri()])
-def test_a_source_may_be_a_file(tmp_path, form):
+def test_source_may_be_a_file(tmp_path, form):
     (tmp_path / "source").write_bytes(DATA)
     (tmp_path / "archive.part").write_bytes(DATA[:1000])
-    download([form(tmp_path / "source")], tmp_path / "archive", hashlib.md5(DATA).hexdigest(), print)
+    download([form(tmp_path / "source")], tmp_path / "archive", hashlib.md5(DATA).hexdigest())
     assert (tmp_path / "archive").read_bytes() == DATA
 
 
-def test_a_redirect_is_followed(tmp_path, serve):
+def test_redirect_is_followed(tmp_path, serve):
     (tmp_path / "archive.part").write_bytes(DATA[:1000])
     moved_to = serve(DATA)
-    bring(tmp_path, serve(DATA, moved=moved_to.url).url)
+    download_from(tmp_path, serve(DATA, moved=moved_to.url).url)
     assert moved_to.asked == ["bytes=1000-"]
 
 
-def test_a_source_that_accepts_and_never_answers_is_left_for_the_next(tmp_path, serve):
+def test_next_source_replaces_one_that_never_answers(tmp_path, serve):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        lines = bring(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}/archive", serve(DATA).url)
+        lines = download_from(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}/archive", serve(DATA).url)
     assert "timed out" in lines[0]
 
 
-def test_a_source_without_ranges_starts_over(tmp_path, serve):
+def test_source_without_ranges_starts_over(tmp_path, serve):
     (tmp_path / "archive.part").write_bytes(DATA[:1000])
     server = serve(DATA, ranges=False)
-    bring(tmp_path, server.url)
+    download_from(tmp_path, server.url)
     assert server.asked == ["bytes=1000-"]
 
 
 @pytest.mark.parametrize("size", [1000, len(DATA), len(DATA) + 10])
-def test_bytes_of_another_file_are_thrown_away_and_the_source_is_asked_again(tmp_path, serve, size):
+def test_wrong_partial_file_is_discarded_and_source_retried(tmp_path, serve, size):
     (tmp_path / "archive.part").write_bytes(b"x" * size)
     server = serve(DATA)
-    bring(tmp_path, server.url)
+    download_from(tmp_path, server.url)
     assert server.asked == [f"bytes={size}-", None]
 
 
-def test_where_no_source_gives_it_each_reason_is_told_and_nothing_is_left(tmp_path, serve):
+def test_all_failed_sources_are_named_and_no_file_is_left(tmp_path, serve):
     missing, wrong = serve(DATA, status=404), serve(b"x" * 1000)
-    with pytest.raises(OSError, match=f"{missing.url}: .*404.*{wrong.url}: other bytes"):
-        bring(tmp_path, missing.url, wrong.url)
+    with pytest.raises(OSError, match=f"{missing.url}: .*404.*{wrong.url}: not the published file"):
+        download_from(tmp_path, missing.url, wrong.url)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("rate", [None, 200_000])  # slow bytes come in small pieces, which a buffer would hold
-def test_a_disk_that_is_full_is_told_in_a_line(tmp_path, serve, rate):
+@pytest.mark.parametrize("rate", [None, 200_000])  # slow bytes come in small pieces, which a buffered file would keep
+def test_full_disk_is_reported_in_one_line(tmp_path, serve, rate):
     (tmp_path / "archive.part").symlink_to("/dev/full")
     with pytest.raises(InputError, match=r"archive\.part: cannot be written to \(No space left on device\)"):
-        bring(tmp_path, serve(DATA, rate=rate).url)
+        download_from(tmp_path, serve(DATA, rate=rate).url)
 
-
-# -- processes
 
 DOWNLOAD = """
 import sys
 from pathlib import Path
 from cifar_fast.data.download import download
-from cifar_fast.files import locked
+from cifar_fast.utils.files import locked
 folder, url, md5 = sys.argv[1:]
 path = Path(folder, "archive")
 with locked(path.parent, lambda: print("busy")):
     if not path.exists():
-        download([url], path, md5, print)
+        download([url], path, md5)
 """
 
 
@@ -334,7 +328,7 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_a_download_that_was_killed_goes_on_from_its_bytes(tmp_path, serve):
+def test_killed_download_is_resumed(tmp_path, serve):
     server = serve(DATA, rate=300_000)
     part = tmp_path / "archive.part"
     with start_process(tmp_path, server.url) as process:
@@ -342,37 +336,37 @@ def test_a_download_that_was_killed_goes_on_from_its_bytes(tmp_path, serve):
         process.send_signal(signal.SIGKILL)
     kept = part.stat().st_size
     server.rate = None
-    bring(tmp_path, server.url)
+    download_from(tmp_path, server.url)
     assert server.asked == [None, f"bytes={kept}-"]
 
 
-def test_two_processes_at_once_load_the_same_and_download_once(cifar10, tmp_path, serve):
+def test_two_processes_share_one_download(cifar10, tmp_path, serve):
     server = serve((cifar10 / KINDS["cifar10"].filename).read_bytes(), rate=20_000)
 
-    def load(said):
-        with open(said, "w", buffering=1) as file:
+    def load(output):
+        with open(output, "w", buffering=1) as file:
             log = functools.partial(print, file=file)
             log(load_dataset("cifar10", tmp_path / "data", data_url=server.url, log=log).digest)
 
-    said = [tmp_path / "first", tmp_path / "second"]
-    processes = [multiprocessing.get_context("fork").Process(target=load, args=(path,)) for path in said]
-    for path, process in zip(said, processes):
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    processes = [multiprocessing.get_context("fork").Process(target=load, args=(path,)) for path in outputs]
+    for path, process in zip(outputs, processes):
         path.touch()
         process.start()
-    wait_for(lambda: "waiting for it" in said[0].read_text() + said[1].read_text())
+    wait_for(lambda: any("waiting for it" in path.read_text() for path in outputs))
     server.rate = None
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert server.asked == [None]
-    assert {path.read_text().split()[-1] for path in said} == {load_dataset("cifar10", cifar10, log=None).digest}
+    assert {path.read_text().split()[-1] for path in outputs} == {load_dataset("cifar10", cifar10, log=None).digest}
 
 
-def test_who_waited_takes_what_the_other_unpacked_and_does_not_unpack_again(cifar10, tmp_path):
+def test_waiting_process_uses_what_the_other_unpacked(cifar10, tmp_path):
     expected = load_dataset("cifar10", cifar10, log=None).digest
     (tmp_path / "data").mkdir()
 
-    def other_process(line):  # ends its work when it is waited for; its archive is gone, and nothing listens
+    def other_process(line):  # finishes when this one waits; there is no archive and no source to download it from
         assert "waiting for it" in line
         shutil.copytree(cifar10 / "cifar-10-batches-py", tmp_path / "data/cifar-10-batches-py")
         lock.close()
@@ -382,13 +376,10 @@ def test_who_waited_takes_what_the_other_unpacked_and_does_not_unpack_again(cifa
     assert load_dataset("cifar10", tmp_path / "data", log=other_process).digest == expected
 
 
-def test_the_lock_is_given_back(tmp_path):
+def test_lock_is_released(tmp_path):
     for _ in range(2):
         with locked(tmp_path, lambda: pytest.fail("busy")):
             pass
-
-
-# -- the Hugging Face hub
 
 
 def png(image):
@@ -399,9 +390,9 @@ def png(image):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub on the loopback address with one data set, "someone/images".
+    """A local hub with one data set, "someone/images".
 
-    Gives the columns of its tables, to be changed, and the data set.
+    Yields the columns of its tables, which a test may change, and the data set.
     """
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: the extra hf")
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra hf")
@@ -449,7 +440,7 @@ def hub(tmp_path, monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    # The client reads its environment when it is imported, so it is imported anew.
+    # The client reads its environment at import, so it must be imported again.
     for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "huggingface_hub"]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -462,13 +453,13 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_data_set_of_the_hub_trains(hub, tmp_path):
+def test_hub_dataset_trains(hub, tmp_path):
     _, small = hub
     assert main([*TINY.split(), "--dataset", "hf:someone/images"]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("hf-someone-images-")
-    facts = json.loads((folder / "summary.json").read_text())["dataset"]
-    assert facts["digest"] == small.digest and facts["class_names"] == ["ant", "bee", "cat"]
+    metadata = json.loads((folder / "summary.json").read_text())["dataset"]
+    assert metadata["digest"] == small.digest and metadata["class_names"] == ["ant", "bee", "cat"]
 
 
 @pytest.mark.parametrize(
@@ -478,7 +469,7 @@ def test_a_data_set_of_the_hub_trains(hub, tmp_path):
         ({}, "someone/else", "hf:someone/else: cannot be read"),
     ],
 )
-def test_a_data_set_of_the_hub_that_cannot_be_read_is_told_in_a_line(hub, capsys, changed, name, words):
+def test_unreadable_hub_dataset_is_reported_in_one_line(hub, capsys, changed, name, words):
     columns, _ = hub
     if changed:
         del columns["label"]
@@ -488,7 +479,7 @@ def test_a_data_set_of_the_hub_that_cannot_be_read_is_told_in_a_line(hub, capsys
     assert last.startswith("error: ") and words in last
 
 
-def test_without_its_extra_the_hub_is_refused_with_what_to_install(monkeypatch):
+def test_missing_hub_package_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError, match=r"hf:a/b needs huggingface_hub: pip install 'cifar_fast\[hf\]'"):
         load_dataset("hf:a/b")

@@ -1,4 +1,4 @@
-"""Other test sets, in the forms in which they are published."""
+"""Additional test sets in their published formats."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ FLAGS = "--widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu --
 
 @pytest.fixture
 def published(tmp_path):
-    """CIFAR-10.1, CIFAR-10.2 and CIFAR-10-C as their authors give them, with images of our own."""
+    """CIFAR-10.1, CIFAR-10.2 and CIFAR-10-C in their published formats, with small images of our own."""
     sets = {
         name: small_dataset(test=n, seed=seed) for seed, (name, n) in enumerate({"a": 37, "b": 41, "c": 50}.items())
     }
@@ -32,7 +32,7 @@ def published(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_reports_the_published_sets(published, small, capsys):
+def test_command_reports_published_test_sets(published, small, capsys):
     root, _ = published
     npz = save_npz(root / "small.npz", small)
     also = (
@@ -56,13 +56,14 @@ def test_the_command_reports_the_published_sets(published, small, capsys):
     ("backend", "dtype"),
     [("eager", "float32"), ("eager", "bfloat16"), pytest.param("fused", "float32", marks=pytest.mark.slow)],
 )
-def test_the_own_test_set_under_another_name_has_the_own_accuracy(tmp_path, backend, dtype, uncompiled, few_programs):
+def test_own_test_set_as_eval_set_has_the_same_accuracy(tmp_path, backend, dtype, uncompiled, few_programs):
     dataset = small_dataset(train=32)
     path = save_npz(tmp_path / "x.npz", dataset)
-    how = dict(backend=backend, device=DEVICE.type, dtype=dtype, log=None)
-    (run,) = fit(dataclasses.replace(RECIPE, epochs=1), dataset, also_test={"same": path}, **how).runs
-    image = 0 if backend == "eager" else 100 / 40  # the plain model scores; rounding may tip an image of fused's
-    assert run.also_test["same"] == pytest.approx(run.test_accuracy, abs=image + 1e-4)
+    options = dict(backend=backend, device=DEVICE.type, dtype=dtype, log=None)
+    (run,) = fit(dataclasses.replace(RECIPE, epochs=1), dataset, also_test={"same": path}, **options).runs
+    # The plain model evaluates it. Its rounding may change the prediction of one of the 40 images of fused.
+    one_image = 0 if backend == "eager" else 100 / 40
+    assert run.also_test["same"] == pytest.approx(run.test_accuracy, abs=one_image + 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_the_own_test_set_under_another_name_has_the_own_accuracy(tmp_path, back
         ({"a.npy": np.zeros((2, 32, 32, 3), np.uint8), "labels.npy": np.array([0, 3])}, "go up to 3, but .* 3 classes"),
     ],
 )
-def test_a_set_that_cannot_be_used_is_refused_before_the_training(tmp_path, small, files, words):
+def test_unusable_set_is_refused_before_training(tmp_path, small, files, words):
     folder = tmp_path / "x"
     folder.mkdir()
     for name, content in files.items():
@@ -101,7 +102,7 @@ def test_a_set_that_cannot_be_used_is_refused_before_the_training(tmp_path, smal
         ("--dataset synthetic --also-test a=none.txt", "must be a .npz file, a *_data.npy file or a folder"),
     ],
 )
-def test_wrong_flags_are_one_line(tmp_path, monkeypatch, capfd, flags, words):
+def test_wrong_flags_give_one_line(tmp_path, monkeypatch, capfd, flags, words):
     monkeypatch.chdir(tmp_path)
     assert main(f"{flags} {FLAGS}".split()) == 2
     error = capfd.readouterr().err

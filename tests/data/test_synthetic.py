@@ -7,7 +7,7 @@ from cifar_fast import load_dataset
 from cifar_fast.data.synthetic import PATTERNS, textures
 
 
-def test_the_same_seed_gives_the_same_bytes_everywhere():
+def test_same_seed_gives_same_bytes():
     images, labels = textures(500, seed=3)
     digest = hashlib.sha256(images.tobytes() + labels.astype("<i8").tobytes()).hexdigest()
     assert digest == "178cbf11914d0b20741d0bf102f481fa4639a435578b170bc2439e2ca0a7447c"
@@ -26,8 +26,8 @@ def test_classes_are_balanced_and_named():
 
 
 @pytest.mark.slow
-def test_neither_mean_images_nor_colours_nor_neighbours_tell_the_classes():
-    """Ten classes: chance is 10 %. What these simple rules reach is what would make the set trivial."""
+def test_simple_rules_do_not_tell_the_classes():
+    """Nearest mean image, mean color and nearest neighbor. Chance is 10 %."""
     dataset = load_dataset("synthetic", log=None)
     train, test = (
         images.reshape(len(images), -1).astype(np.float32)
@@ -41,6 +41,6 @@ def test_neither_mean_images_nor_colours_nor_neighbours_tell_the_classes():
 
     means = np.stack([train[dataset.train_labels == k].mean(0) for k in range(10)])
     assert nearest(means, test, np.arange(10)) < 25
-    colours, queries = (pixels.reshape(len(pixels), -1, 3).mean(1) for pixels in (train, test))
-    assert nearest(colours, queries, dataset.train_labels) < 20
+    colors, queries = (pixels.reshape(len(pixels), -1, 3).mean(1) for pixels in (train, test))
+    assert nearest(colors, queries, dataset.train_labels) < 20
     assert nearest(train, test, dataset.train_labels) < 50
