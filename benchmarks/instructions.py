@@ -48,7 +48,7 @@ import triton
 from benchmarks.compile import compiled_kernel, resources
 from benchmarks.rows import markdown, show
 from cifar_fast import Recipe
-from cifar_fast.data.tensors import PADDED_CHANNELS
+from cifar_fast.backends.fused import PADDED_CHANNELS
 from cifar_fast.diagnostics.kernel_cases import DIRECTIONS, Augmentation, Head, norm_cases
 from cifar_fast.kernels.launch import Launch
 

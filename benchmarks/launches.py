@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.timing import device_work
 from cifar_fast import CNN, InputError, Recipe, draw_epoch, load_dataset
 from cifar_fast.backends.select import build_backend, resolve_backend
+from cifar_fast.data.tensors import device_data
 
 GRAPHS = ("step", "evaluation")  # in the order in which the fused backend captures them
 KINDS = (  # the first pattern found in a name decides
@@ -46,7 +47,8 @@ def logged(log: Path) -> list[list[str]]:
 def profiled() -> list[list[str]]:
     """The launches of each graph of the recipe in float16 on this GPU: names, as the profiler gives them."""
     dataset = load_dataset("synthetic", log=None)
-    backend, _ = build_backend(resolve_backend("fused", "cuda", "float16"), Recipe(), dataset)
+    plan = resolve_backend("fused", "cuda", "float16")
+    backend, _ = build_backend(plan, Recipe(), device_data(dataset, plan.device))
     backend.reset(CNN(Recipe(), dataset.num_classes))
     training = backend.train_epoch(draw_epoch(len(dataset.train_images), device=backend.device, recipe=Recipe()))
     next(training)  # which also puts the epoch's draws in place

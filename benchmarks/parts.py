@@ -25,6 +25,7 @@ from cifar_fast.backends.base import Backend
 from cifar_fast.backends.eager import Eager
 from cifar_fast.backends.select import BackendConfig, build_backend, resolve_backend
 from cifar_fast.data.augment import augment
+from cifar_fast.data.tensors import device_data
 from cifar_fast.diagnostics.kernel_cases import (
     IMPLEMENTATIONS,
     Case,
@@ -90,7 +91,8 @@ class Bench:
         """The backend ``name`` at the start of a run, float32 for eager on a CPU as the reference."""
         device = str(self.plan.device)
         dtype = "float16" if self.cuda else "float32" if name == "eager" else "auto"
-        backend, _ = build_backend(resolve_backend(name, device, dtype), recipe, self.dataset)
+        plan = resolve_backend(name, device, dtype)
+        backend, _ = build_backend(plan, recipe, device_data(self.dataset, plan.device))
         torch.manual_seed(0)
         backend.reset(CNN(recipe, self.dataset.num_classes))
         return backend
@@ -190,13 +192,13 @@ def cpu_calls(recipe: Recipe, dataset: Dataset, side: str) -> tuple[Callable[[],
         return lambda: training.step(*batch, n // size)[0], lambda: reference.augmented_epoch(images, labels)
     tune_malloc()
     plan = resolve_backend("eager", "cpu", "float32") if side == "eager" else resolve_backend("auto", "cpu")
-    backend, _ = build_backend(plan, recipe, dataset)
+    backend, _ = build_backend(plan, recipe, device_data(dataset, plan.device))
     check_backend(backend, dataset)
     epoch = draw_epoch(n, device=plan.device, recipe=recipe)
 
     def augment_epoch() -> None:
         for i in range(0, n - n % size, size):
-            augment(backend.data.train_images, epoch.slice(i, i + size), recipe, plan.memory_format)
+            augment(backend.train_images, epoch.slice(i, i + size), recipe, plan.memory_format)
 
     return lambda: next(backend.train_epoch(epoch.slice(0, size)))[0], augment_epoch
 
@@ -210,7 +212,7 @@ def check_backend(backend: Eager, dataset: Dataset) -> None:
     batch, labels = reference.augmented_epoch(images[:n], torch.tensor(dataset.train_labels[:n]))
     torch.manual_seed(1)
     draws = draw_epoch(n, device="cpu", recipe=recipe)
-    if not torch.equal(augment(backend.data.train_images, draws, recipe, backend.memory_format), batch):
+    if not torch.equal(augment(backend.train_images, draws, recipe, backend.memory_format), batch):
         raise Wrong("our batches are not the reference's")
     training = _reference_training(recipe, dataset)
     with torch.no_grad():

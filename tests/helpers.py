@@ -15,6 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from cifar_fast import Dataset
 from cifar_fast.data.dataset import ARRAYS
+from cifar_fast.data.tensors import Normalization
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CIFAR_FAST_SHARED", Path(__file__).parents[2] / "shared"))
@@ -37,6 +38,13 @@ def small_dataset(train=96, test=40, classes=3, seed=0):
 
     (train_images, train_labels), (test_images, test_labels) = split(train), split(test)
     return Dataset("npz", "small.npz", train_images, train_labels, test_images, test_labels)
+
+
+def normalize(dataset, device, dtype):
+    """Return the normalized training and test images of ``dataset``, ``[N, S, S, C]``, as eager has them."""
+    train, test = (torch.tensor(images, device=device) for images in (dataset.train_images, dataset.test_images))
+    normalization = Normalization.of(train)
+    return normalization.apply(train, dtype), normalization.apply(test, dtype)
 
 
 def save_npz(path, dataset, **changes):

@@ -1,94 +1,114 @@
-"""Ways to run the recipe: small objects with the same methods. Eager and compiled are here, fused in ``fused.py``.
-
-They share the functions below. Constructors set up, which may take long and serves every run to come; ``reset`` copies
-the numbers of a fresh model in and takes a run back to its start.
-"""
+"""The base class of the backends, and the functions that they share."""
 
 from __future__ import annotations
 
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from cifar_fast.data.augment import Draws
-from cifar_fast.data.tensors import Tensors
-from cifar_fast.model import loss_and_correct
+from cifar_fast.data.tensors import DeviceData
+from cifar_fast.model import CNN, CustomModel, loss_and_correct
 from cifar_fast.recipe import Recipe
 
-if TYPE_CHECKING:
-    from cifar_fast.model import CustomModel
-
 LossFn = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Takes images ``[B, C, S, S]`` and labels ``[B]``; gives losses ``[B]`` and whether each is right, bool ``[B]``."""
+"""Takes images ``[B, C, S, S]`` and labels ``[B]``. Returns the losses ``[B]`` and, as bool ``[B]``, which predictions
+are correct.
+"""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-Scoring = TypeVar("Scoring", bound=Callable[..., Any])
+class Backend(ABC):
+    """A way to run the training steps and evaluations of a recipe.
 
+    The constructor may take minutes, because it may compile. A backend then serves any number of runs; ``reset``
+    starts each of them.
 
-class Backend(Protocol):
-    """What the trainer, the comparison and the profile need of a backend.
+    Args:
+        recipe: the training recipe.
+        data: the data set, on ``device``.
+        device: where everything is computed.
+        dtype: dtype of the activations. In float16 and float32 the weights, the batch norm and the momentum have the
+            same dtype, as in the reference. bfloat16 has too few bits to add a small update to a weight, so there the
+            weights and their updates are float32, under autocast.
+        memory_format: memory format of the batches.
+        custom_model: the caller's network; None trains the recipe's.
 
-    ``dtype`` is that of the activations. float16 and float32 hold everything in that type, as the reference does:
-    weights, batch norm, momentum. bfloat16, which has too few bits to add a small step to a weight, is the type of the
-    activations and convolutions alone (autocast); weights and their updates are float32. ``remarks``: what a person
-    should know of how this recipe runs here, a line each. ``custom_model``: what stands in the place of the recipe's
-    network, if anything.
+    Attributes:
+        name: eager, compiled or fused.
+        model: the network in training. Its modules may differ from those of the plain model.
+        optimizer: updates the parameters of ``model``.
+        epoch: number of epochs trained in this run.
+        notes: lines for the user about this recipe on this backend.
     """
 
     name: str
-    recipe: Recipe
-    device: torch.device
-    dtype: torch.dtype
-    memory_format: torch.memory_format
     model: nn.Module
-    custom_model: CustomModel | None
     optimizer: torch.optim.SGD
-    remarks: Sequence[str]
+    notes: Sequence[str] = ()
 
-    def reset(self, model: nn.Module) -> None:
-        """Start a run: weights and statistics of ``model``, no momentum, the schedule's first step."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: DeviceData,
+        device: torch.device,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        custom_model: CustomModel | None = None,
+    ) -> None:
+        self.recipe, self.data, self.custom_model = recipe, data, custom_model
+        self.device, self.dtype, self.memory_format = device, dtype, memory_format
+        self.epoch = 0
+        self._set_up()
 
+    @abstractmethod
+    def _set_up(self) -> None:
+        """Prepare images, model and optimizer, and compile."""
+
+    @abstractmethod
     def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Train the next epoch, one step each time the next item is asked for.
+        """Train the next epoch, one step for each item that is requested.
 
-        Gives the step's losses ``[batch_size]`` and whether each image was right, bool ``[batch_size]``, on the
-        device; they hold until the next epoch. After the recipe's last epoch the schedule starts again.
+        Yields each step's losses ``[batch_size]`` and, as bool ``[batch_size]``, which predictions are correct. They
+        are on the device and stay valid until the next epoch. After the recipe's last epoch the learning rate schedule
+        starts again.
         """
 
+    @abstractmethod
     def evaluate(self) -> torch.Tensor:
-        """Whether the model is right, for each test image, bool ``[N]``; holds until the next evaluation."""
+        """Return which test images are classified correctly, bool ``[N]``, valid until the next evaluation."""
+
+    def new_model(self, generator: torch.Generator) -> nn.Module:
+        """Return a fresh plain model for a run, on the CPU, with initial weights drawn from ``generator``."""
+        make = CNN if self.custom_model is None else self.custom_model
+        return make(self.recipe, self.data.num_classes, generator)
+
+    def reset(self, model: nn.Module) -> None:
+        """Start a run with the weights and statistics of ``model``, no momentum, and the schedule's first step."""
+        self.epoch = 0
+        self.model.load_state_dict(model.state_dict())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights under the names of the plain model."""
+        """Return the weights and statistics under the names of the plain model."""
+        return self.model.state_dict()
 
     def training_state(self) -> dict[str, Any]:
-        """A copy, on the CPU, of all that the run's next epoch depends on besides its draws."""
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Go on from where ``training_state`` was taken, after a ``reset``."""
-
-
-class Resumable:
-    """The state of a backend's training, between two epochs: the model's, the optimizer's, and how many have been."""
-
-    model: nn.Module
-    optimizer: torch.optim.SGD
-    epoch: int
-    remarks: Sequence[str] = ()
-
-    def training_state(self) -> dict[str, Any]:
+        """Copy to the CPU everything that the next epoch depends on, except its random draws."""
         states = [self.optimizer.state.get(parameter, {}) for parameter in self.model.parameters()]
-        momenta = [state.get("momentum_buffer") for state in states]  # None of what has had no gradient
+        momenta = [state.get("momentum_buffer") for state in states]  # None before the first gradient
         return {
             "epoch": self.epoch,
-            "model": {name: _copied(tensor) for name, tensor in self.model.state_dict().items()},
-            "momentum": [None if momentum is None else _copied(momentum) for momentum in momenta],
+            "model": {name: _copy_to_cpu(tensor) for name, tensor in self.model.state_dict().items()},
+            "momentum": [None if momentum is None else _copy_to_cpu(momentum) for momentum in momenta],
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
+        """Resume from a state that ``training_state`` returned. Call ``reset`` first."""
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         for parameter, momentum in zip(self.model.parameters(), state["momentum"], strict=True):
@@ -96,45 +116,56 @@ class Resumable:
                 continue
             own = self.optimizer.state[parameter]
             if "momentum_buffer" in own:
-                own["momentum_buffer"].copy_(momentum)  # where a graph has captured it
+                own["momentum_buffer"].copy_(momentum)  # a CUDA graph may have captured the address
             else:
                 own["momentum_buffer"] = momentum.to(parameter.device, copy=True)
 
 
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
+def _copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return a context that computes in bfloat16 if ``dtype`` is bfloat16, and that changes nothing otherwise.
+
+    The cache of cast weights is off. Inside an autocast block of the caller it would outlive the step.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False)
+
+
 @torch.no_grad()
-def evaluate_by_batches(model: nn.Module, score: LossFn, data: Tensors, batch_size: int) -> torch.Tensor:
-    """Whether ``model`` is right, for each test image, bool ``[N]``; the last batch may be short."""
+def evaluate_in_batches(
+    model: nn.Module, loss_fn: LossFn, images: torch.Tensor, labels: torch.Tensor, batch_size: int
+) -> torch.Tensor:
+    """Return which of ``images`` ``[N, C, S, S]`` are classified correctly, bool ``[N]``.
+
+    The last batch may be short.
+    """
     model.eval()
-    batches = zip(data.test_images.split(batch_size), data.test_labels.split(batch_size))
-    return torch.cat([score(images, labels)[1] for images, labels in batches])
+    batches = zip(images.split(batch_size), labels.split(batch_size))
+    return torch.cat([loss_fn(*batch)[1] for batch in batches])
 
 
 def make_loss_fn(model: nn.Module, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> LossFn:
-    """Forward pass and loss of ``model``, under autocast where ``dtype`` is bfloat16."""
-    autocast = dtype == torch.bfloat16
+    """Return the function of ``model``'s forward pass and loss."""
 
-    def score(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # Without the cache of casts, which outlives a step where the caller is in an autocast block too.
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+    def loss_fn(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with autocast(device, dtype):
             return loss_and_correct(model(images), labels, recipe)
 
-    return score
+    return loss_fn
 
 
-def compile_loss_fn(score: Scoring, whole: bool = True) -> Scoring:
-    """``score`` under torch.compile; ``whole`` refuses what the compiler would leave to Python."""
-    return cast(Scoring, torch.compile(copy_code_object(score), dynamic=False, fullgraph=whole))
+def compile_loss_fn(function: Function, fullgraph: bool = True) -> Function:
+    """Compile ``function`` with ``torch.compile`` for each of its shapes."""
+    return cast(Function, torch.compile(copy_code_object(function), dynamic=False, fullgraph=fullgraph))
 
 
 def copy_code_object(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with a code object of its own.
+    """Return a copy of ``function`` that has its own code object.
 
-    The compiler counts recompilations per code object and gives up after a few; functions made anew by the same lines
-    are no recompilations of each other.
+    The compiler counts recompilations per code object and gives up after a few. A function of another model or shape
+    would count as a recompilation of the first.
     """
     own = types.FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
@@ -144,14 +175,19 @@ def copy_code_object(function: Callable[..., Any]) -> Callable[..., Any]:
 def make_sgd(
     model: nn.Module, recipe: Recipe, *, fused: bool | None = None, lr: float | torch.Tensor = 0.0
 ) -> torch.optim.SGD:
-    """The recipe's optimizer, whose loss is a sum over the batch: weight decay times the batch size.
+    """Return the recipe's optimizer.
 
-    ``fused`` None is torch's default, as the script has it: many tensors an operation on a GPU, which False turns off.
-    All groups of parameters have the one ``lr``.
+    The loss is a sum over the batch, so the weight decay is multiplied by the batch size.
+
+    Args:
+        fused: as in ``torch.optim.SGD``. None is torch's default and the reference script's: the multi-tensor
+            implementation on a GPU.
+        lr: initial learning rate of all parameter groups.
     """
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-    if not recipe.decay_norms_and_biases:  # which have a value a channel
-        matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
+    if not recipe.decay_norms_and_biases:
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+        vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]  # one value per channel
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.SGD(
         groups,
@@ -164,6 +200,6 @@ def make_sgd(
 
 
 def warm_up_draws(n: int, device: torch.device) -> Draws:
-    """Draws for ``n`` images in their order, for a warm-up: no random number is used."""
+    """Return draws for ``n`` images in their order, for a warm-up. No random number is used."""
     permutation = torch.arange(n, device=device)
     return Draws(torch.stack((permutation, *torch.zeros(3, n, dtype=torch.int64, device=device))))

@@ -3,124 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from cifar_fast.backends.base import (
-    Resumable,
+    Backend,
     compile_loss_fn,
-    evaluate_by_batches,
+    evaluate_in_batches,
     make_loss_fn,
     make_sgd,
     warm_up_draws,
 )
 from cifar_fast.data.augment import Draws, augment
-from cifar_fast.data.dataset import Dataset
-from cifar_fast.data.tensors import normalized_tensors
-from cifar_fast.model import make_model
-from cifar_fast.recipe import Recipe
-
-if TYPE_CHECKING:
-    from cifar_fast.model import CustomModel
+from cifar_fast.model import build_model
 
 
-class Eager(Resumable):
-    """The reference: the same operations on the same numbers in the same order, and in the same memory format.
+class Eager(Backend):
+    """The reference: the script's operations on the same numbers in the same order.
 
-    On CIFAR-10 the script's batches are NCHW in memory, ``torch.contiguous_format``; in channels_last other kernels
-    give other last bits, and on a CPU take less time.
+    The script's batches are NCHW in memory, ``torch.contiguous_format``. In channels_last torch uses other kernels,
+    which give other last bits and are faster on a CPU.
     """
 
     name = "eager"
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        dataset: Dataset,
-        device: torch.device,
-        dtype: torch.dtype,
-        memory_format: torch.memory_format,
-        custom_model: CustomModel | None = None,
-    ) -> None:
-        self.recipe, self.device, self.dtype, self.memory_format = recipe, device, dtype, memory_format
-        self.custom_model = custom_model
-        self.data = normalized_tensors(dataset, device, dtype, memory_format)
-        self.model = make_model(recipe, dataset, device, dtype, custom_model)
-        self.score = make_loss_fn(self.model, recipe, device, dtype)
+    def _set_up(self) -> None:
+        normalization = self.data.normalization
+        self.train_images = normalization.apply(self.data.train_images, self.dtype)  # [N, S, S, C], to gather from
+        test_images = normalization.apply(self.data.test_images, self.dtype).permute(0, 3, 1, 2)
+        self.test_images = test_images.contiguous(memory_format=self.memory_format)
+        self.model = build_model(self.recipe, self.data.num_classes, self.device, self.dtype, self.custom_model)
+        self.loss_fn = make_loss_fn(self.model, self.recipe, self.device, self.dtype)
         self.reset(self.model)
 
     def reset(self, model: nn.Module) -> None:
-        self.epoch = 0
-        self.model.load_state_dict(model.state_dict())
-        self.optimizer = make_sgd(self.model, self.recipe)
-
-    def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        self.epoch += 1
-        return train_by_steps(self, draws, (self.epoch - 1) % self.recipe.epochs)
-
-    def evaluate(self) -> torch.Tensor:
-        return evaluate_by_batches(self.model, self.score, self.data, self.recipe.batch_size)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.model.state_dict()
-
-
-class Compiled(Resumable):
-    """The same model under torch.compile, with the compiler's own kernels alone; in channels_last unless told."""
-
-    name = "compiled"
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        dataset: Dataset,
-        device: torch.device,
-        dtype: torch.dtype,
-        memory_format: torch.memory_format,
-        custom_model: CustomModel | None = None,
-    ) -> None:
-        self.recipe, self.device, self.dtype, self.memory_format = recipe, device, dtype, memory_format
-        self.custom_model = custom_model
-        self.data = normalized_tensors(dataset, device, dtype, memory_format)
-        # The compiled code holds this model's tensors; each run copies its weights into them.
-        self.model = make_model(recipe, dataset, device, dtype, custom_model).to(memory_format=memory_format)
-        # Whole, or where it is anybody's, in pieces with Python between them.
-        self.score = compile_loss_fn(make_loss_fn(self.model, recipe, device, dtype), whole=custom_model is None)
-        self.reset(self.model)
-        next(self.train_epoch(warm_up_draws(len(dataset.train_images), device)))
-        self.evaluate()
-
-    def reset(self, model: nn.Module) -> None:
-        self.epoch = 0
-        self.model.load_state_dict(model.state_dict())
+        super().reset(model)
         self.model.zero_grad()
         self.optimizer = make_sgd(self.model, self.recipe)
 
     def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        recipe, size = self.recipe, self.recipe.batch_size
+        steps = len(draws) // size
+        steps_before = self.epoch % recipe.epochs * steps
         self.epoch += 1
-        return train_by_steps(self, draws, (self.epoch - 1) % self.recipe.epochs)
+        self.model.train()
+        for i in range(steps):
+            for group in self.optimizer.param_groups:
+                group["lr"] = recipe.learning_rate(steps_before + i + 1, steps)
+            batch = draws.slice(i * size, (i + 1) * size)
+            images = augment(self.train_images, batch, recipe, self.memory_format)
+            loss, correct = self.loss_fn(images, self.data.train_labels[batch.permutation])
+            self.model.zero_grad()
+            loss.sum().backward()
+            self.optimizer.step()
+            yield loss.detach(), correct
 
     def evaluate(self) -> torch.Tensor:
-        return evaluate_by_batches(self.model, self.score, self.data, self.recipe.batch_size)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.model.state_dict()
+        labels, batch_size = self.data.test_labels, self.recipe.batch_size
+        return evaluate_in_batches(self.model, self.loss_fn, self.test_images, labels, batch_size)
 
 
-def train_by_steps(backend: Eager | Compiled, draws: Draws, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Train epoch number ``epoch``, from 0, with the host launching each step's operations."""
-    recipe, data, size = backend.recipe, backend.data, backend.recipe.batch_size
-    steps = len(draws) // size
-    backend.model.train()
-    for i in range(steps):
-        for group in backend.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(epoch * steps + i + 1, steps)
-        batch = draws.slice(i * size, (i + 1) * size)
-        images = augment(data.train_images, batch, recipe, backend.memory_format)
-        loss, correct = backend.score(images, data.train_labels[batch.permutation])
-        backend.model.zero_grad()
-        loss.sum().backward()
-        backend.optimizer.step()
-        yield loss.detach(), correct
+class Compiled(Eager):
+    """The same model under ``torch.compile``, without our kernels.
+
+    The compiled code holds the tensors of one model. Each run copies its weights into them.
+    """
+
+    name = "compiled"
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self.model.to(memory_format=self.memory_format)
+        # A caller's model may need Python between its compiled parts.
+        self.loss_fn = compile_loss_fn(self.loss_fn, fullgraph=self.custom_model is None)
+        next(self.train_epoch(warm_up_draws(len(self.train_images), self.device)))
+        self.evaluate()

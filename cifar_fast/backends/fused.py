@@ -1,94 +1,90 @@
-"""The fused backend: our kernels, torch.compile for the rest, and on a GPU a whole step in one CUDA graph.
+"""The fused backend: our kernels, torch.compile for the rest, and on a GPU one CUDA graph per training step.
 
-Everything that a step needs lies on the device: the data set as bytes, the epoch's draws, the learning rate of each
-step of the run, and the number of the step. One call of ``step`` reads that number, trains on its batch, files the
-losses under it, leaves it one higher and the next rate in its place. It takes nothing from the host and gives nothing
-back, so that it is captured once and an epoch is its draws and a replay a step. Without a GPU, under Triton's
-interpreter, the same function is called instead of replayed.
+Everything that a step needs is on the device: the data set as bytes, the epoch's draws, the learning rate of each step,
+and the step counters. ``train_step`` reads the counter, trains on that batch, stores the losses, increments the counter
+and loads the next learning rate. It exchanges nothing with the host, so one captured graph is replayed for every step.
+Per epoch the host uploads only the random draws. Without a GPU, under Triton's interpreter, the same function is called
+directly.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cifar_fast.backends.base import Resumable, compile_loss_fn, evaluate_by_batches, make_sgd, warm_up_draws
+from cifar_fast.backends.base import (
+    Backend,
+    autocast,
+    compile_loss_fn,
+    evaluate_in_batches,
+    make_sgd,
+    warm_up_draws,
+)
 from cifar_fast.data.augment import Draws
-from cifar_fast.data.dataset import Dataset
-from cifar_fast.data.tensors import PADDED_CHANNELS, byte_tensors
 from cifar_fast.kernels import BatchNormCELU2d, augment, cross_entropy, record
-from cifar_fast.model import CNN, make_model
+from cifar_fast.model import CNN, build_model, loss_dtype
 from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
 
-if TYPE_CHECKING:
-    from cifar_fast.model import CustomModel
+PADDED_CHANNELS = 8
+"""Channels of a batch: three colors, then zeros. A pixel in half precision is then one 128-bit access, which tensor
+cores prefer. Not chosen by measurement yet; 3 and 4 are the alternatives.
+"""
 
-
-WARM_UP = 3
-"""Runs before a capture: the first compiles, and the others find cuDNN's choices and the allocator's memory in place.
+WARM_UP_CALLS = 3
+"""Calls before a capture. The first compiles. The others let cuDNN choose its algorithms and the allocator reach its
+final size.
 """
 
 
-class Fused(Resumable):
-    """The same network with fused kernels; weights and their names are those of the plain model.
+class Fused(Backend):
+    """The same network with fused kernels. The weights and their names are those of the plain model.
 
-    ``custom_model``, where it is given, stands in its place as it is: with augmentation and loss by our kernels, the
-    compiler's for the rest.
+    A custom model stays as it is. Only augmentation and loss then use our kernels; the compiler does the rest.
     """
 
     name = "fused"
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        dataset: Dataset,
-        device: torch.device,
-        dtype: torch.dtype,
-        memory_format: torch.memory_format,
-        custom_model: CustomModel | None = None,
-    ) -> None:
-        self.recipe, self.device, self.dtype, self.memory_format = recipe, device, dtype, memory_format
-        self.custom_model, self.channels = custom_model, PADDED_CHANNELS if custom_model is None else IMAGE_CHANNELS
-        n, size = len(dataset.train_images), recipe.batch_size
+    def _set_up(self) -> None:
+        recipe, data, device, dtype, custom_model = self.recipe, self.data, self.device, self.dtype, self.custom_model
+        n, size = len(data.train_images), recipe.batch_size
         self.steps = n // size
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
-        self.data, self.table = byte_tensors(dataset, device, dtype, self.channels)
+        self.channels = PADDED_CHANNELS if custom_model is None else IMAGE_CHANNELS
+        self.table = data.normalization.table(dtype)
+        test_images = data.normalization.apply(data.test_images, dtype)
+        self.test_images = F.pad(test_images, (0, self.channels - IMAGE_CHANNELS)).permute(0, 3, 1, 2)
         self.draws = warm_up_draws(n, device)
         rates = [recipe.learning_rate(step + 1, self.steps) for step in range(recipe.epochs * self.steps)]
         self.schedule = torch.tensor(rates, dtype=torch.float32, device=device)
-        self.rate = torch.zeros(1, dtype=torch.float32, device=device)
-        self.done = torch.zeros(1, dtype=torch.int64, device=device)  # steps of this run
-        self.position = torch.zeros_like(self.done)  # the same, of this epoch
+        self.lr = torch.zeros(1, dtype=torch.float32, device=device)
+        self.global_step = torch.zeros(1, dtype=torch.int64, device=device)  # steps done in this run
+        self.epoch_step = torch.zeros_like(self.global_step)  # steps done in this epoch
+        self.losses = torch.zeros(self.steps, size, dtype=loss_dtype(dtype), device=device)
         self.correct = torch.zeros(self.steps, size, dtype=torch.bool, device=device)
-        self.test_correct = torch.zeros(len(dataset.test_images), dtype=torch.bool, device=device)
-        self.test_batch = evaluation_batch(len(dataset.test_images), size)
+        self.test_correct = torch.zeros(len(data.test_images), dtype=torch.bool, device=device)
 
-        # The compiled code and the graphs hold this model's tensors; each run copies its weights into them.
-        self.model = make_model(recipe, dataset, device, dtype, custom_model, fuse).to(memory_format=memory_format)
+        # The compiled code and the graphs hold this model's tensors. Each run copies its weights into them.
+        self.model = build_model(recipe, data.num_classes, device, dtype, custom_model, change=fuse)
+        self.model.to(memory_format=self.memory_format)
         if custom_model is None and not any(isinstance(layer, BatchNormCELU2d) for layer in self.model.modules()):
-            self.remarks = [
-                "fused: its norm kernel is for batch norm with CELU; here the compiler's kernels take its place"
-            ]
+            self.notes = ["fused: its norm kernel needs batch norm with CELU; the compiler's kernels are used instead"]
         outputs, scale = (self.model, 1.0) if custom_model else (cast(CNN, self.model).outputs, recipe.output_scale)
-        self.score = compile_loss_fn(make_head(outputs, scale, recipe, device, dtype))
-        loss_dtype = torch.float16 if dtype == torch.float16 else torch.float32
-        self.losses = torch.zeros(self.steps, size, dtype=loss_dtype, device=device)
-        # On a CPU torch 2.11's fused SGD is wrong in half precision.
-        self.optimizer = make_sgd(self.model, recipe, lr=self.rate, fused=device.type == "cuda")
+        self.loss_grad_fn = compile_loss_fn(make_loss_grad_fn(outputs, scale, recipe, device, dtype))
+        # torch 2.11's fused SGD is wrong in half precision on a CPU.
+        self.optimizer = make_sgd(self.model, recipe, lr=self.lr, fused=device.type == "cuda")
         for parameter in self.model.parameters():
             # A captured step must not allocate momentum. Starting from zeros equals SGD's lazy start (dampening 0).
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.seek(0)
-        self.step_graph, self.evaluation_graph = self._capture(self.step), self._capture(self.eval_step)
+        self.step_graph, self.evaluation_graph = self._capture(self.train_step), self._capture(self.eval_step)
 
     def reset(self, model: nn.Module) -> None:
-        self.epoch = 0
-        self.model.load_state_dict(model.state_dict())
+        super().reset(model)
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()
         self.seek(0)
@@ -98,24 +94,21 @@ class Fused(Resumable):
         self.seek(self.epoch % self.recipe.epochs * self.steps)
         self.epoch += 1
         for i in range(self.steps):
-            self.step_graph.replay() if self.step_graph else self.step()
+            self.step_graph.replay() if self.step_graph else self.train_step()
             yield self.losses[i], self.correct[i]
 
     def evaluate(self) -> torch.Tensor:
         self.evaluation_graph.replay() if self.evaluation_graph else self.eval_step()
         return self.test_correct
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.model.state_dict()
+    def seek(self, global_step: int) -> None:
+        """Prepare the first step of an epoch, which follows ``global_step`` steps of the run."""
+        self.global_step.fill_(global_step)
+        self.epoch_step.zero_()
+        self.lr.copy_(self.schedule[global_step : global_step + 1])
 
-    def seek(self, done: int) -> None:
-        """Make the step ready that follows ``done`` steps of the run, the first of an epoch."""
-        self.done.fill_(done)
-        self.position.zero_()
-        self.rate.copy_(self.schedule[done : done + 1])
-
-    def step(self) -> None:
-        """The training step whose number lies on the device, as it is captured."""
+    def train_step(self) -> None:
+        """Run the training step whose number is on the device. This is the function that is captured."""
         recipe = self.recipe
         self.model.train()
         images, labels = augment(
@@ -123,38 +116,43 @@ class Fused(Resumable):
             self.draws.tensor,
             self.table,
             labels=self.data.train_labels,
-            step=self.position,
+            step=self.epoch_step,
             batch_size=recipe.batch_size,
             out_channels=self.channels,
             padding=recipe.crop_padding,
             cutout_size=recipe.cutout_size,
         )
-        outputs, loss, correct, gradient = self.score(images, labels)
+        assert labels is not None
+        outputs, loss, correct, gradient = self.loss_grad_fn(images, labels)
         self.model.zero_grad()
         outputs.backward(gradient)
         self.optimizer.step()
         record(
-            loss.to(self.losses.dtype),  # a model of anybody's may give another
+            loss.to(self.losses.dtype),  # a custom model may return logits of another dtype
             correct,
             losses=self.losses,
             answers=self.correct,
             schedule=self.schedule,
-            rate=self.rate,
-            done=self.done,
-            position=self.position,
+            rate=self.lr,
+            done=self.global_step,
+            position=self.epoch_step,
         )
 
     def eval_step(self) -> None:
-        """The evaluation of the test images, as it is captured."""
+        """Evaluate all test images. This is the function that is captured."""
+        labels, batch_size = (
+            self.data.test_labels,
+            evaluation_batch_size(len(self.test_correct), self.recipe.batch_size),
+        )
 
-        def score(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            _, loss, correct, _ = self.score(images, labels)
+        def loss_fn(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            _, loss, correct, _ = self.loss_grad_fn(images, labels)
             return loss, correct
 
-        self.test_correct.copy_(evaluate_by_batches(self.model, score, self.data, self.test_batch))
+        self.test_correct.copy_(evaluate_in_batches(self.model, loss_fn, self.test_images, labels, batch_size))
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """Run ``function`` until nothing in it is left to compile or choose; on a GPU, give the graph of a call."""
+        """Call ``function`` until nothing is left to compile or choose. On a GPU, return the graph of one call."""
         if self.stream is None:  # no GPU
             function()
             return None
@@ -164,12 +162,12 @@ class Fused(Resumable):
         with fastest_deterministic_convolutions():
             try:
                 with torch.cuda.stream(self.stream):
-                    for _ in range(WARM_UP):
-                        self.seek(0)  # a run may have fewer steps
+                    for _ in range(WARM_UP_CALLS):
+                        self.seek(0)  # a run may have fewer steps than calls
                         function()
                 before.wait_stream(self.stream)
-                # On the warm-up's stream, whose workspaces it shares: the default one belongs to the GPU of the
-                # process's first capture.
+                # Capture on the stream of the warm-up and share its workspaces. The default capture stream belongs to
+                # the GPU of the process's first capture.
                 with torch.cuda.graph(graph, stream=self.stream):
                     try:
                         function()
@@ -182,72 +180,72 @@ class Fused(Resumable):
         return graph
 
 
-def evaluation_batch(n: int, batch_size: int) -> int:
-    """Images per batch of an evaluation of ``n``: near four training batches, which keep more of each image, and alike
-    where ``n`` allows it, since each size is compiled by itself.
+def evaluation_batch_size(n: int, batch_size: int) -> int:
+    """Return the number of images per batch in an evaluation of ``n`` images, about four training batches.
+
+    The batches are equal if ``n`` allows it, because each size is compiled separately.
     """
     return -(-n // -(-n // (4 * batch_size)))
 
 
 def reset_after_failed_capture(stream: torch.cuda.Stream) -> None:
-    """Make ``stream`` current again after a capture that failed, which leaves its own.
+    """Make ``stream`` current again after a failed capture, which leaves its own stream current.
 
-    In torch 2.11 the GPU's generator still believes in the capture then, and gives no more numbers; one that succeeds
-    takes that back.
+    In torch 2.11 the GPU's generator still believes that it is captured then, and draws no more numbers. A capture
+    that succeeds resets it.
     """
     torch.cuda.set_stream(stream)
     side = torch.cuda.Stream()
     side.wait_stream(stream)
-    # Where the GPU takes nothing more, the first error is the one to tell.
+    # If the GPU accepts no more work, the first error is the one to report.
     with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):
         torch.zeros(1, device=stream.device)
     torch.cuda.set_stream(stream)
 
 
-Head = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+LossGradFn = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+"""Takes images ``[B, C, S, S]`` and labels ``[B]``. Returns the model's outputs ``[B, classes]``, the losses ``[B]``,
+which predictions are correct as bool ``[B]``, and the gradient of the sum of the losses with respect to the outputs.
+"""
 
 
-def make_head(
+def make_loss_grad_fn(
     model: Callable[[torch.Tensor], torch.Tensor],
     scale: float,
     recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
-) -> Head:
-    """As :func:`cifar_fast.backends.base.make_loss_fn`, of a ``model`` whose outputs are the logits but for ``scale``; gives
-    the outputs too, and the gradient of the losses' sum with respect to them.
+) -> LossGradFn:
+    """Return the function of ``model``'s forward pass, loss, and the loss's gradient.
+
+    The logits are the outputs of ``model`` times ``scale``.
     """
-    autocast = dtype == torch.bfloat16
 
-    def head(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+    def loss_grad_fn(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with autocast(device, dtype):
             outputs = model(images).contiguous()
-        settings = dict(label_smoothing=recipe.label_smoothing, scale=scale)
-        return outputs, *cross_entropy(outputs, labels, **settings)
+        return outputs, *cross_entropy(outputs, labels, label_smoothing=recipe.label_smoothing, scale=scale)
 
-    return head
+    return loss_grad_fn
 
 
 def fuse(model: CNN) -> CNN:
-    """``model`` with each (max-pool,) batch norm and CELU as one operator, for images with channels of zeros appended.
-    Other norms and activations stay plain, for the compiler.
+    """Replace each (max-pool,) batch norm and CELU of ``model`` by one operator, in place, and return ``model``.
 
-    Changes ``model`` and gives it back. Modules keep their places, and so the state dict its names.
+    The result takes images with ``PADDED_CHANNELS`` channels. Other norms and activations stay plain, for the
+    compiler. Modules keep their indices, so the names in the state dict do not change.
     """
     layers = list(model.seq)
     for i, layer in enumerate(layers):
         if isinstance(layer, nn.BatchNorm2d) and isinstance(celu := layers[i + 1], nn.CELU):
-            pool = layers[i - 1]
-            pooled = isinstance(pool, nn.MaxPool2d)
-            fused = BatchNormCELU2d(
-                layer.num_features, layer.eps, layer.momentum, alpha=celu.alpha, pool=pool.kernel_size if pooled else 1
-            )
-            fused.load_state_dict(layer.state_dict())
-            model.seq[i], model.seq[i + 1] = fused, nn.Identity()
-            if pooled:
+            pool_size = 1
+            if isinstance(pool := layers[i - 1], nn.MaxPool2d):
+                pool_size = cast(int, pool.kernel_size)
                 model.seq[i - 1] = nn.Identity()
-    head = len(layers) - 3  # max-pool, flatten, linear
-    model.seq[head] = GlobalMaxPool2d()
+            norm = BatchNormCELU2d(layer.num_features, layer.eps, layer.momentum, alpha=celu.alpha, pool=pool_size)
+            norm.load_state_dict(layer.state_dict())
+            model.seq[i], model.seq[i + 1] = norm, nn.Identity()
+    model.seq[len(layers) - 3] = GlobalMaxPool2d()  # before flatten and linear
     first = layers[0]
     assert isinstance(first, nn.Conv2d)
     model.seq[0] = PaddedConv2d(first, PADDED_CHANNELS)
@@ -255,43 +253,47 @@ def fuse(model: CNN) -> CNN:
 
 
 class GlobalMaxPool2d(nn.Module):
-    """The maximum over all pixels, the first where there are several, as ``[N, C, 1, 1]``.
+    """The maximum over all pixels of each channel, ``[N, C, 1, 1]``; the gradient goes to the first of equal pixels.
 
-    As one pass of the compiler's in each direction: of torch's own backward it makes three, with atomics.
+    The compiler makes one pass of it in each direction. It makes three of torch's own backward pass, with atomics.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [N, H W, C], as they lie in memory, and so the gradient will
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [N, H W, C], the order in memory, also of the gradient
         first = pixels.argmax(dim=1, keepdim=True)
         chosen = torch.arange(pixels.shape[1], device=x.device)[:, None] == first
         return torch.where(chosen, pixels, 0).sum(dim=1)[..., None, None]
 
 
 class PaddedConv2d(nn.Conv2d):
-    """A convolution for images with channels of zeros after their own, with a weight of zeros for them.
+    """A convolution for images that are padded with channels of zeros; its weight has zeros for them.
 
-    They stay zeros in training: so is their gradient. The state dict is that of the convolution without them.
+    These weights stay zero in training, because their gradient is zero. The state dict holds the weight of the
+    original convolution.
     """
 
     def __init__(self, conv: nn.Conv2d, channels: int) -> None:
-        how: dict[str, Any] = dict(kernel_size=conv.kernel_size, padding=conv.padding, bias=False, device="meta")
-        super().__init__(channels, conv.out_channels, **how)
+        geometry: dict[str, Any] = dict(kernel_size=conv.kernel_size, padding=conv.padding)
+        super().__init__(channels, conv.out_channels, **geometry, bias=False, device="meta")
         self.in_channels = conv.in_channels
         self.weight = nn.Parameter(self.pad(conv.weight.detach()))
-        self.register_state_dict_post_hook(self._cut)
-        self.register_load_state_dict_pre_hook(self._pad)
+        self.register_state_dict_post_hook(self._remove_padding)
+        self.register_load_state_dict_pre_hook(self._add_padding)
 
     def pad(self, weight: torch.Tensor) -> torch.Tensor:
+        """Append zeros for the padding channels to ``weight`` ``[out, in, 3, 3]``."""
         return F.pad(weight, (0, 0, 0, 0, 0, self.weight.shape[1] - weight.shape[1]))
 
     @staticmethod
-    def _cut(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    def _remove_padding(
+        module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, metadata: dict[str, Any]
+    ) -> None:
         assert isinstance(module, PaddedConv2d)
         name = f"{prefix}weight"
         state_dict[name] = state_dict[name][:, : module.in_channels].contiguous()
 
     @staticmethod
-    def _pad(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
+    def _add_padding(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
         assert isinstance(module, PaddedConv2d)
         name = f"{prefix}weight"
         if name in state_dict:
@@ -300,7 +302,7 @@ class PaddedConv2d(nn.Conv2d):
 
 @contextlib.contextmanager
 def fastest_deterministic_convolutions() -> Iterator[None]:
-    """Have cuDNN time the algorithms that give the same bits each time, and take the fastest for each shape."""
+    """Let cuDNN time its deterministic algorithms and use the fastest for each shape."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark = cudnn.deterministic = True

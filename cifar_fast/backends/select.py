@@ -1,32 +1,27 @@
-"""What is to run: what ``auto`` means on this machine, settled once and handed on as a value, and its set-up."""
+"""Choice of the backend: what ``auto`` means on this machine, and the construction of the backend."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from cifar_fast.backends.base import Backend
+from cifar_fast.backends.base import Backend, autocast
 from cifar_fast.backends.eager import Compiled, Eager
-from cifar_fast.data.dataset import Dataset
-from cifar_fast.model import CustomModel, make_model
+from cifar_fast.data.tensors import DeviceData
+from cifar_fast.model import CustomModel, build_model
 from cifar_fast.recipe import BACKENDS, DTYPES, IMAGE_CHANNELS, IMAGE_SIZE, MEMORY_FORMATS, Recipe
 from cifar_fast.utils.device import _device, check_caches, cpu_has_bfloat16, fused_unavailable_reason, short_name
-from cifar_fast.utils.errors import InputError, first_cause, first_line, out_of_memory
+from cifar_fast.utils.errors import InputError, first_cause, first_line, option, out_of_memory
 from cifar_fast.utils.progress import LOGGER
-
-SetUp = Callable[["BackendConfig", Recipe, Dataset], "tuple[Backend, list[str]]"]
-"""Takes and gives what :func:`set_up` does."""
 
 
 @dataclass(frozen=True)
 class BackendConfig:
-    """What is to run, and in ``reason`` why, where that was left to us.
-
-    ``backends``: names of those to try to set up, in this order; more than one where ``auto`` may fall back.
-    """
+    """Backends to try in order, with device, dtype and memory format. ``reason`` explains what ``auto`` chose."""
 
     backends: tuple[str, ...]
     device: torch.device
@@ -35,14 +30,18 @@ class BackendConfig:
     reason: str
 
     def __str__(self) -> str:
-        """Backend, memory format and dtype, such as "fused, channels_last, float16"."""
+        """Return backend, memory format and dtype, such as "fused, channels_last, float16"."""
         return f"{self.backends[0]}, {short_name(self.memory_format)}, {short_name(self.dtype)}"
 
 
 def resolve_backend(
     backend: str = "auto", device: str = "auto", dtype: str = "auto", memory_format: str = "auto"
 ) -> BackendConfig:
-    """Settle what ``auto`` means here; :class:`InputError` for what cannot work here."""
+    """Decide what ``auto`` means on this machine.
+
+    Raises:
+        InputError: a name is unknown, or the choice cannot work on this machine.
+    """
     for what, value, names in (
         ("backend", backend, BACKENDS),
         ("dtype", dtype, DTYPES),
@@ -51,7 +50,9 @@ def resolve_backend(
         if value not in ("auto", *names):
             raise InputError(f"unknown {what} {value!r}; there are auto, {', '.join(names)}")
     if backend == "fused" and memory_format == "contiguous_format":
-        raise InputError("the fused backend's kernels need --memory-format channels_last; eager and compiled have both")
+        raise InputError(
+            f"the fused backend's kernels need {option('memory_format')} channels_last; eager and compiled support both"
+        )
     check_caches()
     reasons = []
 
@@ -78,7 +79,9 @@ def resolve_backend(
     backends: tuple[str, ...] = (backend,)
     unavailable = None if backend in ("eager", "compiled") else fused_unavailable_reason(where)
     if backend == "fused" and unavailable:
-        raise InputError(f"the fused backend cannot run here ({unavailable}); use --backend compiled, eager or auto")
+        raise InputError(
+            f"the fused backend cannot run here ({unavailable}); choose {option('backend')} compiled, eager or auto"
+        )
     if backend == "auto" and where.type == "cpu":
         backends = ("eager",)
         reasons.append("eager was measured faster than compiled on a CPU")
@@ -94,55 +97,78 @@ def resolve_backend(
     return BackendConfig(backends, where, getattr(torch, dtype), getattr(torch, memory_format), "; ".join(reasons))
 
 
-def build_backend(
-    plan: BackendConfig, recipe: Recipe, dataset: Dataset, custom_model: CustomModel | None = None
-) -> tuple[Backend, list[str]]:
-    """The first backend of ``plan`` that works here, set up for every run to come, and what was said of those that
-    failed.
+def local_device(config: BackendConfig, world_size: int, local_rank: int, asked: str) -> BackendConfig:
+    """Return ``config`` on the GPU of this rank, unless one process trains alone or the caller named a device.
 
-    The backend holds throw-away weights: call ``reset`` before training. Where a backend fails and there is another,
-    the log gets a line; where there is none, :class:`InputError` is raised.
+    Args:
+        world_size: number of processes.
+        local_rank: rank of this process on its machine.
+        asked: the device's name as the caller gave it.
+
+    Raises:
+        InputError: this machine has more processes than GPUs.
+    """
+    if world_size == 1 or config.device.type != "cuda" or asked not in ("auto", "cuda"):
+        return config
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise InputError(
+            f"more processes than GPUs, {count} on this machine; start torchrun with --nproc-per-node {count}, or "
+            f"choose {option('device')} cpu"
+        )
+    return dataclasses.replace(config, device=torch.device("cuda", local_rank))
+
+
+def build_backend(
+    config: BackendConfig, recipe: Recipe, data: DeviceData, custom_model: CustomModel | None = None
+) -> tuple[Backend, list[str]]:
+    """Return the first backend of ``config`` that works here, and a line for each that failed before it.
+
+    The backend's weights are arbitrary; call ``reset`` before training. Each failure is logged.
+
+    Raises:
+        InputError: no backend works, or the custom model does not make logits of images.
     """
     if custom_model:
-        check_logits(custom_model, plan, recipe, dataset)
+        check_logits(custom_model, config, recipe, data.num_classes)
     failures: list[str] = []
-    for name, following in zip(plan.backends, (*plan.backends[1:], None)):
+    for name, following in zip(config.backends, (*config.backends[1:], None)):
         if name != "eager":
-            LOGGER.info(
-                f"setting up the {name} backend, which compiles: a minute or so, less when it has been done before"
-            )
+            LOGGER.info(f"setting up the {name} backend, which compiles: about a minute, less if it is cached")
         try:
-            backend = backend_class(name)(recipe, dataset, plan.device, plan.dtype, plan.memory_format, custom_model)
+            backend = backend_class(name)(recipe, data, config.device, config.dtype, config.memory_format, custom_model)
         except InputError:
             raise
-        except Exception as error:  # compiler, driver, memory: each layer below raises its own
+        except Exception as error:  # compiler, driver and memory each raise their own
             cannot = f"take the model {custom_model.name}" if custom_model else "be set up"
-            failure = f"the {name} backend cannot {cannot} here ({_why(error, recipe.batch_size)})"
+            failure = InputError(f"the {name} backend cannot {cannot} here ({_reason(error, recipe.batch_size)})")
             if following is None:
-                raise InputError(f"{failure}; see --backend for others, --traceback for where it failed") from error
+                raise InputError(f"{failure.message}; choose another {option('backend')}") from error
             LOGGER.debug("%s", failure, exc_info=error)
         else:
-            for line in (*dataset.remarks, *backend.remarks):
+            for line in backend.notes:
                 LOGGER.info(line)
             return backend, failures
         failures.append(f"{failure}, {following} instead")
         LOGGER.info(f"auto: {failures[-1]}")
-        gc.collect()  # what failed holds its tensors in cycles, and the next backend needs the memory
-        if plan.device.type == "cuda":
+        gc.collect()  # the failed backend holds its tensors in cycles, and the next one needs the memory
+        if config.device.type == "cuda":
             torch.cuda.empty_cache()
-    raise AssertionError("a plan has at least one backend")
+    raise AssertionError("a config names at least one backend")
 
 
-def _why(error: BaseException, batch_size: int) -> str:
-    """The reason in a line. No variable of the caller's may hold the cause, whose frames hold the backend's memory."""
+def _reason(error: BaseException, batch_size: int) -> str:
+    """Return the cause of ``error`` in one line.
+
+    It is found here so that no variable of the caller holds the cause, whose frames hold the backend's memory.
+    """
     cause = first_cause(error)
     if out_of_memory(cause):
-        return f"out of memory at --batch-size {batch_size}"
+        return f"out of memory at {option('batch_size')} {batch_size}"
     return f"{type(cause).__name__}: {first_line(cause)}"
 
 
-def backend_class(name: str) -> Callable[..., Backend]:
-    """The class of the backend ``name``; fused imports Triton, which not every machine has."""
+def backend_class(name: str) -> type[Backend]:
+    """Return the class of the backend ``name``. The fused backend imports Triton, which not every machine has."""
     if name == "fused":
         from cifar_fast.backends.fused import Fused
 
@@ -150,62 +176,67 @@ def backend_class(name: str) -> Callable[..., Backend]:
     return Eager if name == "eager" else Compiled
 
 
-def once(set_up: SetUp) -> SetUp:
-    """``set_up`` for one recipe, which is set up at the first call."""
-    made: list[tuple[Backend, list[str]]] = []
+class BackendCache:
+    """The backends that were built, for the next run of the same config and recipe.
 
-    def make(plan: BackendConfig, recipe: Recipe, dataset: Dataset) -> tuple[Backend, list[str]]:
-        if not made:
-            made.append(build_backend(plan, recipe, dataset))
-        return made[0]
-
-    return make
-
-
-def keeping() -> SetUp:
-    """A :func:`cifar_fast.backends.select.build_backend` that gives what it has set up before, for the same plan and recipe.
-
-    What compiles and captures, minutes for each variant, is kept; on a GPU all go when less than half of its memory is
-    free. Eager, which is set up in the time that its data take to the device, is not.
+    Compiled and fused backends are kept, because a build takes minutes. An eager backend is kept until another one is
+    requested. On a GPU all are dropped before a build if less than half of the GPU's memory is free.
     """
-    kept: dict[tuple[BackendConfig, Recipe], tuple[Backend, list[str]]] = {}
 
-    def make(plan: BackendConfig, recipe: Recipe, dataset: Dataset) -> tuple[Backend, list[str]]:
-        if (plan, recipe) in kept:
-            return kept[plan, recipe]
-        if kept and plan.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(plan.device)
+    def __init__(self) -> None:
+        self._kept: dict[tuple[BackendConfig, Recipe, CustomModel | None], tuple[Backend, list[str]]] = {}
+
+    def get(
+        self,
+        config: BackendConfig,
+        recipe: Recipe,
+        make_data: Callable[[], DeviceData],
+        custom_model: CustomModel | None = None,
+    ) -> tuple[Backend, list[str]]:
+        """Return what :func:`build_backend` returned for these arguments; build if nothing is kept.
+
+        ``make_data`` returns the data on the device. It is called only for a build.
+        """
+        key = config, recipe, custom_model
+        dropped = [other for other, (backend, _) in self._kept.items() if backend.name == "eager" and other != key]
+        for other in dropped:
+            del self._kept[other]
+        if key not in self._kept:
+            self._make_room(config.device)
+            self._kept[key] = build_backend(config, recipe, make_data(), custom_model)
+        return self._kept[key]
+
+    def _make_room(self, device: torch.device) -> None:
+        if self._kept and device.type == "cuda":
+            torch.cuda.empty_cache()  # memory of dropped tensors does not count as free before
+            free, total = torch.cuda.mem_get_info(device)
             if free < total / 2:
-                kept.clear()
+                self._kept.clear()
                 gc.collect()  # graphs and compiled code hold their tensors in cycles
                 torch.cuda.empty_cache()
-        made = build_backend(plan, recipe, dataset)
-        if made[0].name != "eager":
-            kept[plan, recipe] = made
-        return made
-
-    return make
 
 
 @torch.no_grad()
-def check_logits(model_maker: CustomModel, plan: BackendConfig, recipe: Recipe, dataset: Dataset) -> None:
-    """Raise :class:`InputError` unless the model makes logits of images."""
-    model = (
-        make_model(recipe, dataset, plan.device, plan.dtype, model_maker).to(memory_format=plan.memory_format).eval()
-    )
+def check_logits(custom_model: CustomModel, config: BackendConfig, recipe: Recipe, num_classes: int) -> None:
+    """Raise :class:`InputError` unless ``custom_model`` makes logits ``[B, num_classes]`` of images."""
+    device, dtype, memory_format = config.device, config.dtype, config.memory_format
+    model = build_model(recipe, num_classes, device, dtype, custom_model).to(memory_format=memory_format).eval()
     shape = (2, IMAGE_CHANNELS, IMAGE_SIZE, IMAGE_SIZE)
-    images = torch.zeros(shape, dtype=plan.dtype, device=plan.device).contiguous(memory_format=plan.memory_format)
+    images = torch.zeros(shape, dtype=dtype, device=device).contiguous(memory_format=memory_format)
     try:
-        with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.dtype == torch.bfloat16):
+        with autocast(device, dtype):
             logits = model(images)
-    except Exception as error:  # whatever a model of anybody's raises
+    except Exception as error:  # the caller's model may raise anything
         cause = first_cause(error)
         raise InputError(
-            f"model {model_maker.name} cannot take images of shape {shape} in {plan.memory_format} "
+            f"model {custom_model.name} cannot take images of shape {shape} in {memory_format} "
             f"({type(cause).__name__}: {first_line(cause)})"
         ) from error
-    is_tensor = isinstance(logits, torch.Tensor)
-    wanted = (len(images), dataset.num_classes)
-    if not is_tensor or tuple(logits.shape) != wanted or not logits.is_floating_point():
-        came = f"{logits.dtype} of shape {tuple(logits.shape)}" if is_tensor else type(logits).__name__
-        raise InputError(f"model {model_maker.name} must give logits of shape {wanted} for two images, not {came}")
+    expected = (len(images), num_classes)
+    if not isinstance(logits, torch.Tensor):
+        got = type(logits).__name__
+    elif tuple(logits.shape) != expected or not logits.is_floating_point():
+        got = f"{logits.dtype} of shape {tuple(logits.shape)}"
+    else:
+        return
+    raise InputError(f"model {custom_model.name} must return logits of shape {expected} for two images, not {got}")

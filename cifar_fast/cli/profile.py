@@ -34,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     from cifar_fast.backends.select import build_backend, resolve_backend
     from cifar_fast.data.augment import draw_epoch
+    from cifar_fast.data.tensors import device_data
     from cifar_fast.diagnostics.profile import profile
     from cifar_fast.model import CNN
     from cifar_fast.training.fit import check
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     dataset.steps_per_epoch(recipe.batch_size)
     weights, order, augmentation = seeds.for_run(0).generators(plan.device)
     with device_guard(plan.device), torch_defaults(plan.device):
-        backend, _ = build_backend(plan, recipe, dataset)
+        backend, _ = build_backend(plan, recipe, device_data(dataset, plan.device))
         backend.reset(CNN(recipe, dataset.num_classes, weights))
         n, drawn = len(dataset.train_images), dict(generator=augmentation, order=order)
         draws = draw_epoch(n, device=plan.device, recipe=recipe, **drawn)

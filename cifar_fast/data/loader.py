@@ -10,7 +10,7 @@ import torch
 from cifar_fast.backends.select import resolve_backend
 from cifar_fast.data.augment import Draws, augment, draw_epoch
 from cifar_fast.data.dataset import Dataset
-from cifar_fast.data.tensors import channel_statistics
+from cifar_fast.data.tensors import Normalization
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
 from cifar_fast.utils.device import fused_unavailable_reason, short_name
 from cifar_fast.utils.errors import InputError
@@ -74,7 +74,8 @@ class Loader:
         self.device, self.dtype = self.images.device, plan.dtype  # with its number, where it is a GPU
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.labels = torch.tensor(getattr(dataset, f"{split}_labels"), device=self.device)
-        self.mean, self.std = channel_statistics(torch.tensor(dataset.train_images, device=self.device))
+        normalization = Normalization.of(torch.tensor(dataset.train_images, device=self.device))
+        self.mean, self.std = normalization.mean, normalization.std
         self._fused = fused_unavailable_reason(self.device) is None
         self._check()
 

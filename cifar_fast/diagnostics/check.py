@@ -27,10 +27,11 @@ from cifar_fast.backends.select import BackendConfig, build_backend
 from cifar_fast.data.augment import draw_epoch
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.synthetic import PATTERNS, textures
+from cifar_fast.data.tensors import device_data
 from cifar_fast.diagnostics.compare import Comparison, compare
 from cifar_fast.diagnostics.kernel_cases import DIRECTIONS
 from cifar_fast.diagnostics.roofline import copy_bandwidth, floors, matmul_flops, passes
-from cifar_fast.model import CNN, parameter_dtype
+from cifar_fast.model import CNN, loss_dtype, parameter_dtype
 from cifar_fast.recipe import Block, Recipe
 from cifar_fast.utils.device import device_guard, device_timer, environment, fused_unavailable_reason, short_name
 from cifar_fast.utils.errors import InputError, first_cause, first_line
@@ -133,7 +134,7 @@ class Check:
         start = clock()
         if self.plan.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.plan.device)
-        self.backend, self.failures = build_backend(self.plan, self.recipe, dataset)
+        self.backend, self.failures = build_backend(self.plan, self.recipe, device_data(dataset, self.plan.device))
         if self.failures:
             raise Wrong("; ".join(self.failures))
         return f"the {self.backend.name} backend, in {clock() - start:.0f} s"
@@ -244,10 +245,11 @@ def compile_kernels(recipe: Recipe, dtype: torch.dtype, device: torch.device) ->
 
 def check_augmentation(recipe: Recipe, dtype: torch.dtype, device: torch.device, dataset: Dataset) -> str:
     """The second batch of an epoch, with its labels, against plain torch."""
-    from cifar_fast.data.tensors import PADDED_CHANNELS, byte_tensors
+    from cifar_fast.backends.fused import PADDED_CHANNELS
     from cifar_fast.kernels.augment import augment, augment_reference
 
-    data, table = byte_tensors(dataset, device, dtype)
+    data = device_data(dataset, device)
+    table = data.normalization.table(dtype)
     draws = draw_epoch(len(data.train_images), device=device, recipe=recipe, generator=make_generators(0, device)[1])
     size = recipe.batch_size
     how = dict(out_channels=PADDED_CHANNELS, padding=recipe.crop_padding, cutout_size=recipe.cutout_size)
@@ -263,7 +265,7 @@ def check_record(size: int, dtype: torch.dtype, device: torch.device) -> str:
     """An epoch's steps and one more, against plain torch."""
     from cifar_fast.kernels.record_step import record, record_reference
 
-    loss = torch.randn(STEPS + 1, size, device=device).to(torch.float16 if dtype == torch.float16 else torch.float32)
+    loss = torch.randn(STEPS + 1, size, device=device).to(loss_dtype(dtype))
     sides = []
     for function in (record, record_reference):
         tensors = dict(

@@ -40,6 +40,7 @@ from cifar_fast.backends.eager import Eager
 from cifar_fast.backends.select import BackendConfig, build_backend
 from cifar_fast.data.augment import draw_epoch
 from cifar_fast.data.dataset import Dataset
+from cifar_fast.data.tensors import device_data
 from cifar_fast.model import CNN
 from cifar_fast.recipe import Recipe
 from cifar_fast.utils.device import device_guard, environment, short_name
@@ -119,16 +120,17 @@ def _compare(
     )  # none is needed
     next_higher = higher_precision(dtype)
     weights, generator = make_generators(seed, device)
+    data = device_data(dataset, device)
     model = CNN(recipe, dataset.num_classes, weights)
-    ours, theirs = (build_backend(plan, recipe, dataset)[0] for plan in (first, second))
+    ours, theirs = (build_backend(plan, recipe, data)[0] for plan in (first, second))
     layout = first.memory_format
     same_layout = isinstance(theirs, Eager) and theirs.memory_format == layout
-    eager = theirs if same_layout else Eager(recipe, dataset, device, dtype, layout)
+    eager = theirs if same_layout else Eager(recipe, data, device, dtype, layout)
     assert isinstance(eager, Eager)
-    higher = Eager(recipe, dataset, device, next_higher, layout)
-    truth = higher if next_higher == torch.float64 else Eager(recipe, dataset, device, torch.float64, layout)
+    higher = Eager(recipe, data, device, next_higher, layout)
+    truth = higher if next_higher == torch.float64 else Eager(recipe, data, device, torch.float64, layout)
     for side in (higher, truth):
-        side.data = side.data._replace(train_images=eager.data.train_images.to(side.dtype))
+        side.train_images = eager.train_images.to(side.dtype)
     five: tuple[Backend, ...] = (ours, theirs, eager, higher, truth)
     sides = list({id(one): one for one in five}.values())
     for one in sides:

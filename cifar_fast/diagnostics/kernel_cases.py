@@ -23,7 +23,7 @@ from cifar_fast.kernels.batch_norm_celu import example_launches as norm_launches
 from cifar_fast.kernels.cross_entropy import example_launches as cross_entropy_launches
 from cifar_fast.kernels.launch import Launch
 from cifar_fast.kernels.record_step import example_launches as record_launches
-from cifar_fast.model import parameter_dtype
+from cifar_fast.model import loss_dtype, parameter_dtype
 from cifar_fast.recipe import IMAGE_SIZE, Block, Recipe
 
 DIRECTIONS = ("forward", "backward", "inference")
@@ -193,7 +193,7 @@ class Head:
     name = "loss and bookkeeping"
 
     def launches(self) -> list[Launch]:
-        size, loss = self.recipe.batch_size, torch.float16 if self.dtype == torch.float16 else torch.float32
+        size, loss = self.recipe.batch_size, loss_dtype(self.dtype)
         settings = dict(label_smoothing=self.recipe.label_smoothing, scale=self.recipe.output_scale)
         first = cross_entropy_launches(size, self.classes, dtype=self.dtype, **settings)
         return first + record_launches(size, dtype=loss)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from cifar_fast.backends.select import BackendConfig, keeping, resolve_backend
+from cifar_fast.backends.select import BackendCache, BackendConfig, resolve_backend
 from cifar_fast.data.sources import check_named, read_dataset
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint, begun_alone, read_checkpoint, read_parts
@@ -202,7 +202,7 @@ def fit_sweep(
 
     A folder is what :func:`cifar_fast.fit` writes with ``output``, whole after each run. A variant that diverges is
     told and left out from there on. Compiled and captured backends are kept from a run of a variant to the next, see
-    :func:`keeping`.
+    :class:`BackendCache`.
 
     Args:
         log: takes the lines that a person reads, the variant's name before them; None is silent.
@@ -228,7 +228,7 @@ def _fit_sweep(sweep: Sweep, on_step: Callable[[], None], world: World) -> dict[
     threads = next((result.settings["threads"] for result in results.values()), None)  # the last bits depend on them
     diverged: dict[str, str] = {}
     how: dict[str, Any] = dict(seeds=sweep.seeds, checkpoint_every=sweep.checkpoint_every, also_test=sweep.also_test)
-    how |= dict(on_step=on_step, make_backend=keeping())
+    how |= dict(on_step=on_step, make_backend=BackendCache().get)
 
     if world.size == 1 and not any((sweep.folder(name) / PARTS).exists() for name in sweep.variants):
         how["threads"] = threads

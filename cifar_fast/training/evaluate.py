@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cifar_fast.backends.base import Backend
+from cifar_fast.backends.base import Backend, autocast
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.eval_sets import EvalSet
-from cifar_fast.model import make_model
+from cifar_fast.model import build_model
 
 
 @torch.no_grad()
@@ -22,10 +22,11 @@ def plain_logits(
     """Logits ``[N, classes]`` of ``images``, uint8 ``[N, 32, 32, 3]``, or of those at ``places``, by the plain model in
     the dtype of ``backend``, with the weights that it holds; on its device.
 
-    ``normalization``: mean and deviation of the training images, as :func:`cifar_fast.data.tensors.channel_statistics`.
+    ``normalization``: mean and deviation of the training images, as in :class:`cifar_fast.data.tensors.Normalization`.
     """
     recipe, device, dtype = backend.recipe, backend.device, backend.dtype
-    model = make_model(recipe, dataset, device, dtype, backend.custom_model).to(memory_format=backend.memory_format)
+    model = build_model(recipe, dataset.num_classes, device, dtype, backend.custom_model)
+    model.to(memory_format=backend.memory_format)
     model.load_state_dict(backend.state_dict())
     model.eval()
     mean, std = normalization
@@ -35,7 +36,7 @@ def plain_logits(
         batch = images[places[start : start + recipe.batch_size]]
         batch = torch.tensor(np.ascontiguousarray(batch), device=device)
         batch = ((batch - mean) / std).to(dtype).permute(0, 3, 1, 2).contiguous(memory_format=backend.memory_format)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
+        with autocast(device, dtype):
             logits.append(model(batch))
     return torch.cat(logits)
 

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from cifar_fast.backends.select import BackendConfig, SetUp, build_backend, once, resolve_backend
+from cifar_fast.backends.base import Backend
+from cifar_fast.backends.select import BackendCache, BackendConfig, resolve_backend
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.eval_sets import read_eval_sets
-from cifar_fast.data.tensors import channel_statistics
-from cifar_fast.model import CNN, CustomModel, Model
+from cifar_fast.data.tensors import DeviceData, device_data
+from cifar_fast.model import CustomModel, Model
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint, part_folder, read_parts, without_runs
 from cifar_fast.training.evaluate import accuracy, plain_logits
@@ -35,6 +36,9 @@ from cifar_fast.utils.files import CHECKPOINT, PARTS, atomic_write, remove_empty
 from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, print_line
 from cifar_fast.utils.seeds import Seeds
 from cifar_fast.utils.torch_defaults import DEFAULT_NUM_THREADS, torch_defaults
+
+MakeBackend = Callable[[BackendConfig, Recipe, Callable[[], DeviceData]], tuple[Backend, list[str]]]
+"""Takes and returns the same as :meth:`BackendCache.get`."""
 
 
 def fit(
@@ -118,9 +122,8 @@ def fit(
     how: dict[str, Any] = dict(also_test=also_test, save_logits=save_logits, threads=threads)
     how |= dict(seeds=seeds, runs=runs, output=folder, checkpoint_every=checkpoint_every)
     with lines_to(log), own.preserve_rng(plan.device) if own else contextlib.nullcontext():
-        result = fit_shared(
-            World(), recipe, dataset, plan, make_backend=functools.partial(build_backend, custom_model=own), **how
-        )
+        make_backend = functools.partial(BackendCache().get, custom_model=own)
+        result = fit_shared(World(), recipe, dataset, plan, make_backend=make_backend, **how)
     assert result is not None
     return result
 
@@ -161,7 +164,7 @@ def fit_shared(
     seeds: Seeds,
     runs: int,
     threads: int | None = None,
-    make_backend: SetUp = build_backend,
+    make_backend: MakeBackend | None = None,
     **how: Any,
 ) -> Result | None:
     """As :func:`cifar_fast.training.fit.fit_plan`, the runs shared by the processes of ``world``: rank r takes every size-th
@@ -172,7 +175,7 @@ def fit_shared(
         alone: dict[str, Any] = dict(output=output, seeds=seeds, runs=runs, threads=threads)
         return fit_plan(recipe, dataset, plan, make_backend=make_backend, **alone, **how)
     assert output is not None, "what is shared goes over the disk"
-    make_backend = once(make_backend)
+    make_backend = make_backend or BackendCache().get
 
     with contextlib.ExitStack() as stack:
 
@@ -273,7 +276,7 @@ def fit_plan(
     save_logits: bool = False,
     threads: int | None = None,
     on_step: Callable[[], None] = lambda: None,
-    make_backend: SetUp = build_backend,
+    make_backend: MakeBackend | None = None,
 ) -> Result:
     """As :func:`cifar_fast.fit`, with device, dtype and backend settled by :func:`cifar_fast.backends.select.resolve_backend`; goes on
     from the checkpoint of ``output`` where it has one. ``on_step`` is called after each step; what it raises ends the
@@ -306,8 +309,11 @@ def fit_plan(
         for line in standing.moved(facts) if standing else ():
             LOGGER.info(line)
         start = clock()
-        backend, failures = make_backend(plan, recipe, dataset)
-        normalization = channel_statistics(torch.from_numpy(dataset.train_images).to(plan.device))
+        make_backend = make_backend or BackendCache().get
+        for line in dataset.remarks:
+            LOGGER.info(line)
+        backend, failures = make_backend(plan, recipe, lambda: device_data(dataset, plan.device))
+        normalization = backend.data.normalization.mean, backend.data.normalization.std
         mean, std = (statistic.tolist() for statistic in normalization)
         custom_model, weights_now = backend.custom_model, backend.state_dict()
         result = Result(
@@ -336,7 +342,7 @@ def fit_plan(
             state_dict={},
             model=custom_model.name if custom_model else None,
             parameters=sum(weights_now[name].numel() for name, _ in backend.model.named_parameters()),
-            remarks=[*dataset.remarks, *backend.remarks],
+            remarks=[*dataset.remarks, *backend.notes],
         )
         standing = standing or Checkpoint(result)
         if output and not standing.state:
@@ -348,7 +354,7 @@ def fit_plan(
             weights, *drawing = own.generators(plan.device)
             order, augmentation = drawing
             drawing += custom_model.generators(plan.device, own.seed) if custom_model else []
-            backend.reset((custom_model or CNN)(recipe, dataset.num_classes, weights))
+            backend.reset(backend.new_model(weights))
             after = standing.restore(backend, drawing)
             if after:
                 LOGGER.info(f"going on after epoch {after.epoch}")

@@ -8,6 +8,7 @@ from torch import nn
 
 from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit, load_model
 from cifar_fast.backends.fused import Fused, fastest_deterministic_convolutions
+from cifar_fast.data.tensors import device_data
 from cifar_fast.model import CustomModel
 from tests.helpers import NARROW, small_dataset
 
@@ -175,9 +176,9 @@ class Pair(nn.Linear):
     [
         (
             lambda: MyNet(classes=5),
-            "model MyNet must give logits of shape (2, 3) for two images, not torch.float32 of ",
+            "model MyNet must return logits of shape (2, 3) for two images, not torch.float32 of ",
         ),
-        (lambda: Pair(3, 3), "model Pair must give logits of shape (2, 3) for two images, not tuple"),
+        (lambda: Pair(3, 3), "model Pair must return logits of shape (2, 3) for two images, not tuple"),
         (lambda: nn.Linear(7, 3), "model Linear cannot take images of shape (2, 3, 32, 32)"),
         (nn.Flatten(), "model Flatten has no parameter to train"),
         (lambda: 3, "model must make a torch.nn.Module, not int"),
@@ -185,7 +186,7 @@ class Pair(nn.Linear):
             Pair,
             "model cannot be made by calling <class 'tests.backends.test_custom_model.Pair'> without arguments (TypeError: ",
         ),
-        (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "model Sequential has layers whose sizes are open"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "model Sequential has lazy layers"),
         ("resnet18", "model must be a torch.nn.Module or a function that makes one, not 'resnet18'"),
     ],
 )
@@ -200,7 +201,9 @@ def test_a_model_that_asks_the_host_is_compiled_in_pieces_and_refused_by_name_wh
     dataset = small_dataset(train=10, test=6)
     eager, compiled = (train(lambda: Asking(drop=0.0), dataset, TINY, backend=name) for name in ("eager", "compiled"))
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
-    with pytest.raises(InputError, match=r"the fused backend cannot take the model Asking here \(.*\); see --backend"):
+    with pytest.raises(
+        InputError, match=r"the fused backend cannot take the model Asking here \(.*\); choose another backend"
+    ):
         train(Asking, dataset, TINY, backend="fused")
 
 
@@ -213,7 +216,7 @@ def test_a_replay_of_ones_own_step_is_the_uncaptured_step_bit_for_bit(dtype):
     dataset, own = small_dataset(train=10, test=7), CustomModel(lambda: MyNet(drop=0.0))
     device, seen = torch.device("cuda", 0), []
     for captured in (True, False):
-        backend = Fused(TINY, dataset, device, dtype, torch.channels_last, own)
+        backend = Fused(TINY, device_data(dataset, device), device, dtype, torch.channels_last, own)
         assert backend.step_graph and backend.evaluation_graph
         backend.reset(own(TINY, 3, torch.Generator().manual_seed(0)))
         if not captured:

@@ -14,9 +14,15 @@ import torch.nn.functional as F
 import cifar_fast.backends.fused
 from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
 from cifar_fast.backends.eager import Compiled, Eager
-from cifar_fast.backends.fused import Fused, GlobalMaxPool2d, fastest_deterministic_convolutions, fuse
+from cifar_fast.backends.fused import (
+    PADDED_CHANNELS,
+    Fused,
+    GlobalMaxPool2d,
+    fastest_deterministic_convolutions,
+    fuse,
+)
 from cifar_fast.backends.select import resolve_backend
-from cifar_fast.data.tensors import PADDED_CHANNELS
+from cifar_fast.data.tensors import device_data
 from cifar_fast.kernels.record_step import record_reference
 from cifar_fast.train import main
 from tests.helpers import DEVICE, NARROW, save_npz, small_dataset
@@ -30,7 +36,7 @@ def make(dataset, recipe=RECIPE, dtype=torch.float32, seed=0):
     """A fused backend at the start of a run, and the plain model whose weights it has."""
     torch.manual_seed(seed)
     model = CNN(recipe, dataset.num_classes)
-    backend = Fused(recipe, dataset, DEVICE, dtype, torch.channels_last)
+    backend = Fused(recipe, device_data(dataset, DEVICE), DEVICE, dtype, torch.channels_last)
     backend.reset(model)
     return backend, model
 
@@ -107,14 +113,14 @@ def test_set_up_leaves_no_trace(uncompiled, few_programs):
     model = CNN(RECIPE, dataset.num_classes)
     state = torch.get_rng_state()
     device_state = torch.cuda.get_rng_state() if DEVICE.type == "cuda" else None
-    backend = Fused(RECIPE, dataset, DEVICE, torch.float32, torch.channels_last)
+    backend = Fused(RECIPE, device_data(dataset, DEVICE), DEVICE, torch.float32, torch.channels_last)
     backend.reset(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert DEVICE.type == "cpu" or torch.equal(torch.cuda.get_rng_state(), device_state)
     plain = CNN(RECIPE, dataset.num_classes)
     plain.load_state_dict(backend.state_dict())
     assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(not momentum.any() for momentum in momenta(backend)) and backend.done.item() == 0
+    assert all(not momentum.any() for momentum in momenta(backend)) and backend.global_step.item() == 0
 
 
 @pytest.mark.slow  # the interpreter
@@ -122,7 +128,7 @@ def test_set_up_does_run_the_step_whose_trace_is_taken_back(uncompiled, few_prog
     """Else the test before this one would pass of itself."""
     monkeypatch.setattr(Fused, "reset", lambda self, model: None)
     backend, model = make(small_dataset(train=10, test=6))
-    assert backend.done.item() > 0 and any(momentum.any() for momentum in momenta(backend))
+    assert backend.global_step.item() > 0 and any(momentum.any() for momentum in momenta(backend))
     assert not torch.equal(backend.state_dict()["seq.0.weight"].cpu(), model.state_dict()["seq.0.weight"])
 
 
@@ -149,14 +155,14 @@ def test_an_epoch_files_each_steps_losses_and_answers_where_eager_has_them(uncom
     dataset = small_dataset(train=10, test=6)
     draws = draw_epoch(10, device=DEVICE)
     fused, model = make(dataset)
-    eager = Eager(RECIPE, dataset, DEVICE, torch.float32, torch.contiguous_format)
+    eager = Eager(RECIPE, device_data(dataset, DEVICE), DEVICE, torch.float32, torch.contiguous_format)
     eager.reset(model)
     ours, theirs = train(fused, draws), train(eager, draws)
     assert ours[0].shape == (2, 4)
     assert torch.allclose(ours[0], theirs[0], rtol=1e-4) and torch.equal(ours[1], theirs[1])
     assert fused.model.seq[0].weight[:, :3].all() and not fused.model.seq[0].weight[:, 3:].any(), "zeros stay zeros"
     assert torch.equal(fused.evaluate(), eager.evaluate()) and len(fused.evaluate()) == 6
-    assert fused.done.item() == 2
+    assert fused.global_step.item() == 2
 
 
 @pytest.mark.nightly  # the interpreter
@@ -166,10 +172,10 @@ def test_an_epoch_that_was_left_half_way_does_not_move_the_next(uncompiled, few_
     next(backend.train_epoch(draws))
     training = backend.train_epoch(draws)
     assert next(training) is not None
-    assert (backend.done.item(), backend.position.item()) == (3, 1)
-    assert backend.rate.item() == pytest.approx(RECIPE.learning_rate(4, 2))
+    assert (backend.global_step.item(), backend.epoch_step.item()) == (3, 1)
+    assert backend.lr.item() == pytest.approx(RECIPE.learning_rate(4, 2))
     next(training)
-    assert (backend.done.item(), backend.position.item()) == (4, 0)
+    assert (backend.global_step.item(), backend.epoch_step.item()) == (4, 0)
 
 
 @pytest.mark.slow  # 2,328 steps
@@ -181,7 +187,7 @@ def test_the_optimizer_sees_the_schedules_rate_at_each_of_the_2328_steps(uncompi
     backend, _ = make(small_dataset(train=97, test=2), recipe)
     weight = next(backend.model.parameters())
     gradient = torch.ones(1, device=DEVICE)
-    backend.score = lambda images, labels: (
+    backend.loss_grad_fn = lambda images, labels: (
         images.mean((1, 2, 3)) * weight.mean(),
         *(gradient, labels == 0, gradient),
     )
@@ -246,7 +252,7 @@ def test_the_model_compiles_without_a_break_forward_and_backward(few_programs, d
 def test_without_a_gpu_and_without_the_interpreter_fused_is_refused_with_the_reason(small, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(
-        InputError, match=r"the fused backend cannot run here \(its kernels need a CUDA GPU; .*\); use --backend"
+        InputError, match=r"the fused backend cannot run here \(its kernels need a CUDA GPU; .*\); choose backend"
     ):
         fit(RECIPE, small, backend="fused", device="cpu", dtype="float32", log=None)
 
@@ -289,7 +295,7 @@ def test_what_auto_takes_on_other_machines_with_a_gpu(monkeypatch, situation, re
     plan = resolve_backend("auto")
     assert plan.backends == ("compiled", "eager") and plan.device.type == "cuda"
     assert f"the fused backend cannot run here ({reason}" in plan.reason and "compiled instead" in plan.reason
-    with pytest.raises(InputError, match=r"the fused backend cannot run here .*; use --backend"):
+    with pytest.raises(InputError, match=r"the fused backend cannot run here .*; choose backend"):
         resolve_backend("fused")
 
 
@@ -303,6 +309,7 @@ def test_without_a_usable_gpu_auto_says_so(monkeypatch):
 def test_auto_falls_back_to_the_next_backend_and_says_so_in_a_line(small, monkeypatch):
     from cifar_fast.backends.select import BackendConfig
     from cifar_fast.training.fit import fit_plan
+    from cifar_fast.utils.progress import lines_to
 
     def broken(*args, **how):
         raise RuntimeError("no compiler\nwas found")
@@ -312,7 +319,8 @@ def test_auto_falls_back_to_the_next_backend_and_says_so_in_a_line(small, monkey
     plan = BackendConfig(backends, torch.device("cpu"), torch.float32, torch.channels_last, "as on a GPU")
     lines = []
     recipe = Recipe(epochs=1, batch_size=32, widths=NARROW)
-    result = fit_plan(recipe, small, plan, log=lines.append)
+    with lines_to(lines.append):
+        result = fit_plan(recipe, small, plan)
     assert result.backend == "eager"
     said = [line for line in lines if "cannot be set up" in line]
     assert said == [
@@ -362,7 +370,7 @@ def test_an_epoch_does_not_wait_for_the_device():
 
 def asks_the_host(self):
     """Slow because a stand-in for a GPU counts it as a fault of the whole run."""
-    self.rate.item()
+    self.lr.item()
 
 
 def raises(self):
@@ -373,13 +381,13 @@ def raises(self):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mistake", [pytest.param(asks_the_host, marks=pytest.mark.slow), raises])
 def test_a_capture_that_fails_leaves_the_process_usable_and_auto_goes_on(monkeypatch, mistake):
-    step, stream = Fused.step, torch.cuda.current_stream()
+    step, stream = Fused.train_step, torch.cuda.current_stream()
 
     def broken(self):
         step(self)
         mistake(self)
 
-    monkeypatch.setattr(Fused, "step", broken)
+    monkeypatch.setattr(Fused, "train_step", broken)
     lines = []
     result = fit(GPU_RECIPE, small_dataset(train=10, test=7), device="cuda", dtype="float16", log=lines.append)
     assert result.backend == "compiled" and len(result.rows) == GPU_RECIPE.epochs
@@ -408,7 +416,7 @@ def test_what_a_failed_backend_held_is_given_back_before_the_next_is_tried(monke
 
     make = Compiled.__init__
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
-    monkeypatch.setattr(Fused, "step", broken)
+    monkeypatch.setattr(Fused, "train_step", broken)
     monkeypatch.setattr(Compiled, "__init__", set_up)
     result = fit(GPU_RECIPE, small_dataset(train=10, test=7), device="cuda", dtype="float16", log=None)
     assert result.backend == "compiled" and held == [False]

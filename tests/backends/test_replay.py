@@ -14,6 +14,7 @@ from cifar_fast import CNN, Recipe
 from cifar_fast.backends.base import make_sgd
 from cifar_fast.backends.fused import Fused, fastest_deterministic_convolutions
 from cifar_fast.data.augment import draw_epoch
+from cifar_fast.data.tensors import device_data
 from cifar_fast.kernels.launch import interpreted
 from cifar_fast.utils.seeds import make_generators
 from tests.helpers import small_dataset
@@ -47,7 +48,7 @@ class Recording(TorchDispatchMode):
 
 
 def make(dataset, device=CPU, dtype=torch.float32):
-    return Fused(RECIPE, dataset, device, dtype, torch.channels_last)
+    return Fused(RECIPE, device_data(dataset, device), device, dtype, torch.channels_last)
 
 
 def runs(backend, dataset, seeds=(0, 1)):
@@ -60,7 +61,7 @@ def runs(backend, dataset, seeds=(0, 1)):
             draws = draw_epoch(len(dataset.train_images), device=backend.device, recipe=RECIPE, generator=generator)
             for loss, correct in backend.train_epoch(draws):
                 seen += [loss.clone(), correct.clone()]
-            seen += [backend.evaluate().clone(), backend.rate.clone(), backend.done.clone()]
+            seen += [backend.evaluate().clone(), backend.lr.clone(), backend.global_step.clone()]
             seen += [tensor.clone() for tensor in backend.state_dict().values()]
             seen += [state["momentum_buffer"].clone() for state in backend.optimizer.state.values()]
     return seen
@@ -77,7 +78,7 @@ def fused_sgd(monkeypatch, uncompiled, few_programs):
 def recorded(dataset):
     backend = make(dataset)
     backend.seek(0)
-    backend.step_graph, backend.evaluation_graph = Recording(backend.step), Recording(backend.eval_step)
+    backend.step_graph, backend.evaluation_graph = Recording(backend.train_step), Recording(backend.eval_step)
     return backend
 
 
@@ -99,18 +100,18 @@ def test_replays_of_two_runs_are_the_calls_bit_for_bit(fused_sgd):
 @pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("mistake", ["the rate is the host's", "a batch is taken twice"])
 def test_a_step_that_a_replay_cannot_repeat_is_told(fused_sgd, monkeypatch, mistake):
-    dataset, step = small_dataset(train=10, test=7), Fused.step
+    dataset, step = small_dataset(train=10, test=7), Fused.train_step
 
     def broken(self):
         if mistake == "the rate is the host's":
-            self.optimizer.param_groups[0]["lr"] = torch.tensor([self.rate.item()])
+            self.optimizer.param_groups[0]["lr"] = torch.tensor([self.lr.item()])
             step(self)
         else:
             step(self)
-            self.position.copy_(torch.tensor([self.position.item() * 0]))
+            self.epoch_step.copy_(torch.tensor([self.epoch_step.item() * 0]))
 
     called = runs(make(dataset), dataset, seeds=(0,))
-    monkeypatch.setattr(Fused, "step", broken)
+    monkeypatch.setattr(Fused, "train_step", broken)
     assert not same(runs(recorded(dataset), dataset, seeds=(0,)), called)
 
 

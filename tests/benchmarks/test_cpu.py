@@ -5,14 +5,15 @@ import pytest
 from benchmarks.parts import CPU_SIDES, Wrong, check_backend, cpu_calls, cpu_side
 from cifar_fast import Recipe, load_dataset
 from cifar_fast.backends.select import build_backend, resolve_backend
-from cifar_fast.utils.progress import silent
+from cifar_fast.data.tensors import device_data
 from tests.helpers import NARROW, small_dataset
 
 RECIPE = Recipe(batch_size=8, widths=NARROW)
 
 
 def backend(dataset, recipe=RECIPE, dtype="float32", memory_format="auto"):
-    return build_backend(resolve_backend("eager", "cpu", dtype, memory_format), recipe, dataset, silent)[0]
+    plan = resolve_backend("eager", "cpu", dtype, memory_format)
+    return build_backend(plan, recipe, device_data(dataset, plan.device))[0]
 
 
 @pytest.mark.parametrize("side", CPU_SIDES[:-1])
@@ -32,7 +33,7 @@ def test_a_backend_that_trains_the_recipe_passes(small, dtype, memory_format):
 
 def test_a_backend_with_other_images_is_refused(small):
     other = backend(small)
-    other.data.train_images[0, 0, 0, 0] += 1
+    other.train_images[0, 0, 0, 0] += 1
     with pytest.raises(Wrong, match="batches are not the reference's"):
         check_backend(other, small)
 

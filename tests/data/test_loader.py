@@ -10,8 +10,7 @@ from torch import nn
 
 from cifar_fast import InputError, Loader, Recipe, draw_epoch
 from cifar_fast.data.augment import augment
-from cifar_fast.data.tensors import normalized_tensors
-from tests.helpers import small_dataset
+from tests.helpers import normalize, small_dataset
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 AS_GIVEN = dict(augment=False, shuffle=False)
@@ -30,13 +29,14 @@ def either_path(request):
 
 def fed(dataset, recipe, dtype, epochs, seed):
     """What the trainer's eager backend makes of the same draws: images and labels of each batch."""
-    data = normalized_tensors(dataset, DEVICE, dtype, torch.channels_last)
+    train_images, _ = normalize(dataset, DEVICE, dtype)
+    train_labels = torch.tensor(dataset.train_labels, device=DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(seed)
     for _ in range(epochs):
-        draws = draw_epoch(len(data.train_labels), device=DEVICE, recipe=recipe, generator=generator)
+        draws = draw_epoch(len(train_labels), device=DEVICE, recipe=recipe, generator=generator)
         for start in range(0, len(draws) - recipe.batch_size + 1, recipe.batch_size):
             batch = draws.slice(start, start + recipe.batch_size)
-            yield augment(data.train_images, batch, recipe), data.train_labels[batch.permutation]
+            yield augment(train_images, batch, recipe), train_labels[batch.permutation]
 
 
 def same(ours, theirs):
@@ -75,7 +75,7 @@ def test_the_test_images_come_whole_in_their_order_normalized_as_the_training_im
     loader = Loader(small, 16, split="test")
     images, labels = (torch.cat(parts) for parts in zip(*loader))
     assert [len(batch) for _, batch in loader] == [16, 16, 8] and len(loader) == 3
-    assert torch.equal(images, normalized_tensors(small, DEVICE, torch.float32, torch.channels_last).test_images)
+    assert torch.equal(images, normalize(small, DEVICE, torch.float32)[1].permute(0, 3, 1, 2))
     assert labels.tolist() == small.test_labels.tolist()
 
 

@@ -12,6 +12,7 @@ import cifar_fast.diagnostics.profile
 from cifar_fast import CNN, InputError, Recipe, draw_epoch
 from cifar_fast.backends.eager import Eager
 from cifar_fast.backends.fused import Fused
+from cifar_fast.data.tensors import device_data
 from cifar_fast.diagnostics.profile import (
     AUGMENT,
     CONV_BACKWARD,
@@ -41,7 +42,7 @@ CPU = torch.device("cpu")
 def make(backend=Eager, train=64, batch_size=16, device=CPU, dtype=torch.float32, widths=NARROW):
     """A backend at the start of a run, and an epoch's draws for it."""
     recipe, dataset = Recipe(epochs=1, batch_size=batch_size, widths=widths), small_dataset(train=train, test=4)
-    made = backend(recipe, dataset, device, dtype, torch.channels_last)
+    made = backend(recipe, device_data(dataset, device), device, dtype, torch.channels_last)
     made.reset(CNN(recipe, dataset.num_classes))
     return made, draw_epoch(train, device=device, recipe=recipe)
 

@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from cifar_fast import CNN, Dataset, InputError, Recipe, draw_epoch, fit
 from cifar_fast.cli.compare import main as compare
 from cifar_fast.data.augment import augment
-from cifar_fast.data.tensors import normalize
 from cifar_fast.train import main as train
 from cifar_fast.training.results import Result
-from tests.helpers import HOW, save_npz, small_dataset
+from tests.helpers import HOW, normalize, save_npz, small_dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings, by the command and from Python
 

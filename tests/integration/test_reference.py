@@ -13,9 +13,8 @@ from benchmarks.reference import Network, Training, augmented_epoch, normalized
 from cifar_fast import CNN, Recipe, draw_epoch, fit, load_dataset
 from cifar_fast.data.augment import augment
 from cifar_fast.data.dataset import ARRAYS
-from cifar_fast.data.tensors import normalize
 from cifar_fast.train import main
-from tests.helpers import NARROW, published, small_dataset
+from tests.helpers import NARROW, normalize, published, small_dataset
 
 
 def reference_metrics(dataset, recipe, dtype, device="cpu", seed=0):

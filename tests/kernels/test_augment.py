@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cifar_fast import Recipe
 from cifar_fast.data.augment import Draws
 from cifar_fast.data.augment import augment as eager_augment
-from cifar_fast.data.tensors import as_nchw, normalize
+from cifar_fast.data.tensors import as_nchw
 from cifar_fast.kernels.augment import (
     DTYPES,
     augment,
@@ -22,7 +22,7 @@ from cifar_fast.kernels.augment import (
     example_launches,
     normalization_table,
 )
-from tests.helpers import DEVICE
+from tests.helpers import DEVICE, normalize
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -358,7 +358,7 @@ norm = BatchNormCELU2d(2, alpha=0.1)
 import kernels.launch, kernels
 from kernels import augment
 import cifar_fast.kernels.launch
-from tests.helpers import DEVICE
+from tests.helpers import DEVICE, normalize
 assert kernels.BatchNormCELU2d is BatchNormCELU2d and kernels.launch is cifar_fast.kernels.launch
 print(norm(torch.zeros(2, 2, 2, 2)).sum().item())
 """

@@ -15,7 +15,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import update_bn
 
 from cifar_fast import CNN, Recipe, load_dataset
-from cifar_fast.data.tensors import normalize
 from cifar_fast.kernels.batch_norm_celu import (
     BatchNormCELU2d,
     batch_norm_celu,
@@ -26,7 +25,7 @@ from cifar_fast.kernels.batch_norm_celu import (
     statistics_op,
 )
 from cifar_fast.kernels.launch import TABLE
-from tests.helpers import DEVICE
+from tests.helpers import DEVICE, normalize
 
 # The interpreter's bfloat16 arithmetic is wrong and its rounding cuts off: to pass under it a kernel must do no
 # arithmetic in bfloat16, and stays within the unit in the last place that every comparison here allows.

@@ -16,6 +16,7 @@ import torch
 from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
 from cifar_fast.backends.fused import Fused
 from cifar_fast.cli.flags import interruptible
+from cifar_fast.data.tensors import device_data
 from cifar_fast.train import main
 from cifar_fast.training.checkpoint import read_checkpoint
 from cifar_fast.training.results import Result
@@ -63,7 +64,9 @@ def test_a_state_is_copied_to_where_the_graphs_of_fused_have_captured_it(uncompi
         momenta = [state["momentum_buffer"] for state in backend.optimizer.state.values()]
         return [tensor.data_ptr() for tensor in (*backend.model.parameters(), *backend.model.buffers(), *momenta)]
 
-    backend = Fused(FUSED, small_dataset(train=4, test=4), DEVICE, torch.float32, torch.channels_last)
+    backend = Fused(
+        FUSED, device_data(small_dataset(train=4, test=4), DEVICE), DEVICE, torch.float32, torch.channels_last
+    )
     backend.reset(CNN(FUSED, 3))
     before = addresses()
     backend.load_training_state(backend.training_state())

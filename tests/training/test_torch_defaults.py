@@ -14,6 +14,7 @@ from cifar_fast import CNN, Recipe, fit
 from cifar_fast.backends.eager import Eager
 from cifar_fast.backends.select import resolve_backend
 from cifar_fast.data.augment import draw_epoch
+from cifar_fast.data.tensors import device_data
 from cifar_fast.diagnostics.compare import compare
 from cifar_fast.diagnostics.profile import profile
 from tests.helpers import NARROW, small_dataset
@@ -109,7 +110,8 @@ def test_compare_gives_the_same_rows_and_the_callers_state_between_them(small):
 
 def test_a_profile_trains_as_alone_and_gives_the_callers_state_back(small, tmp_path):
     def weights():
-        backend = Eager(RECIPE, small, torch.device("cpu"), torch.float32, torch.contiguous_format)
+        cpu = torch.device("cpu")
+        backend = Eager(RECIPE, device_data(small, cpu), cpu, torch.float32, torch.contiguous_format)
         backend.reset(CNN(RECIPE, small.num_classes, torch.Generator().manual_seed(1)))
         draws = draw_epoch(96, device="cpu", generator=torch.Generator().manual_seed(2))
         profile(backend, draws, tmp_path / "profile", steps=1)

@@ -7,6 +7,7 @@ import torch
 from cifar_fast import CNN, Diverged, InputError, Recipe, draw_epoch, fit
 from cifar_fast.backends.eager import Compiled, Eager
 from cifar_fast.backends.select import BackendConfig
+from cifar_fast.data.tensors import device_data
 from cifar_fast.training.fit import fit_plan
 from cifar_fast.utils.device import cpu_has_bfloat16
 from tests.helpers import HOW, NARROW, small_dataset
@@ -68,7 +69,8 @@ def test_bfloat16_keeps_float32_weights_and_trains(small):
 
 def test_the_images_left_over_are_dropped_and_the_last_test_batch_is_not():
     dataset = small_dataset(train=100, test=40)
-    backend = Eager(RECIPE, dataset, torch.device("cpu"), torch.float32, torch.contiguous_format)
+    cpu = torch.device("cpu")
+    backend = Eager(RECIPE, device_data(dataset, cpu), cpu, torch.float32, torch.contiguous_format)
     backend.reset(CNN(RECIPE, dataset.num_classes))
     scores = list(backend.train_epoch(draw_epoch(100, device="cpu")))
     assert [(loss.shape, correct.shape) for loss, correct in scores] == [((32,), (32,))] * 3
@@ -153,7 +155,8 @@ def test_setting_up_the_compiled_backend_changes_no_weight_statistic_or_generato
     model = CNN(RECIPE, small.num_classes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    backend = Compiled(RECIPE, small, torch.device("cpu"), torch.float32, torch.channels_last)
+    cpu = torch.device("cpu")
+    backend = Compiled(RECIPE, device_data(small, cpu), cpu, torch.float32, torch.channels_last)
     backend.reset(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(backend.state_dict()[name], tensor) for name, tensor in before.items())
@@ -167,7 +170,8 @@ def test_a_compiler_that_is_missing_is_said(monkeypatch, small):
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(
-        InputError, match=r"the compiled backend cannot be set up here \(RuntimeError: no compiler\); see --backend"
+        InputError,
+        match=r"the compiled backend cannot be set up here \(RuntimeError: no compiler\); choose another backend",
     ):
         train(small, backend="compiled")
 
@@ -179,7 +183,7 @@ def test_out_of_memory_names_the_batch_size(monkeypatch, small, where, error):
         raise error
 
     monkeypatch.setattr(Eager, "__init__" if where == "set-up" else "train_epoch", fail)
-    with pytest.raises(InputError, match=r"out of memory.* at --batch-size 32") as caught:
+    with pytest.raises(InputError, match=r"out of memory.* at (--batch-size|batch_size) 32") as caught:
         train(small)
     assert "\n" not in str(caught.value)
 
@@ -195,8 +199,8 @@ def test_the_first_cause_is_told_and_the_traceback_can_be_had(monkeypatch, small
 
     monkeypatch.setattr(torch, "compile", broken)
     plan = BackendConfig(("compiled", "eager"), torch.device("cpu"), torch.float32, torch.channels_last, "")
-    with caplog.at_level("INFO", "cifar_fast"):
-        result = fit_plan(RECIPE, small, plan, log=None)
+    with caplog.at_level("DEBUG", "cifar_fast"):
+        result = fit_plan(RECIPE, small, plan)
     said = "the compiled backend cannot be set up here (ValueError: a type that it lacks)"
     assert result.auto == [f"{said}, eager instead"]
     assert said in caplog.text and "in broken" in caplog.text
