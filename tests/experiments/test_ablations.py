@@ -196,7 +196,7 @@ def test_a_batch_of_one_needs_more_pixels_for_a_norm_alone():
 
 # -- the backends
 
-REMARK = "fused: its norm kernel is for batch norm with CELU; here the compiler's kernels take its place"
+REMARK = "fused: its norm kernel needs batch norm with CELU; the compiler's kernels are used instead"
 WITH_GROUPS = dict(residual=True, decay_norms_and_biases=False, nesterov=False)
 PLAIN = ("--activation gelu", "--no-batch-norm")
 WITH_KERNELS = "--residual --no-decay-norms-and-biases --no-nesterov --init-scale 0.5"
