@@ -1,12 +1,14 @@
-"""Train a network of your own by the recipe: on a GPU as one captured step, elsewhere by the best there is.
+"""Train a network of your own with the recipe.
 
-    OMP_NUM_THREADS=1 python examples/custom_model.py    # ten seconds; no threads for so narrow a net
+    OMP_NUM_THREADS=1 python examples/custom_model.py    # ten seconds; threads do not help so narrow a network
     python examples/custom_model.py --dataset cifar10 --epochs 24 --runs 5           # on a GPU
 
-Any module from images [B, 3, 32, 32] to logits [B, classes] does. It prints which backend has taken it, and why: a
-module that asks for a tensor's value (.item(), an if on a tensor) cannot be captured, and goes to the next one.
-bfloat16 is autocast over float32 weights; the recipe's float16 holds weights in float16 too, which not every network
-bears.
+The network can be any module that maps images [B, 3, 32, 32] to logits [B, classes]. On a GPU it is trained as one
+captured step if it can be captured. A module that reads a tensor's value on the host (.item(), an if on a tensor)
+cannot be; the next backend then trains it. The script prints the chosen backend and the reason.
+
+In bfloat16 the weights stay float32, under autocast. In the recipe's float16 the weights are float16 too, which some
+networks do not tolerate.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from cifar_fast import Recipe, fit, load_dataset
 
 
 class Bottleneck(nn.Module):
-    """A convolution of each channel by itself, then of all channels at each pixel, added to the input."""
+    """A depthwise convolution, then a pointwise convolution, added to the input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -31,6 +33,8 @@ class Bottleneck(nn.Module):
 
 
 class MyNet(nn.Module):
+    """A small network of bottleneck blocks."""
+
     def __init__(self, classes: int, width: int = 32, depth: int = 3) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 4, stride=4, bias=False), nn.BatchNorm2d(width), nn.ReLU())
@@ -42,7 +46,7 @@ class MyNet(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a network of your own by the recipe.")
+    parser = argparse.ArgumentParser(description="Train a network of your own with the recipe.")
     parser.add_argument("--dataset", default="synthetic")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--runs", type=int, default=2)
@@ -51,7 +55,7 @@ def main() -> None:
     dataset = load_dataset(args.dataset)
     dtype = "bfloat16" if torch.cuda.is_available() else "auto"
     recipe = Recipe(epochs=args.epochs, batch_size=128, lr_values=(0.02, 0.1, 0.0))
-    # What makes a model, not a model: each run gets a fresh one, under its seed.
+    # The function makes a fresh model for each run, under the run's seed.
     result = fit(recipe, dataset, model=lambda: MyNet(dataset.num_classes), runs=args.runs, dtype=dtype, log=None)
     print(f"{result.model}, {result.parameters:,} parameters, by the {result.backend} backend in {result.dtype}")
     print(*result.auto, sep="\n")

@@ -1,4 +1,4 @@
-"""A model of one's own in the place of the recipe's network, to the end of a training, in each backend."""
+"""Trainings of a custom model in each backend."""
 
 import json
 
@@ -19,7 +19,7 @@ TINY = Recipe(epochs=2, batch_size=4, lr_values=(0.05, 0.1, 0.0))
 
 
 class MyNet(nn.Module):
-    """With state besides weights, random numbers in training, a frozen and an unused weight."""
+    """A model with a buffer, dropout, a frozen weight and an unused weight."""
 
     def __init__(self, classes=3, drop=0.2):
         super().__init__()
@@ -35,8 +35,8 @@ class MyNet(nn.Module):
         return self.gain * self.head(self.body(images).mean((2, 3)))
 
 
-class Asking(MyNet):
-    """Asks the host for a number, which no captured step and no whole compilation can."""
+class HostRead(MyNet):
+    """A model that reads a number on the host. It cannot be captured, nor compiled as a whole."""
 
     def forward(self, images):
         logits = super().forward(images)
@@ -55,8 +55,7 @@ def losses(result):
     return [row.train_loss for row in result.rows]
 
 
-def test_the_recipes_own_network_given_as_a_model_trains_to_the_same_bits(small):
-    """Same initial weights, draws and steps; its output scale comes with it."""
+def test_recipe_network_as_custom_model_trains_to_the_same_bits(small):
     ours = train(lambda: CNN(RECIPE, 3), small, backend="eager", runs=2, seed=5)
     theirs = fit(RECIPE, small, device=DEVICE, dtype="float32", backend="eager", runs=2, seed=5, log=None)
     assert losses(ours) == losses(theirs) and same_weights(ours.state_dict, theirs.state_dict)
@@ -69,10 +68,10 @@ def test_the_recipes_own_network_given_as_a_model_trains_to_the_same_bits(small)
         "eager",
         pytest.param("compiled", marks=pytest.mark.slow),
         "fused, uncompiled",
-        pytest.param("fused", marks=[pytest.mark.slow, pytest.mark.nightly]),
+        pytest.param("fused", marks=pytest.mark.nightly),
     ],
 )
-def test_every_backend_trains_it_and_keeps_its_state(few_programs, request, backend):
+def test_every_backend_trains_a_custom_model_and_keeps_its_state(few_programs, request, backend):
     if backend.endswith("uncompiled"):
         request.getfixturevalue("uncompiled")
         backend = backend.split(",")[0]
@@ -85,7 +84,7 @@ def test_every_backend_trains_it_and_keeps_its_state(few_programs, request, back
     assert [row.test_accuracy for row in result.rows] == [row.test_accuracy for row in eager.rows]
 
 
-def test_a_seed_is_its_run_with_dropout_too_and_the_callers_generators_are_left_alone(small):
+def test_seed_determines_dropout_and_the_callers_generator_is_unchanged(small):
     state = torch.get_rng_state()
     both = train(MyNet, small, runs=2, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
@@ -95,11 +94,11 @@ def test_a_seed_is_its_run_with_dropout_too_and_the_callers_generators_are_left_
     assert losses(both)[:2] != losses(both)[2:]
 
 
-def test_dropout_drops(small):
+def test_dropout_is_active_in_training(small):
     assert losses(train(MyNet, small)) != losses(train(lambda: MyNet(drop=0.0), small))
 
 
-def test_each_run_starts_from_the_weights_of_a_module_that_is_given_which_stays_as_it_is(small):
+def test_each_run_starts_from_the_given_module_which_is_unchanged(small):
     model = MyNet()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     still = Recipe(epochs=1, batch_size=8, lr_values=(0.0, 0.0, 0.0))
@@ -113,7 +112,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("fused", marks=pytest.mark.slow)])
-def test_a_training_that_was_stopped_goes_on_to_the_same_bits(tmp_path, uncompiled, few_programs, backend):
+def test_stopped_training_resumes_with_the_same_bits(tmp_path, uncompiled, few_programs, backend):
     dataset, lines = small_dataset(train=10, test=6), []
     whole = train(MyNet, dataset, TINY, backend=backend)
 
@@ -137,12 +136,12 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(tmp_path, uncompil
     assert losses(resumed) == losses(whole) and same_weights(resumed.state_dict, whole.state_dict)
 
 
-def test_what_is_written_names_the_model_and_its_weights_load_into_one(tmp_path, small):
+def test_summary_names_the_model_and_its_weights_load(tmp_path, small):
     result = train(MyNet, small, output=tmp_path, save_logits=True)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["model"], summary["parameters"]) == ("MyNet", sum(p.numel() for p in MyNet().parameters()))
     with pytest.raises(
-        InputError, match=r"holds the weights of the custom model MyNet; call load_model\(path, model\)"
+        InputError, match=r"holds the weights of MyNet, a model of one's own: load_model\(path, model\)"
     ):
         load_model(tmp_path)
     classifier = load_model(tmp_path, MyNet())
@@ -160,7 +159,7 @@ def test_what_is_written_names_the_model_and_its_weights_load_into_one(tmp_path,
         (nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), "the model was MyNet, now Sequential; go on in Python"),
     ],
 )
-def test_another_model_does_not_go_on_where_this_one_stopped(tmp_path, small, model, words):
+def test_resuming_with_another_model_is_refused(tmp_path, small, model, words):
     train(MyNet, small, output=tmp_path)
     with pytest.raises(InputError, match=words):
         train(model, small, resume=tmp_path, runs=2)
@@ -182,37 +181,31 @@ class Pair(nn.Linear):
         (lambda: nn.Linear(7, 3), "model Linear cannot take images of shape (2, 3, 32, 32)"),
         (nn.Flatten(), "model Flatten has no parameter to train"),
         (lambda: 3, "model must make a torch.nn.Module, not int"),
-        (
-            Pair,
-            "model cannot be made by calling <class 'tests.backends.test_custom_model.Pair'> without arguments (TypeError: ",
-        ),
+        (Pair, f"model cannot be made by calling {Pair!r} without arguments (TypeError: "),
         (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "model Sequential has lazy layers"),
         ("resnet18", "model must be a torch.nn.Module or a function that makes one, not 'resnet18'"),
     ],
 )
-def test_a_model_that_makes_no_logits_is_refused_before_anything_is_written(tmp_path, small, model, words):
+def test_invalid_model_is_refused_before_anything_is_written(tmp_path, small, model, words):
     with pytest.raises(InputError) as caught:
         train(model, small, output=tmp_path / "out")
     assert words in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.nightly
-def test_a_model_that_asks_the_host_is_compiled_in_pieces_and_refused_by_name_where_it_must_be_whole(few_programs):
+def test_model_with_a_host_read_trains_compiled_and_is_refused_by_fused(few_programs):
     dataset = small_dataset(train=10, test=6)
-    eager, compiled = (train(lambda: Asking(drop=0.0), dataset, TINY, backend=name) for name in ("eager", "compiled"))
+    eager, compiled = (train(lambda: HostRead(drop=0.0), dataset, TINY, backend=name) for name in ("eager", "compiled"))
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
     with pytest.raises(
-        InputError, match=r"the fused backend cannot take the model Asking here \(.*\); choose another backend"
+        InputError, match=r"the fused backend cannot take the model HostRead here \(.*\); choose another backend"
     ):
-        train(Asking, dataset, TINY, backend="fused")
-
-
-# -- on a GPU
+        train(HostRead, dataset, TINY, backend="fused")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_replay_of_ones_own_step_is_the_uncaptured_step_bit_for_bit(dtype):
+def test_replayed_step_of_a_custom_model_equals_the_called_step_bit_for_bit(dtype):
     dataset, own = small_dataset(train=10, test=7), CustomModel(lambda: MyNet(drop=0.0))
     device, seen = torch.device("cuda", 0), []
     for captured in (True, False):
@@ -231,8 +224,8 @@ def test_a_replay_of_ones_own_step_is_the_uncaptured_step_bit_for_bit(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.slow  # a stand-in for a GPU has no random numbers in a capture
-def test_the_captured_step_draws_other_numbers_each_time_and_the_same_of_a_seed():
+@pytest.mark.slow  # a GPU simulator has no random numbers in a capture
+def test_captured_step_draws_new_numbers_each_time_and_repeats_with_the_seed():
     dataset = small_dataset(train=10, test=7)
     first, again = (train(MyNet, dataset, TINY, backend="fused", dtype="float16") for _ in range(2))
     assert losses(first) == losses(again)
@@ -241,8 +234,8 @@ def test_the_captured_step_draws_other_numbers_each_time_and_the_same_of_a_seed(
 
 @pytest.mark.gpu
 @pytest.mark.slow  # two compilations
-def test_a_model_that_cannot_be_captured_goes_on_to_the_next_backend_with_the_reason():
-    result = train(Asking, small_dataset(train=10, test=7), TINY, dtype="float16")
+def test_model_that_cannot_be_captured_falls_back_with_the_reason():
+    result = train(HostRead, small_dataset(train=10, test=7), TINY, dtype="float16")
     assert result.backend == "compiled" and any(
-        "the fused backend cannot take the model Asking here" in line for line in result.auto
+        "the fused backend cannot take the model HostRead here" in line for line in result.auto
     )

@@ -1,7 +1,7 @@
-"""What a CUDA graph does, without a GPU: the step and the evaluation are recorded once, operator by operator, below
-autograd, and then replayed on the same memory while none of our Python runs.
+"""Replays of the fused backend's step and evaluation, without a GPU.
 
-What a replay could not see, a number of the host's or a tensor made anew, shows as another result.
+``Recording`` records every operator below autograd once and replays it on the same memory, as a CUDA graph does. None
+of our Python runs in a replay. A value that the host computes, or a tensor that is allocated anew, gives other results.
 """
 
 import pytest
@@ -26,7 +26,7 @@ RECIPE = Recipe(epochs=3, batch_size=4, widths=(4, 8, 8, 16))
 
 
 class Recording(TorchDispatchMode):
-    """Stands in for a ``torch.cuda.CUDAGraph``: what ``function`` calls, and a ``replay`` of it."""
+    """The operators that ``function`` calls, with the method ``replay`` of a ``torch.cuda.CUDAGraph``."""
 
     def __init__(self, function):
         super().__init__()
@@ -52,7 +52,7 @@ def make(dataset, device=CPU, dtype=torch.float32):
 
 
 def runs(backend, dataset, seeds=(0, 1)):
-    """Everything that runs of three epochs leave behind, an epoch at a time."""
+    """Return losses, counters, weights and momentum after each epoch of a run per seed."""
     seen = []
     for seed in seeds:
         weights, generator = make_generators(seed, backend.device)
@@ -69,7 +69,7 @@ def runs(backend, dataset, seeds=(0, 1)):
 
 @pytest.fixture
 def fused_sgd(monkeypatch, uncompiled, few_programs):
-    """The optimizer of a GPU, which reads its rate from the device: the CPU's plain one asks for a number."""
+    """Use the optimizer of a GPU, which reads the learning rate from the device. The CPU's reads it on the host."""
     monkeypatch.setattr(
         cifar_fast.backends.fused, "make_sgd", lambda *what, fused, **how: make_sgd(*what, fused=True, **how)
     )
@@ -88,22 +88,21 @@ def same(ours, theirs):
 
 @interpreter
 @pytest.mark.slow  # the interpreter
-def test_replays_of_two_runs_are_the_calls_bit_for_bit(fused_sgd):
+def test_replayed_runs_equal_called_runs_bit_for_bit(fused_sgd):
     dataset = small_dataset(train=10, test=7)
     called = runs(make(dataset), dataset)
     assert same(runs(recorded(dataset), dataset), called)
     assert len({loss.sum().item() for loss in called if loss.shape == (4,) and loss.is_floating_point()}) > 10
 
 
-@pytest.mark.nightly  # the interpreter
 @interpreter
-@pytest.mark.slow  # the interpreter
-@pytest.mark.parametrize("mistake", ["the rate is the host's", "a batch is taken twice"])
-def test_a_step_that_a_replay_cannot_repeat_is_told(fused_sgd, monkeypatch, mistake):
+@pytest.mark.nightly  # the interpreter
+@pytest.mark.parametrize("mistake", ["learning rate read on the host", "batch taken twice"])
+def test_replays_of_a_wrong_step_differ_from_its_calls(fused_sgd, monkeypatch, mistake):
     dataset, step = small_dataset(train=10, test=7), Fused.train_step
 
     def broken(self):
-        if mistake == "the rate is the host's":
+        if mistake == "learning rate read on the host":
             self.optimizer.param_groups[0]["lr"] = torch.tensor([self.lr.item()])
             step(self)
         else:
@@ -117,7 +116,7 @@ def test_a_step_that_a_replay_cannot_repeat_is_told(fused_sgd, monkeypatch, mist
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_replays_of_the_graph_of_two_runs_are_the_calls_bit_for_bit(dtype):
+def test_replayed_graphs_equal_called_runs_bit_for_bit(dtype):
     dataset, device = small_dataset(train=10, test=7), torch.device("cuda", 0)
     replayed, called = make(dataset, device, dtype), make(dataset, device, dtype)
     called.step_graph = called.evaluation_graph = None
