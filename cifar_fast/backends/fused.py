@@ -21,7 +21,7 @@ from cifar_fast.backends.base import Resumable, compile_loss_fn, evaluate_by_bat
 from cifar_fast.data.augment import Draws
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.tensors import PADDED_CHANNELS, byte_tensors
-from cifar_fast.kernels import BatchNormCELU2d, augment, cross_entropy, record
+from cifar_fast.kernels import BatchNormCELU2d, StepState, augment, cross_entropy, record
 from cifar_fast.model import CNN, make_model
 from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
 
@@ -133,16 +133,8 @@ class Fused(Resumable):
         self.model.zero_grad()
         outputs.backward(gradient)
         self.optimizer.step()
-        record(
-            loss.to(self.losses.dtype),  # a model of anybody's may give another
-            correct,
-            losses=self.losses,
-            answers=self.correct,
-            schedule=self.schedule,
-            rate=self.rate,
-            done=self.done,
-            position=self.position,
-        )
+        state = StepState(self.losses, self.correct, self.schedule, self.rate, self.done, self.position)
+        record(loss.to(self.losses.dtype), correct, state)  # a custom model may give another dtype
 
     def eval_step(self) -> None:
         """The evaluation of the test images, as it is captured."""
