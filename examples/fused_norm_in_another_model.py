@@ -62,8 +62,8 @@ def main() -> None:
         pairs = zip(plain.parameters(), fused.parameters())
         worst = max(((a - b).norm() / a.norm()).item() for a, b in pairs)
         difference = (plain(images) - fused(images)).abs().max().item()
-    print(f"after three steps the weights differ by at most {worst:.1e} of their norm")
-    print(f"in evaluation the outputs differ by at most {difference:.1e}")
+    print(f"after three steps the weights differ by {worst:.1e} of their norm at most")
+    print(f"in evaluation the outputs differ by {difference:.1e} at most")
 
 
 if __name__ == "__main__":

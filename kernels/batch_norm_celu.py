@@ -30,6 +30,7 @@ Everything is computed in float32 (float64 for float64) and stored in the dtypes
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +46,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def batch_norm_celu_reference(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     *,
     training: bool,
     alpha: float,
@@ -794,13 +795,14 @@ def batch_norm_celu(
             derivative was requested.
     """
     _refuse_forward_mode(x, weight, bias)
-    if x.dim() == 4:
-        weight = x.new_ones(x.shape[1]) if weight is None else weight
-        bias = x.new_zeros(x.shape[1]) if bias is None else bias
+    require(x.dim() == 4, ValueError, f"x must have the shape [N, C, H, W], not {list(x.shape)}")
+    weight = x.new_ones(x.shape[1]) if weight is None else weight
+    bias = x.new_zeros(x.shape[1]) if bias is None else bias
     _check(x, weight, bias, running_mean, running_var, training, eps, alpha, pool)
     if x.shape[0] == 0:  # Triton cannot launch an empty grid
-        options = dict(training=False, alpha=alpha, eps=eps, pool=pool)
-        return batch_norm_celu_reference(x, weight, bias, running_mean, running_var, **options)
+        return batch_norm_celu_reference(
+            x, weight, bias, running_mean, running_var, training=False, alpha=alpha, eps=eps, pool=pool
+        )
     if not training:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias)):
             return _evaluate_with_autograd(x, weight, bias, running_mean, running_var, eps, alpha, pool)
@@ -826,7 +828,6 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
 
 
 def _check(x, weight, bias, running_mean, running_var, training: bool, eps: float, alpha: float, pool: int) -> None:
-    require(x.dim() == 4, ValueError, f"x must have the shape [N, C, H, W], not {list(x.shape)}")
     require(x.dtype in DTYPES, TypeError, f"x must be float16, bfloat16, float32 or float64, not {x.dtype}")
     require(pool in (1, 2), ValueError, f"pool must be 1 or 2, not {pool}")
     require(alpha > 0 and eps > 0, ValueError, f"alpha and eps must be above 0, not {alpha} and {eps}")
@@ -900,7 +901,8 @@ class BatchNormCELU2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         # The choice of statistics and their update follow torch.nn.BatchNorm2d.forward.
-        momentum, count = self.momentum, None
+        momentum: float | Tensor | None = self.momentum
+        count = None
         tracking = self.training and self.track_running_stats
         if tracking and self.num_batches_tracked is not None:
             count = self.num_batches_tracked
@@ -910,8 +912,9 @@ class BatchNormCELU2d(nn.BatchNorm2d):
         running = (self.running_mean, self.running_var) if tracking or not self.training else (None, None)
         training = self.training or (self.running_mean is None and self.running_var is None)
         x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-        options = dict(training=training, alpha=self.alpha, momentum=momentum, eps=self.epsilon, pool=self.pool)
-        return batch_norm_celu(x, self.weight, self.bias, *running, num_batches_tracked=count, **options)
+        options: dict[str, Any] = dict(alpha=self.alpha, momentum=momentum, eps=self.epsilon, pool=self.pool)
+        options |= dict(training=training, num_batches_tracked=count)
+        return batch_norm_celu(x, self.weight, self.bias, *running, **options)
 
     def extra_repr(self) -> str:
         return (
@@ -935,18 +938,18 @@ def example_launches(
     ``direction`` is "forward" or "backward", both in training, or "inference".
     """
     x = empty_channels_last(*shape, dtype, "meta")
-    weight, bias, *running = (torch.empty(shape[1], dtype=parameter_dtype, device="meta") for _ in range(4))
+    weight, bias, mean, var = (torch.empty(shape[1], dtype=parameter_dtype, device="meta") for _ in range(4))
     if direction == "inference":
-        inputs = x, weight, bias, *running, eps, alpha, pool
-        return plan_inference(*inputs, inference_outputs(*inputs))
+        inference_inputs = x, weight, bias, mean, var, eps, alpha, pool
+        return plan_inference(*inference_inputs, inference_outputs(*inference_inputs))
     count = torch.empty((), dtype=torch.int64, device="meta")
-    inputs = x, *running, count, True, 0.1, eps, pool
-    statistics, pooled, argmax = outputs = statistics_outputs(*inputs)
-    launches = plan_statistics(*inputs, *outputs)
-    inputs = x, pooled, argmax, statistics, weight, bias, True, alpha, pool
-    y = forward_outputs(*inputs)
+    statistics_inputs = x, mean, var, count, True, 0.1, eps, pool
+    statistics, pooled, argmax = statistics_outputs(*statistics_inputs)
+    launches = plan_statistics(*statistics_inputs, statistics, pooled, argmax)
+    forward_inputs = x, pooled, argmax, statistics, weight, bias, True, alpha, pool
+    y = forward_outputs(*forward_inputs)
     if direction == "forward":
-        return launches + plan_forward(*inputs, y)
+        return launches + plan_forward(*forward_inputs, y)
     saved = x if pool == 1 else pooled
-    inputs = torch.empty_like(y), saved, argmax, statistics, weight, bias, *shape[2:], True, alpha, pool
-    return plan_backward(*inputs, *backward_outputs(*inputs))
+    backward_inputs = torch.empty_like(y), saved, argmax, statistics, weight, bias, *shape[2:], True, alpha, pool
+    return plan_backward(*backward_inputs, *backward_outputs(*backward_inputs))

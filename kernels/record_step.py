@@ -98,8 +98,8 @@ def plan_record(step_loss: Tensor, step_correct: Tensor, *state: Tensor) -> list
         Launch(
             record_kernel,
             grid=(1,),
-            reads=dict(step_loss=step_loss, step_correct=step_correct.view(torch.uint8), schedule=schedule) | counters,
-            writes=dict(losses=losses, correct=correct.view(torch.uint8), lr=lr) | counters,
+            reads=dict(step_loss=step_loss, step_correct=step_correct.view(torch.uint8), schedule=schedule, **counters),
+            writes=dict(losses=losses, correct=correct.view(torch.uint8), lr=lr, **counters),
             scalars=dict(size=size, steps=steps, end=len(schedule) - 1),
             constants=dict(BLOCKS=triton.cdiv(size, BLOCK), BLOCK=BLOCK),
             num_warps=1,
