@@ -91,7 +91,7 @@ def compile_launch(case: str, launch: Launch, target: str) -> Compiled:
     pointers = [name for name in launch.kernel.arg_names if made.src.signature[name] != "constexpr"]
     tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)}
     # Of what is gathered from, whole images apart, single elements are all there is to access.
-    large = {name for name, value in tensors.items() if value.nbytes >= LARGE and name not in launch.touched}
+    large = {name for name, value in tensors.items() if value.nbytes >= LARGE and name not in launch.accessed}
     registers, spills = resources(made.asm["cubin"])
     name, shared = launch.kernel.__name__, made.metadata.shared
     widths = access_widths(made.asm["ptx"], pointers, large)

@@ -269,7 +269,7 @@ def count_launch(part: str, case: str, count: int, launch: Launch, arch: str, be
         case=case,
         kernel=launch.kernel.__name__.removesuffix("_kernel"),
         count=count,
-        elements=max(launch.touched.get(name, one.numel()) for name, one in tensors.items()),
+        elements=max(launch.accessed.get(name, one.numel()) for name, one in tensors.items()),
         bytes=launch.bytes_read + launch.bytes_written,
         **dict(zip(("again", "around"), met_again(launch, before))) if before else {},
     )

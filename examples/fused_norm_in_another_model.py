@@ -1,11 +1,11 @@
-"""Put the fused max-pool + batch norm + CELU into a network of your own, and see that it computes the same.
+"""Use the fused max-pool + batch norm + CELU in a network of your own, and check that it computes the same.
 
     python examples/fused_norm_in_another_model.py                       # on a CUDA GPU
     TRITON_INTERPRET=1 python examples/fused_norm_in_another_model.py    # anywhere: Triton's interpreter, slow
 
-``BatchNormCELU2d(channels, alpha=..., pool=2)`` takes the place of ``MaxPool2d(2)``, ``BatchNorm2d(channels)`` and
-``CELU(alpha)``. It wants channels_last tensors, its state dict is that of ``BatchNorm2d``, and it works under
-torch.compile(fullgraph=True).
+``BatchNormCELU2d(channels, alpha=..., pool=2)`` replaces ``MaxPool2d(2)``, ``BatchNorm2d(channels)`` and
+``CELU(alpha)``. It computes in channels_last, has the state dict of ``BatchNorm2d``, and works under
+``torch.compile(fullgraph=True)``.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def plain_block(c_in: int, c_out: int, pool: int) -> list[nn.Module]:
 
 
 def fused_block(c_in: int, c_out: int, pool: int) -> list[nn.Module]:
-    # Identities keep the places, and so the names of the weights, of the plain network.
+    # Identities keep the indices of the modules, so that the weights have the same names as in the plain network.
     conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
     return [conv, nn.Identity(), BatchNormCELU2d(c_out, alpha=ALPHA, pool=pool), nn.Identity()]
 
@@ -38,7 +38,7 @@ def network(block: Callable[[int, int, int], list[nn.Module]]) -> nn.Sequential:
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False  # the convolutions of the two networks should not differ
+    torch.backends.cudnn.allow_tf32 = False  # so that the convolutions of both networks are accurate
     plain = network(plain_block).to(device, memory_format=torch.channels_last)
     fused = network(fused_block).to(device, memory_format=torch.channels_last)
     fused.load_state_dict(plain.state_dict())
@@ -62,7 +62,7 @@ def main() -> None:
         pairs = zip(plain.parameters(), fused.parameters())
         worst = max(((a - b).norm() / a.norm()).item() for a, b in pairs)
         difference = (plain(images) - fused(images)).abs().max().item()
-    print(f"after three steps the weights differ by {worst:.1e} of their size at most")
+    print(f"after three steps the weights differ by {worst:.1e} of their norm at most")
     print(f"in evaluation the outputs differ by {difference:.1e} at most")
 
 

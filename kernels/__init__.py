@@ -1,12 +1,20 @@
-"""Hand-written Triton kernels of a training step, one file per operator."""
+"""Triton kernels of a training step, one file per operator."""
 
 if __name__ != "cifar_fast.kernels":
-    # A second copy of these modules would register the operators' names twice, which torch refuses.
+    # A second copy of these modules would register the same operator names again, which torch refuses.
     raise ImportError("import cifar_fast.kernels, not kernels")
 
 from .augment import augment, normalization_table
 from .batch_norm_celu import BatchNormCELU2d, batch_norm_celu
 from .cross_entropy import cross_entropy
-from .record_step import record
+from .record_step import StepState, record
 
-__all__ = ["BatchNormCELU2d", "augment", "batch_norm_celu", "cross_entropy", "normalization_table", "record"]
+__all__ = [
+    "BatchNormCELU2d",
+    "StepState",
+    "augment",
+    "batch_norm_celu",
+    "cross_entropy",
+    "normalization_table",
+    "record",
+]

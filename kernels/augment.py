@@ -1,24 +1,23 @@
-"""A batch in one launch: gather, reflection-padded crop, mirror, normalisation, cutout, cast, and labels.
+"""Data augmentation of a batch in one launch: gather, reflection pad, crop, flip, normalize, cutout, cast, and labels.
 
-With S the images' height and width, P the padding, K the cutout's side, and for image b of the batch its draws
+Let S be the height and width of an image, P the padding, and K the side of the cutout. The draws of image b are
 
-    permutation[b]                       the image
-    crop[b] = x0 (P + 1) + y0            0 <= x0, y0 <= P, the window's offset in the padded image
+    permutation[b]                       the index of the image
+    crop[b] = x0 (P + 1) + y0            0 <= x0, y0 <= P, the offset of the crop in the padded image
     flip[b]                              0 mirrors left to right, 1 does not
-    cutout[b] = x1 (S - K + 1) + y1      the upper left corner of the square
+    cutout[b] = x1 (S - K + 1) + y1      the upper left corner of the cutout square
 
-pixel (y, x) of channel c is 0 where y1 <= y < y1 + K and x1 <= x < x1 + K, and where c >= C; elsewhere
+Pixel (y, x) of channel c is 0 if y1 <= y < y1 + K and x1 <= x < x1 + K, or if c >= C. Otherwise
 
     out[b, c, y, x] = table[c, images[permutation[b], |y + y0 - P|, |x' + x0 - P|, c]]
 
-with x' = S - 1 - x where flip[b] is 0, else x. The absolute value is the reflection, which does not
-repeat the border; the window never reaches past the far side. The table holds the normalised value of
-each of the 256 bytes, so no arithmetic is done on a color, and the result has the bits of
-normalising first and moving pixels afterwards.
+with x' = S - 1 - x if flip[b] is 0, else x. The absolute value is the reflection, which does not repeat the border.
+The crop never reaches past the opposite border. The table holds the normalized value of each of the 256 bytes. The
+kernel does no arithmetic on colors, so normalizing first and moving pixels afterwards gives the same bits.
 
-Bytes moved for a batch of B: B S^2 OUT_CHANNELS times the type's size written, in 128-bit stores, and
-at most B S^2 C read. The reads are of single bytes: three channels, padding and mirror leave a thread
-nothing wider, but neighbours share their cache lines. The table stays in the L1 cache.
+Bytes moved for a batch of B: the kernel writes B S^2 OUT_CHANNELS elements in 128-bit stores, and reads at most
+B S^2 C bytes. Each read is a single byte, because three channels, padding and flip allow no wider loads. Neighboring
+threads share cache lines, and the table stays in the L1 cache.
 """
 
 from __future__ import annotations
@@ -36,15 +35,25 @@ MAX_CHANNELS = 8
 
 
 def normalization_table(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each byte's normalized value ``[C, 256]`` in ``dtype``: less the mean, over the standard deviation.
+    """Return ``(byte - mean) / std`` for each channel and byte value.
 
-    Both are those of ``images``, uint8 ``[N, S, S, C]``, per channel, the deviation with N S S - 1.
+    Each channel has its own mean and standard deviation over all ``images``, with Bessel's correction (N S S - 1).
+
+    Args:
+        images: uint8 ``[N, S, S, C]``.
+        dtype: float16, bfloat16 or float32.
+
+    Returns:
+        ``[C, 256]`` in ``dtype``.
+
+    Raises:
+        TypeError, ValueError: a dtype or the shape is not as above, or a channel has the same value everywhere.
     """
     require(images.dtype == torch.uint8, TypeError, f"images must be uint8, not {images.dtype}")
     require(images.ndim == 4, ValueError, f"images must have the shape [N, S, S, C], not {list(images.shape)}")
     require(dtype in DTYPES, TypeError, f"dtype must be float16, bfloat16 or float32, not {dtype}")
     std, mean = torch.std_mean(images.float(), dim=(0, 1, 2), unbiased=True, keepdim=True)
-    if not (std > 0).all():  # NaN, which a single pixel has, among them
+    if not (std > 0).all():  # also true for NaN, the deviation of a single pixel
         raise ValueError("a channel of images has the same value everywhere; it cannot be normalized")
     value = torch.arange(256, dtype=torch.uint8, device=images.device).view(1, 1, 256, 1)
     return ((value - mean) / std).to(dtype).view(256, -1).T.contiguous()
@@ -53,7 +62,7 @@ def normalization_table(images: Tensor, dtype: torch.dtype) -> Tensor:
 def augment_reference(
     images: Tensor, draws: Tensor, table: Tensor, *, out_channels: int, padding: int, cutout_size: int
 ) -> Tensor:
-    """The batch in plain torch; arguments as for :func:`augment` without a step."""
+    """Return the batch, computed in plain torch. See :func:`augment` for the arguments."""
     size, channels = images.shape[2:]
     corners = size + 1 - cutout_size
     pixel = torch.arange(size, device=images.device)
@@ -71,12 +80,12 @@ def augment_reference(
 @triton.jit
 def augment_kernel(
     images,  # uint8 [N, S, S, C]
-    draws,  # int64 [4, n]: permutation, crop, flip, cutout; n is B, or with a step an epoch's images
-    table,  # [C, 256], of the type of out
+    draws,  # int64 [4, n]: permutation, crop, flip, cutout; n is B, or the images of an epoch if there is a step
+    table,  # [C, 256], in the dtype of out
     labels,  # int64 [N], or None
     step,  # int64 [1], or None
     out,  # [B, S, S, OUT_CHANNELS]
-    out_labels,  # int64 [B], where there are labels
+    out_labels,  # int64 [B], or None
     row_stride,  # of draws, in elements
     S: tl.constexpr,
     C: tl.constexpr,
@@ -85,7 +94,7 @@ def augment_kernel(
     CUTOUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    length: tl.constexpr = S * S * OUT_CHANNELS  # of an image in out
+    length: tl.constexpr = S * S * OUT_CHANNELS  # elements of an image in out
     corners: tl.constexpr = S + 1 - CUTOUT
 
     b = tl.program_id(0).to(tl.int64)
@@ -99,7 +108,7 @@ def augment_kernel(
     mirror = tl.load(draws + 2 * row_stride + position) == 0
     corner = tl.load(draws + 3 * row_stride + position).to(tl.int32)
 
-    # Offsets inside an image fit 32 bits; where images start does not.
+    # Offsets inside an image fit in 32 bits, but the offset of an image may not.
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     channel, pixel = offset % OUT_CHANNELS, offset // OUT_CHANNELS
     y, x = pixel // S, pixel % S
@@ -130,7 +139,7 @@ def augment_outputs(
     padding: int,
     cutout_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """The batch ``[B, out_channels, S, S]`` in channels_last; its labels int64 ``[B]``, ``[0]`` without ``labels``."""
+    """Allocate the batch ``[B, out_channels, S, S]`` in channels_last, and its labels (``[0]`` without ``labels``)."""
     size = images.shape[1]
     out = empty_channels_last(batch_size, out_channels, size, size, table.dtype, images.device)
     out_labels = torch.empty(0 if labels is None else batch_size, dtype=torch.int64, device=images.device)
@@ -140,10 +149,10 @@ def augment_outputs(
 def plan_augment(
     images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size, out, out_labels
 ) -> list[Launch]:
-    """The one launch that fills ``out`` and ``out_labels``."""
+    """Return the launch that fills ``out`` and ``out_labels``."""
     size, channels = images.shape[2:]
-    chosen = parameters("augment", "*")
-    block = chosen["block"]
+    entry = parameters("augment", "*")
+    block = entry["block"]
     sizes = dict(S=size, C=channels, OUT_CHANNELS=out_channels, PADDING=padding, CUTOUT=cutout_size)
     return [
         Launch(
@@ -153,8 +162,8 @@ def plan_augment(
             writes=dict(out=out, out_labels=out_labels if labels is not None else None),
             scalars=dict(row_stride=draws.stride(0)),
             constants=sizes | dict(BLOCK=block),
-            num_warps=chosen["num_warps"],
-            touched=dict(images=batch_size * size * size * channels, draws=4 * batch_size, labels=batch_size),
+            num_warps=entry["num_warps"],
+            accessed=dict(images=batch_size * size * size * channels, draws=4 * batch_size, labels=batch_size),
         )
     ]
 
@@ -174,37 +183,39 @@ def augment(
     padding: int,
     cutout_size: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """An augmented batch and its labels, straight from the bytes of the data set.
+    """Return an augmented batch and its labels, made from the bytes of a data set on the device.
 
-    All tensors are contiguous, rows of ``draws`` excepted, and on one device. What the elements of ``draws`` and
-    ``step`` are is not checked: out of range, they read memory that is not theirs.
+    All tensors must be contiguous and on one device; only the rows of ``draws`` may lie apart. The values in ``draws``
+    and ``step`` are not checked: a value out of range reads memory outside the tensors.
 
     Args:
-        images: the data set's images, uint8 ``[N, S, S, C]``.
-        draws: int64 ``[4, B]``, a column per image: ``permutation``, which image; ``crop``,
-            ``x0 * (padding + 1) + y0``, the window's offset in the padded image; ``flip``, 0 mirrors left to right,
-            after the crop, 1 does not; ``cutout``, ``x0 * (S - cutout_size + 1) + y0``, the square's upper left corner.
-        table: the value that stands for each byte, ``[C, 256]`` in float16, bfloat16 or float32; see
+        images: the images of the data set, uint8 ``[N, S, S, C]``.
+        draws: int64 ``[4, B]``, one column per image of the batch. The rows are ``permutation``, the index of the
+            image; ``crop``, ``x0 * (padding + 1) + y0`` for the offset (x0, y0) of the crop in the padded image;
+            ``flip``, 0 to mirror left to right after the crop, 1 not to; and ``cutout``,
+            ``x1 * (S - cutout_size + 1) + y1`` for the upper left corner (x1, y1) of the cutout square.
+        table: the output value of each byte, ``[C, 256]`` in float16, bfloat16 or float32; see
             :func:`normalization_table`.
-        labels: the data set's labels, int64 ``[N]``.
-        step: int64, one element. ``draws`` are then a whole epoch's, ``[4, n]``, and the batch is that of positions
-            ``step * batch_size`` to ``(step + 1) * batch_size``. The kernel reads it, so that the replays of a CUDA
-            graph can walk through an epoch.
-        batch_size: B, given with ``step`` and only then.
-        out_channels: C to 8, by default C; channels from C on are 0.
-        padding: of the reflection, in pixels, 0 to S - 1.
+        labels: the labels of the data set, int64 ``[N]``.
+        step: int64, one element. If given, ``draws`` ``[4, n]`` are for a whole epoch, and the batch has its columns
+            ``step * batch_size`` to ``(step + 1) * batch_size``. The kernel reads ``step`` from the device, so replays
+            of a CUDA graph can go through an epoch.
+        batch_size: B. Required if ``step`` is given, not allowed otherwise.
+        out_channels: C to 8, default C. Channels from C on are 0.
+        padding: pixels of reflection padding on each side, 0 to S - 1.
         cutout_size: side of the square set to 0, in pixels, 0 to S.
 
     Returns:
-        ``[B, out_channels, S, S]`` of the table's dtype in channels_last, and int64 ``[B]``, None without ``labels``.
+        The batch, ``[B, out_channels, S, S]`` in channels_last and in the dtype of ``table``, and its labels, int64
+        ``[B]``, or None without ``labels``.
 
     Raises:
-        TypeError, ValueError: a dtype or a shape is not as above.
-        RuntimeError: tensors on more than one device, or on a CPU without Triton's interpreter.
+        TypeError, ValueError: a dtype, shape or layout is not as above.
+        RuntimeError: the tensors are on different devices, or on a CPU without Triton's interpreter.
     """
     square = images.ndim == 4 and images.shape[1] == images.shape[2]
-    shapes = f"images must have the shape [N, S, S, C], none of them 0, not {list(images.shape)}"
-    require(square and images.numel() > 0, ValueError, shapes)
+    message = f"images must have the shape [N, S, S, C] and not be empty, not {list(images.shape)}"
+    require(square and images.numel() > 0, ValueError, message)
     n, size, _, channels = images.shape
     require(channels <= MAX_CHANNELS, ValueError, f"images must have at most {MAX_CHANNELS} channels, not {channels}")
     out_channels = channels if out_channels is None else out_channels
@@ -214,22 +225,23 @@ def augment(
         ("cutout_size", cutout_size, 0, size),
     ):
         require(isinstance(value, int), TypeError, f"{name} must be an int, not {value!r}")
-        require(low <= value <= high, ValueError, f"{name} must lie in {low} to {high}, not {value}")
+        require(low <= value <= high, ValueError, f"{name} must be between {low} and {high}, not {value}")
 
-    drawn = draws.ndim == 2 and draws.shape[0] == 4 and draws.shape[1] > 0
-    require(drawn, ValueError, f"draws must have the shape [4, n], n at least 1, not {list(draws.shape)}")
-    positions = draws.shape[1]
-    require(draws.stride(1) == 1, ValueError, f"each row of draws must be contiguous, not of strides {draws.stride()}")
+    has_columns = draws.ndim == 2 and draws.shape[0] == 4 and draws.shape[1] > 0
+    require(has_columns, ValueError, f"draws must have the shape [4, n] with n > 0, not {list(draws.shape)}")
+    message = f"each row of draws must be contiguous, but draws has the strides {draws.stride()}"
+    require(draws.stride(1) == 1, ValueError, message)
+    columns = draws.shape[1]
     require((step is None) == (batch_size is None), ValueError, "step and batch_size must be given together")
     if batch_size is None:
-        batch_size = positions
+        batch_size = columns
     require(isinstance(batch_size, int), TypeError, f"batch_size must be an int, not {batch_size!r}")
-    columns = f"batch_size must lie in 1 to {positions}, the columns of draws, not {batch_size}"
-    require(1 <= batch_size <= positions, ValueError, columns)
+    message = f"batch_size must be between 1 and {columns}, the number of columns of draws, not {batch_size}"
+    require(1 <= batch_size <= columns, ValueError, message)
 
     like = ("images", images)
     require_tensor("images", images, (torch.uint8,), tuple(images.shape), like)
-    require_tensor("each row of draws", draws[0], (torch.int64,), (positions,), like)
+    require_tensor("each row of draws", draws[0], (torch.int64,), (columns,), like)
     require_tensor("table", table, DTYPES, (channels, 256), like)
     if labels is not None:
         require_tensor("labels", labels, (torch.int64,), (n,), like)
@@ -242,11 +254,12 @@ def augment(
 def example_launches(
     *, n: int, batch_size: int, size: int, out_channels: int, padding: int, cutout_size: int, dtype: torch.dtype
 ) -> list[Launch]:
-    """The launch of one batch out of ``n`` images of three channels, by a step counter, on tensors without memory."""
+    """Return the launch for one batch of ``n`` three-channel images, with labels and a step, on meta tensors."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     images, table = meta(n, size, size, 3, dtype=torch.uint8), meta(3, 256, dtype=dtype)
-    inputs = images, meta(4, n), table, meta(n), meta(1), batch_size, out_channels, padding, cutout_size
+    draws, labels, step = meta(4, n), meta(n), meta(1)
+    inputs = images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size
     return plan_augment(*inputs, *augment_outputs(*inputs))

@@ -1,13 +1,14 @@
-"""The head of a training step as one operator: loss, answer and gradient of each image, in one launch.
+"""Cross entropy in one launch: the loss, the correctness and the gradient of each image.
 
     z = scale * x                          the logits
     loss = log(sum exp z) - (1 - s) z[label] - s mean z
-    correct = whether the first largest z is the label's
+    correct = (argmax(z) == label)         the first maximum, if there are several
     dx = scale * (softmax(z) - (1 - s) onehot(label) - s / K)
 
-That is ``torch.nn.functional.cross_entropy(z, label, reduction="none", label_smoothing=s)`` of K classes, and the
-gradient of the losses' sum: who has it starts ``backward`` at ``x``, and no kernel for the loss follows. Computed in
-float32; every exponent is taken of z less the row's largest, as by torch.
+The loss is ``torch.nn.functional.cross_entropy(z, label, reduction="none", label_smoothing=s)`` for K classes, and dx
+is the gradient of the sum of the losses. A training step starts its backward pass at ``x`` with dx, so it needs no
+kernel for the backward pass of the loss. Everything is computed in float32. The largest z of the row is subtracted
+before each exponential, as torch does.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from torch import Tensor
 
 from .launch import Launch, operator, require, require_tensor
 
-ROWS = 16  # a program
+ROWS = 16  # rows per program
 
 
 def cross_entropy_reference(
     x: Tensor, labels: Tensor, *, label_smoothing: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in plain torch."""
+    """Return the same values as :func:`cross_entropy`, computed in plain torch."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = x * scale
-        # float32 for bfloat16, as under autocast
-        wide = logits.float() if x.dtype == torch.bfloat16 else logits
-        loss = F.cross_entropy(wide, labels, reduction="none", label_smoothing=label_smoothing)
+        # Autocast to bfloat16 also computes the loss in float32.
+        inputs = logits.float() if x.dtype == torch.bfloat16 else logits
+        loss = F.cross_entropy(inputs, labels, reduction="none", label_smoothing=label_smoothing)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
     return loss.detach(), logits.argmax(dim=1) == labels, gradient
 
@@ -56,7 +57,7 @@ def cross_entropy_kernel(
     label = tl.load(labels + row, mask=row < size, other=0)
     offset = row.to(tl.int64)[:, None] * K + column
     exists = (row < size)[:, None] & (column < K)
-    # Rounded as torch rounds the product, for the same ties.
+    # Rounding the product as torch does gives the same ties.
     z = (tl.load(x + offset, mask=exists, other=0.0).to(tl.float32) * SCALE).to(x.dtype.element_ty).to(tl.float32)
     z = tl.where(column < K, z, float("-inf"))
     largest = tl.max(z, axis=1)
@@ -77,13 +78,13 @@ def cross_entropy_kernel(
 def cross_entropy_outputs(
     x: Tensor, labels: Tensor, label_smoothing: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, correct, dx."""
+    """Allocate loss, correct and dx."""
     loss = x.new_empty(len(x), dtype=torch.float32 if x.dtype == torch.bfloat16 else x.dtype)
     return loss, x.new_empty(len(x), dtype=torch.bool), torch.empty_like(x)
 
 
 def plan_cross_entropy(x, labels, label_smoothing, scale, loss, correct, dx) -> list[Launch]:
-    """The one launch."""
+    """Return the launch that fills ``loss``, ``correct`` and ``dx``."""
     size, classes = x.shape
     return [
         Launch(
@@ -104,23 +105,25 @@ cross_entropy_op = operator("cross_entropy", cross_entropy_outputs, plan_cross_e
 def cross_entropy(
     x: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, answers and the gradient of the losses' sum with respect to ``x``; not differentiable itself.
+    """Return loss, correctness and gradient of each row. The results are not differentiable.
 
     Args:
-        x: contiguous ``[B, K]``, float16, bfloat16 or float32, at least one row; the logits are ``scale * x``.
-        labels: int64 ``[B]``, 0 to K - 1. What they are is not checked: another one counts as no class.
-        label_smoothing: the share of the target that is spread over all classes.
-        scale: of the logits, rounded to x's type.
+        x: contiguous ``[B, K]`` in float16, bfloat16 or float32, at least one row. The logits are ``scale * x``.
+        labels: int64 ``[B]``, 0 to K - 1. The values are not checked; a value out of range matches no class.
+        label_smoothing: fraction of the target distribution that is uniform over the classes.
+        scale: factor of the logits. The product is rounded to the dtype of ``x``.
 
     Returns:
-        The losses ``[B]`` in x's type (float32 for bfloat16), whether the first largest logit is the label's, bool
-        ``[B]``, and the gradient ``[B, K]`` in x's type.
+        loss: ``[B]`` in the dtype of ``x`` (float32 for bfloat16).
+        correct: bool ``[B]``, whether the label is the index of the first largest logit.
+        dx: ``[B, K]`` in the dtype of ``x``, the gradient of the sum of the losses with respect to ``x``.
 
     Raises:
-        TypeError, ValueError: a dtype, a shape or a layout is not as above.
-        RuntimeError: tensors on more than one device, or on a CPU without Triton's interpreter.
+        TypeError, ValueError: a dtype, shape or layout is not as above.
+        RuntimeError: the tensors are on different devices, or on a CPU without Triton's interpreter.
     """
-    require(x.dim() == 2 and x.numel() > 0, ValueError, f"x must have the shape [B, K], not {list(x.shape)}")
+    message = f"x must have the shape [B, K] and not be empty, not {list(x.shape)}"
+    require(x.dim() == 2 and x.numel() > 0, ValueError, message)
     require_tensor("x", x, (torch.float16, torch.bfloat16, torch.float32), tuple(x.shape), ("labels", labels))
     require_tensor("labels", labels, (torch.int64,), (len(x),), ("x", x))
     return cross_entropy_op(x.detach(), labels, float(label_smoothing), float(scale))
@@ -129,7 +132,7 @@ def cross_entropy(
 def example_launches(
     batch_size: int, classes: int, *, dtype: torch.dtype, label_smoothing: float, scale: float
 ) -> list[Launch]:
-    """The launch of one call, on tensors without memory."""
+    """Return the launch of one call, on meta tensors."""
     x = torch.empty(batch_size, classes, dtype=dtype, device="meta")
     inputs = x, torch.empty(batch_size, dtype=torch.int64, device="meta"), label_smoothing, scale
     return plan_cross_entropy(*inputs, *cross_entropy_outputs(*inputs))

@@ -1,18 +1,17 @@
-"""How kernels are launched: descriptions that run here, or are compiled for a GPU that is not here.
+"""Kernel launches as data: run here, or compiled for GPUs that this machine does not have.
 
-A planner takes an operator's inputs and outputs, on the ``meta`` device too, and gives the launches that compute the
-one from the other. Running them is one use; the benchmarks read the same descriptions to compile every kernel at every
-shape of the recipe without a GPU, and to count the bytes that each moves.
+A planner returns the list of kernel launches for given input and output tensors, which may be meta tensors.
+:func:`run` executes the list. The benchmarks read the same list to compile each kernel at each shape of the recipe, and
+to count the bytes that it moves.
 
-Block sizes come from ``launch.json``, keyed by kernel and shape class, never from timing at run time: they set the
-order of a reduction, and so the last bits of its result. Those checked in are predicted, by what the code compiled for
-compute capability 9.0 issues and moves (``python -m benchmarks tune --predict``); no GPU has timed them.
+Block sizes come from ``launch.json``, keyed by kernel and shape class. They are never tuned at run time, because they
+set the order of a reduction and so the last bits of its result. The checked-in sizes are predictions for compute
+capability 9.0 (``python -m benchmarks tune --predict``). No GPU has timed them yet.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -26,20 +25,22 @@ import triton
 TABLE = Path(__file__).with_name("launch.json")
 
 FP_FUSION = False
-"""No contraction of a * b + c: its default differs between Triton releases, and forward and backward must compute
-alike.
+"""Whether the compiler may contract a * b + c.
+
+It may not: its default differs between Triton releases, and forward and backward must round alike.
 """
 
 Table = dict[str, dict[str, dict[str, int]]]
+"""Launch parameters by kernel and shape class."""
 
 
 @dataclass(frozen=True)
 class Launch:
     """One launch of a ``@triton.jit`` function.
 
-    ``reads`` and ``writes`` are its tensor arguments by name, None where the kernel does without one at this setting;
-    ``scalars`` its numbers, ``constants`` what is compiled in. ``touched`` gives the elements of a tensor that are
-    accessed, where those are not all.
+    ``reads`` and ``writes`` are its tensor arguments by name, None for those that this launch does not use. ``scalars``
+    are its numbers and ``constants`` its ``tl.constexpr`` arguments. ``accessed`` gives the number of elements that the
+    kernel accesses in a tensor, if these are not all.
     """
 
     kernel: Any
@@ -49,17 +50,22 @@ class Launch:
     scalars: dict[str, int | float]
     constants: dict[str, Any]
     num_warps: int = 4
-    touched: dict[str, int] = field(default_factory=dict)
+    accessed: dict[str, int] = field(default_factory=dict)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the kernel is called with, besides its constants."""
+        """The kernel's arguments at run time: tensors and numbers."""
         return self.reads | self.writes | self.scalars
 
     @property
     def options(self) -> dict[str, Any]:
-        """The compiler's."""
+        """Options of the compiler."""
         return {"num_warps": self.num_warps, "enable_fp_fusion": FP_FUSION}
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """All keyword arguments of a call of the kernel."""
+        return self.arguments | self.constants | self.options
 
     @property
     def bytes_read(self) -> int:
@@ -71,108 +77,107 @@ class Launch:
 
     def _bytes(self, tensors: dict[str, torch.Tensor | None]) -> int:
         return sum(
-            self.touched.get(name, tensor.numel()) * tensor.element_size()
+            self.accessed.get(name, tensor.numel()) * tensor.element_size()
             for name, tensor in tensors.items()
             if tensor is not None
         )
 
 
+_interpreter_lock = threading.RLock()
+"""The interpreter replaces functions of ``triton.language`` for all threads while it runs a kernel."""
+
+
 def run(
     launches: Iterable[Launch], device: torch.device, on_compiled: Callable[[Launch, Any], None] | None = None
 ) -> None:
-    """Run ``launches`` in turn on ``device``; ``on_compiled`` is given each with what was compiled for it."""
+    """Run ``launches`` in order on ``device``.
+
+    ``on_compiled`` is called after each launch with the launch and its compiled kernel.
+    """
     if device.type not in ("cuda", "meta") and not interpreted():
         raise RuntimeError(
             f"Triton kernels need tensors on a GPU, not on {device}; "
             "set TRITON_INTERPRET=1 before Python starts to run them here"
         )
-    with torch.cuda.device(device) if device.type == "cuda" else _interpreting:
+    with torch.cuda.device(device) if device.type == "cuda" else _interpreter_lock:
         for launch in launches:
-            compiled = launch.kernel[launch.grid](**_given(launch))
+            compiled = launch.kernel[launch.grid](**launch.keywords)
             if on_compiled:
                 on_compiled(launch, compiled)
 
 
 def compile_only(launches: Iterable[Launch], device: torch.device) -> None:
-    """Compile ``launches``, of tensors without memory too, for the GPU ``device``; to run them later takes no compiler
-    then.
-    """
+    """Compile ``launches`` for the GPU ``device``, to run them later without a compiler. Meta tensors will do."""
     with torch.cuda.device(device):
         for launch in launches:
-            launch.kernel.warmup(grid=launch.grid, **_given(launch))
-
-
-def _given(launch: Launch) -> dict[str, Any]:
-    return launch.arguments | launch.constants | launch.options
-
-
-_interpreting = threading.RLock()
-"""The interpreter puts its own functions into ``triton.language`` while it runs a kernel, for all threads."""
+            launch.kernel.warmup(grid=launch.grid, **launch.keywords)
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on tensors of any device, as TRITON_INTERPRET=1 asks."""
+    """Return whether TRITON_INTERPRET=1 is set: Triton then interprets kernels, on tensors of any device."""
     return triton.knobs.runtime.interpret
 
 
-def parameters(kernel: str, shape_class: int | str) -> dict[str, int]:
-    """The entry of the table for ``kernel`` at ``shape_class``, or the kernel's ``"*"`` entry."""
-    entries = table()[kernel]
-    return entries.get(str(shape_class), entries["*"])
+_tables: list[Table] = [json.loads(TABLE.read_text())]
 
 
 def table() -> Table:
-    """The launch parameters in use: the checked-in ones, unless :func:`using` gives others."""
-    return _others[-1] if _others else _checked_in()
+    """Return the launch parameters in use, from the innermost :func:`using` or from ``launch.json``."""
+    return _tables[-1]
 
 
 @contextlib.contextmanager
 def using(other: Table) -> Iterator[None]:
-    """BackendConfig launches by the table ``other`` meanwhile."""
-    _others.append(other)
+    """Use the launch parameters ``other`` inside the context."""
+    _tables.append(other)
     try:
         yield
     finally:
-        _others.pop()
+        _tables.pop()
 
 
-_others: list[Table] = []
-
-
-@functools.cache
-def _checked_in() -> Table:
-    return json.loads(TABLE.read_text())
+def parameters(kernel: str, shape_class: int | str) -> dict[str, int]:
+    """Return the launch parameters of ``kernel`` at ``shape_class``, or its ``"*"`` entry if there are none."""
+    entries = table()[kernel]
+    return entries.get(str(shape_class), entries["*"])
 
 
 def operator(
     name: str, outputs: Callable[..., Any], plan: Callable[..., list[Launch]], mutates: tuple[str, ...] = ()
 ) -> Any:
-    """Register ``cifar_fast::name`` with torch, from the two functions that say all of it.
+    """Register the torch operator ``cifar_fast::name``.
 
-    ``outputs(*inputs)`` allocates the results, one tensor, a tuple or None; its signature is the operator's, and it
-    stands in for the operator where torch only traces. ``plan(*inputs, *results)`` gives the launches that fill them,
-    and change the inputs named in ``mutates``. The operator is opaque to torch.compile, which makes it work under
-    Triton's interpreter too, and it wants its inputs in the layout in which they were traced.
+    torch.compile does not look into the operator, so it works under Triton's interpreter too. It passes the inputs in
+    the memory layout that they had when it traced the code.
+
+    Args:
+        name: the operator's name.
+        outputs: ``outputs(*inputs)`` allocates the results: a tensor, a tuple of tensors, or None. Its signature is the
+            operator's signature. It is also the operator's implementation on fake tensors.
+        plan: ``plan(*inputs, *results)`` returns the launches that fill the results.
+        mutates: names of the inputs that the launches change.
     """
 
     def compute(*inputs: Any) -> Any:
-        made = outputs(*inputs)
-        results = (made,) if isinstance(made, torch.Tensor) else made or ()
+        allocated = outputs(*inputs)
+        results = (allocated,) if isinstance(allocated, torch.Tensor) else allocated or ()
         run(plan(*inputs, *results), inputs[0].device)
-        return made
+        return allocated
 
     schema = torch.library.infer_schema(outputs, mutates_args=mutates)
     tags = (torch.Tag.needs_exact_strides,)
     registered = torch.library.custom_op(f"cifar_fast::{name}", compute, mutates_args=mutates, schema=schema, tags=tags)
     registered.register_fake(outputs)
-    registered.outputs, registered.plan = outputs, plan
     return registered
 
 
 def empty_channels_last(
     n: int, channels: int, height: int, width: int, dtype: torch.dtype, device: Any
 ) -> torch.Tensor:
-    """Uninitialized ``[N, C, H, W]``, NHWC in memory even where a size of 1 leaves strides open; not a view."""
+    """Return an uninitialized ``[N, C, H, W]`` tensor in channels_last.
+
+    Its strides describe NHWC memory even if a size is 1, where torch would accept others. It is not a view.
+    """
     strides = (height * width * channels, 1, width * channels, channels)
     return torch.empty_strided((n, channels, height, width), strides, dtype=dtype, device=device)
 
@@ -190,19 +195,22 @@ def require_tensor(
     shape: tuple[int, ...],
     like: tuple[str, torch.Tensor],
 ) -> None:
-    """Raise unless ``tensor`` is contiguous, of one of ``dtypes``, of ``shape``, and on the device of ``like``, a named
-    tensor.
+    """Raise unless ``tensor`` is contiguous, has ``shape`` and one of ``dtypes``, and is on the device of ``like``.
 
-    Raises TypeError for what is no tensor or of another dtype, ValueError for shape and layout, RuntimeError for the
-    device.
+    ``like`` is the name of another tensor, and that tensor.
+
+    Raises:
+        TypeError: ``tensor`` is not a tensor, or has another dtype.
+        ValueError: it has another shape, or is not contiguous.
+        RuntimeError: it is on another device.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, not {tensor!r}")
     wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     require(tensor.dtype in dtypes, TypeError, f"{name} must be {wanted}, not {tensor.dtype}")
-    shown = list(tensor.shape)
-    require(tuple(tensor.shape) == shape, ValueError, f"{name} must have the shape {list(shape)}, not {shown}")
-    require(tensor.is_contiguous(), ValueError, f"{name} must be contiguous, not of strides {tensor.stride()}")
-    other, its = like
-    on = f"{name} must be on {its.device}, as {other} is, not on {tensor.device}"
-    require(tensor.device == its.device, RuntimeError, on)
+    actual = list(tensor.shape)
+    require(tuple(tensor.shape) == shape, ValueError, f"{name} must have the shape {list(shape)}, not {actual}")
+    require(tensor.is_contiguous(), ValueError, f"{name} must be contiguous, but has the strides {tensor.stride()}")
+    other, device = like[0], like[1].device
+    message = f"{name} must be on {device} like {other}, not on {tensor.device}"
+    require(tensor.device == device, RuntimeError, message)

@@ -1,13 +1,15 @@
-"""The bookkeeping of a captured step in one launch: its losses and answers are filed, and the next step is made ready.
+"""End of a captured training step in one launch: store its results, advance the counters, load the next learning rate.
 
-    losses[position] = loss        answers[position] = correct
-    done += 1        position = (position + 1) mod steps        rate = schedule[min(done, end)]
+    losses[epoch_step] = loss        correct[epoch_step] = correct of the step
+    global_step += 1        epoch_step = (epoch_step + 1) mod steps        lr = schedule[min(global_step, end)]
 
-All of it lies on the device, where a CUDA graph's replays can read and write it. A single warp does it: every thread
-has then read the counters before one of them is changed.
+All tensors are on the device, so replays of a CUDA graph can read and write them. A single warp runs the kernel, so
+every thread has read the counters before one of them changes.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,130 +21,143 @@ from .launch import Launch, operator, require, require_tensor
 BLOCK = 256
 
 
-def record_reference(
-    loss: Tensor,
-    correct: Tensor,
-    losses: Tensor,
-    answers: Tensor,
-    schedule: Tensor,
-    rate: Tensor,
-    done: Tensor,
-    position: Tensor,
-) -> None:
-    """The same in plain torch."""
-    losses[position] = loss
-    answers[position] = correct
-    done += 1
-    position.copy_((position + 1) % len(losses))
-    rate.copy_(schedule[done.clamp(max=len(schedule) - 1)])
+class StepState(NamedTuple):
+    """The state of a training loop on the device, which :func:`record` updates in place.
+
+    Args:
+        losses: ``[steps, B]`` in float16, bfloat16 or float32, the losses of each step of the epoch.
+        correct: bool ``[steps, B]``, which images of each step were classified correctly.
+        schedule: float32 ``[n]``, the learning rate of each step of the run.
+        lr: float32 ``[1]``, the learning rate of the current step.
+        global_step: int64 ``[1]``, the number of finished steps of the run.
+        epoch_step: int64 ``[1]``, the number of finished steps of the epoch.
+    """
+
+    losses: Tensor
+    correct: Tensor
+    schedule: Tensor
+    lr: Tensor
+    global_step: Tensor
+    epoch_step: Tensor
+
+    @classmethod
+    def initial(cls, schedule: Tensor, steps: int, batch_size: int, dtype: torch.dtype) -> StepState:
+        """Return the state before the first step, on the device of ``schedule``. The losses have ``dtype``."""
+        return cls(
+            losses=schedule.new_zeros(steps, batch_size, dtype=dtype),
+            correct=schedule.new_zeros(steps, batch_size, dtype=torch.bool),
+            schedule=schedule,
+            lr=schedule[:1].clone(),
+            global_step=schedule.new_zeros(1, dtype=torch.int64),
+            epoch_step=schedule.new_zeros(1, dtype=torch.int64),
+        )
+
+
+def record_reference(loss: Tensor, correct: Tensor, state: StepState) -> None:
+    """Update ``state`` as :func:`record` does, in plain torch."""
+    state.losses[state.epoch_step] = loss
+    state.correct[state.epoch_step] = correct
+    state.global_step.add_(1)
+    state.epoch_step.copy_((state.epoch_step + 1) % len(state.losses))
+    state.lr.copy_(state.schedule[state.global_step.clamp(max=len(state.schedule) - 1)])
 
 
 @triton.jit
 def record_kernel(
-    loss,  # [B]
-    correct,  # uint8 [B]
+    step_loss,  # [B]
+    step_correct,  # uint8 [B]
     losses,  # [steps, B]
-    answers,  # uint8 [steps, B]
+    correct,  # uint8 [steps, B]
     schedule,  # [end + 1]
-    rate,  # [1]
-    done,  # [1]
-    position,  # [1]
+    lr,  # [1]
+    global_step,  # [1]
+    epoch_step,  # [1]
     size,  # B
     steps,
     end,
-    BLOCKS: tl.constexpr,  # of BLOCK, for all of B
+    BLOCKS: tl.constexpr,  # blocks of BLOCK elements that cover B
     BLOCK: tl.constexpr,
 ):
-    at = tl.load(position)
-    count = tl.load(done) + 1
+    at = tl.load(epoch_step)
+    count = tl.load(global_step) + 1
     for block in range(BLOCKS):
         lane = block * BLOCK + tl.arange(0, BLOCK)
-        tl.store(losses + at * size + lane, tl.load(loss + lane, mask=lane < size, other=0.0), mask=lane < size)
-        tl.store(answers + at * size + lane, tl.load(correct + lane, mask=lane < size, other=0), mask=lane < size)
-    tl.store(rate, tl.load(schedule + tl.minimum(count, end)))
-    tl.store(done, count)
-    tl.store(position, (at + 1) % steps)
+        tl.store(losses + at * size + lane, tl.load(step_loss + lane, mask=lane < size, other=0.0), mask=lane < size)
+        tl.store(correct + at * size + lane, tl.load(step_correct + lane, mask=lane < size, other=0), mask=lane < size)
+    tl.store(lr, tl.load(schedule + tl.minimum(count, end)))
+    tl.store(global_step, count)
+    tl.store(epoch_step, (at + 1) % steps)
 
 
-def plan_record(loss, correct, losses, answers, schedule, rate, done, position) -> list[Launch]:
-    """The one launch."""
+def plan_record(step_loss: Tensor, step_correct: Tensor, *state: Tensor) -> list[Launch]:
+    """Return the launch that updates ``state``, the tensors of a :class:`StepState`."""
+    losses, correct, schedule, lr, global_step, epoch_step = state
     steps, size = losses.shape
+    counters = dict(global_step=global_step, epoch_step=epoch_step)
     return [
         Launch(
             record_kernel,
             grid=(1,),
-            reads=dict(loss=loss, correct=correct.view(torch.uint8), schedule=schedule, done=done, position=position),
-            writes=dict(losses=losses, answers=answers.view(torch.uint8), rate=rate, done=done, position=position),
+            reads=dict(step_loss=step_loss, step_correct=step_correct.view(torch.uint8), schedule=schedule, **counters),
+            writes=dict(losses=losses, correct=correct.view(torch.uint8), lr=lr, **counters),
             scalars=dict(size=size, steps=steps, end=len(schedule) - 1),
             constants=dict(BLOCKS=triton.cdiv(size, BLOCK), BLOCK=BLOCK),
             num_warps=1,
-            touched=dict(losses=size, answers=size, schedule=1),
+            accessed=dict(losses=size, correct=size, schedule=1),
         )
     ]
 
 
 def record_outputs(
-    loss: Tensor,
-    correct: Tensor,
+    step_loss: Tensor,
+    step_correct: Tensor,
     losses: Tensor,
-    answers: Tensor,
-    schedule: Tensor,
-    rate: Tensor,
-    done: Tensor,
-    position: Tensor,
-) -> None:
-    """Nothing: all is done in place."""
-
-
-record_op = operator("record", record_outputs, plan_record, ("losses", "answers", "rate", "done", "position"))
-
-
-def record(
-    loss: Tensor,
     correct: Tensor,
-    *,
-    losses: Tensor,
-    answers: Tensor,
     schedule: Tensor,
-    rate: Tensor,
-    done: Tensor,
-    position: Tensor,
+    lr: Tensor,
+    global_step: Tensor,
+    epoch_step: Tensor,
 ) -> None:
-    """File a step's results under its position in the epoch, and make the next step ready; in place.
+    """Allocate nothing, because the operator works in place."""
+
+
+record_op = operator("record", record_outputs, plan_record, ("losses", "correct", "lr", "global_step", "epoch_step"))
+
+
+def record(loss: Tensor, correct: Tensor, state: StepState) -> None:
+    """Store the results of a step in ``state``, advance its counters and load the next learning rate.
+
+    After the last step of the run, ``state.lr`` keeps the last learning rate. The values of the counters are not
+    checked: a value out of range writes memory outside the tensors.
 
     Args:
-        loss, correct: ``[B]``, the latter bool.
-        losses, answers: ``[steps, B]``, of the same types: a row for each step of an epoch.
-        schedule: float32, the learning rate of each step of the run.
-        rate: float32 ``[1]``, which gets the next step's; after the last the last one's again.
-        done, position: int64 ``[1]``, the steps of the run and of the epoch. What they are is not checked: out of
-            range, memory is written that is not theirs.
+        loss: the losses of the step, ``[B]`` in float16, bfloat16 or float32.
+        correct: which images were classified correctly, bool ``[B]``.
+        state: tensors to update. ``state.losses`` has the dtype of ``loss``.
 
     Raises:
-        TypeError, ValueError: a dtype, a shape or a layout is not as above.
-        RuntimeError: tensors on more than one device, or on a CPU without Triton's interpreter.
+        TypeError, ValueError: a dtype, shape or layout is not as above.
+        RuntimeError: the tensors are on different devices, or on a CPU without Triton's interpreter.
     """
-    require(losses.dim() == 2, ValueError, f"losses must have the shape [steps, B], not {list(losses.shape)}")
-    steps, size = losses.shape
+    losses, schedule = state.losses, state.schedule
+    require(losses.dim() == 2, ValueError, f"state.losses must have the shape [steps, B], not {list(losses.shape)}")
+    size = losses.shape[1]
     like = ("loss", loss)
-    require_tensor("losses", losses, (loss.dtype,), (steps, size), like)
     require_tensor("loss", loss, (torch.float16, torch.bfloat16, torch.float32), (size,), like)
     require_tensor("correct", correct, (torch.bool,), (size,), like)
-    require_tensor("answers", answers, (torch.bool,), (steps, size), like)
-    require_tensor("schedule", schedule, (torch.float32,), (schedule.numel(),), like)
-    require_tensor("rate", rate, (torch.float32,), (1,), like)
-    for name, counter in (("done", done), ("position", position)):
-        require_tensor(name, counter, (torch.int64,), (1,), like)
-    record_op(loss, correct, losses, answers, schedule, rate, done, position)
+    for name, dtype, shape in (
+        ("losses", loss.dtype, losses.shape),
+        ("correct", torch.bool, losses.shape),
+        ("schedule", torch.float32, (schedule.numel(),)),
+        ("lr", torch.float32, (1,)),
+        ("global_step", torch.int64, (1,)),
+        ("epoch_step", torch.int64, (1,)),
+    ):
+        require_tensor(f"state.{name}", getattr(state, name), (dtype,), tuple(shape), like)
+    record_op(loss, correct, *state)
 
 
 def example_launches(batch_size: int, *, dtype: torch.dtype, steps: int = 97, epochs: int = 24) -> list[Launch]:
-    """The launch of one call, on tensors without memory."""
-
-    def empty(*shape: int, of: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    rows = [empty(*shape, of=of) for shape in ((batch_size,), (steps, batch_size)) for of in (dtype, torch.bool)]
-    counters = [empty(1, of=torch.int64) for _ in range(2)]
-    schedule, rate = empty(steps * epochs, of=torch.float32), empty(1, of=torch.float32)
-    return plan_record(*rows, schedule, rate, *counters)
+    """Return the launch of one call, on meta tensors."""
+    state = StepState.initial(torch.empty(steps * epochs, device="meta"), steps, batch_size, dtype)
+    return plan_record(state.losses[0], state.correct[0], *state)

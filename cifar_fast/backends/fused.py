@@ -26,7 +26,7 @@ from cifar_fast.backends.base import (
     warm_up_draws,
 )
 from cifar_fast.data.augment import Draws
-from cifar_fast.kernels import BatchNormCELU2d, augment, cross_entropy, record
+from cifar_fast.kernels import BatchNormCELU2d, StepState, augment, cross_entropy, record
 from cifar_fast.model import CNN, build_model, loss_dtype
 from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
 
@@ -60,12 +60,8 @@ class Fused(Backend):
         self.test_images = F.pad(test_images, (0, self.channels - IMAGE_CHANNELS)).permute(0, 3, 1, 2)
         self.draws = warm_up_draws(n, device)
         rates = [recipe.learning_rate(step + 1, self.steps) for step in range(recipe.epochs * self.steps)]
-        self.schedule = torch.tensor(rates, dtype=torch.float32, device=device)
-        self.lr = torch.zeros(1, dtype=torch.float32, device=device)
-        self.global_step = torch.zeros(1, dtype=torch.int64, device=device)  # steps done in this run
-        self.epoch_step = torch.zeros_like(self.global_step)  # steps done in this epoch
-        self.losses = torch.zeros(self.steps, size, dtype=loss_dtype(dtype), device=device)
-        self.correct = torch.zeros(self.steps, size, dtype=torch.bool, device=device)
+        schedule = torch.tensor(rates, dtype=torch.float32, device=device)
+        self.state = StepState.initial(schedule, self.steps, size, loss_dtype(dtype))
         self.test_correct = torch.zeros(len(data.test_images), dtype=torch.bool, device=device)
 
         # The compiled code and the graphs hold this model's tensors. Each run copies its weights into them.
@@ -76,7 +72,7 @@ class Fused(Backend):
         outputs, scale = (self.model, 1.0) if custom_model else (cast(CNN, self.model).outputs, recipe.output_scale)
         self.loss_grad_fn = compile_loss_fn(make_loss_grad_fn(outputs, scale, recipe, device, dtype))
         # torch 2.11's fused SGD is wrong in half precision on a CPU.
-        self.optimizer = make_sgd(self.model, recipe, lr=self.lr, fused=device.type == "cuda")
+        self.optimizer = make_sgd(self.model, recipe, lr=self.state.lr, fused=device.type == "cuda")
         for parameter in self.model.parameters():
             # A captured step must not allocate momentum. Starting from zeros equals SGD's lazy start (dampening 0).
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -95,7 +91,7 @@ class Fused(Backend):
         self.epoch += 1
         for i in range(self.steps):
             self.step_graph.replay() if self.step_graph else self.train_step()
-            yield self.losses[i], self.correct[i]
+            yield self.state.losses[i], self.state.correct[i]
 
     def evaluate(self) -> torch.Tensor:
         self.evaluation_graph.replay() if self.evaluation_graph else self.eval_step()
@@ -103,9 +99,9 @@ class Fused(Backend):
 
     def seek(self, global_step: int) -> None:
         """Prepare the first step of an epoch, which follows ``global_step`` steps of the run."""
-        self.global_step.fill_(global_step)
-        self.epoch_step.zero_()
-        self.lr.copy_(self.schedule[global_step : global_step + 1])
+        self.state.global_step.fill_(global_step)
+        self.state.epoch_step.zero_()
+        self.state.lr.copy_(self.state.schedule[global_step : global_step + 1])
 
     def train_step(self) -> None:
         """Run the training step whose number is on the device. This is the function that is captured."""
@@ -116,7 +112,7 @@ class Fused(Backend):
             self.draws.tensor,
             self.table,
             labels=self.data.train_labels,
-            step=self.epoch_step,
+            step=self.state.epoch_step,
             batch_size=recipe.batch_size,
             out_channels=self.channels,
             padding=recipe.crop_padding,
@@ -127,23 +123,12 @@ class Fused(Backend):
         self.model.zero_grad()
         outputs.backward(gradient)
         self.optimizer.step()
-        record(
-            loss.to(self.losses.dtype),  # a custom model may return logits of another dtype
-            correct,
-            losses=self.losses,
-            answers=self.correct,
-            schedule=self.schedule,
-            rate=self.lr,
-            done=self.global_step,
-            position=self.epoch_step,
-        )
+        record(loss.to(self.state.losses.dtype), correct, self.state)  # a custom model may return another dtype
 
     def eval_step(self) -> None:
         """Evaluate all test images. This is the function that is captured."""
-        labels, batch_size = (
-            self.data.test_labels,
-            evaluation_batch_size(len(self.test_correct), self.recipe.batch_size),
-        )
+        labels = self.data.test_labels
+        batch_size = evaluation_batch_size(len(labels), self.recipe.batch_size)
 
         def loss_fn(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             _, loss, correct, _ = self.loss_grad_fn(images, labels)

@@ -263,22 +263,15 @@ def check_augmentation(recipe: Recipe, dtype: torch.dtype, device: torch.device,
 
 def check_record(size: int, dtype: torch.dtype, device: torch.device) -> str:
     """An epoch's steps and one more, against plain torch."""
-    from cifar_fast.kernels.record_step import record, record_reference
+    from cifar_fast.kernels.record_step import StepState, record, record_reference
 
     loss = torch.randn(STEPS + 1, size, device=device).to(loss_dtype(dtype))
     sides = []
     for function in (record, record_reference):
-        tensors = dict(
-            losses=loss.new_zeros(STEPS, size),
-            answers=torch.zeros(STEPS, size, dtype=torch.bool, device=device),
-            schedule=torch.linspace(1, 2, 2 * STEPS, device=device),
-            rate=torch.zeros(1, device=device),
-            done=torch.zeros(1, dtype=torch.int64, device=device),
-            position=torch.zeros(1, dtype=torch.int64, device=device),
-        )
+        state = StepState.initial(torch.linspace(1, 2, 2 * STEPS, device=device), STEPS, size, loss.dtype)
         for of_step in loss:
-            function(of_step, of_step > 0, **tensors)
-        sides.append(tensors)
+            function(of_step, of_step > 0, state)
+        sides.append(state._asdict())
     return same({name: (sides[0][name], sides[1][name]) for name in sides[0]})
 
 

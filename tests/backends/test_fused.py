@@ -116,7 +116,7 @@ def test_construction_changes_no_weight_momentum_or_generator(uncompiled, few_pr
     plain = CNN(RECIPE, dataset.num_classes)
     plain.load_state_dict(backend.state_dict())
     assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(not momentum.any() for momentum in momenta(backend)) and backend.global_step.item() == 0
+    assert all(not momentum.any() for momentum in momenta(backend)) and backend.state.global_step.item() == 0
 
 
 @pytest.mark.slow  # the interpreter
@@ -124,7 +124,7 @@ def test_construction_runs_a_step_that_reset_undoes(uncompiled, few_programs, mo
     """Without this step the previous test would prove nothing."""
     monkeypatch.setattr(Fused, "reset", lambda self, model: None)
     backend, model = make(small_dataset(train=10, test=6))
-    assert backend.global_step.item() > 0 and any(momentum.any() for momentum in momenta(backend))
+    assert backend.state.global_step.item() > 0 and any(momentum.any() for momentum in momenta(backend))
     assert not torch.equal(backend.state_dict()["seq.0.weight"].cpu(), model.state_dict()["seq.0.weight"])
 
 
@@ -156,7 +156,7 @@ def test_epoch_and_evaluation_agree_with_eager(uncompiled, few_programs):
     assert torch.allclose(ours[0], theirs[0], rtol=1e-4) and torch.equal(ours[1], theirs[1])
     assert fused.model.seq[0].weight[:, :3].all() and not fused.model.seq[0].weight[:, 3:].any(), "zeros stay zeros"
     assert torch.equal(fused.evaluate(), eager.evaluate()) and len(fused.evaluate()) == 6
-    assert fused.global_step.item() == 2
+    assert fused.state.global_step.item() == 2
 
 
 @pytest.mark.nightly  # the interpreter
@@ -166,10 +166,10 @@ def test_abandoned_epoch_does_not_shift_the_next_one(uncompiled, few_programs):
     next(backend.train_epoch(draws))
     training = backend.train_epoch(draws)
     assert next(training) is not None
-    assert (backend.global_step.item(), backend.epoch_step.item()) == (3, 1)
-    assert backend.lr.item() == pytest.approx(RECIPE.learning_rate(4, 2))
+    assert (backend.state.global_step.item(), backend.state.epoch_step.item()) == (3, 1)
+    assert backend.state.lr.item() == pytest.approx(RECIPE.learning_rate(4, 2))
     next(training)
-    assert (backend.global_step.item(), backend.epoch_step.item()) == (4, 0)
+    assert (backend.state.global_step.item(), backend.state.epoch_step.item()) == (4, 0)
 
 
 @pytest.mark.slow  # 2,328 steps
@@ -265,7 +265,7 @@ def test_epoch_never_synchronizes_with_the_device():
 
 
 def reads_on_the_host(self):
-    self.lr.item()
+    self.state.lr.item()
 
 
 def raises(self):

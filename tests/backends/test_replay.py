@@ -61,7 +61,7 @@ def runs(backend, dataset, seeds=(0, 1)):
             draws = draw_epoch(len(dataset.train_images), device=backend.device, recipe=RECIPE, generator=generator)
             for loss, correct in backend.train_epoch(draws):
                 seen += [loss.clone(), correct.clone()]
-            seen += [backend.evaluate().clone(), backend.lr.clone(), backend.global_step.clone()]
+            seen += [backend.evaluate().clone(), backend.state.lr.clone(), backend.state.global_step.clone()]
             seen += [tensor.clone() for tensor in backend.state_dict().values()]
             seen += [state["momentum_buffer"].clone() for state in backend.optimizer.state.values()]
     return seen
@@ -103,11 +103,11 @@ def test_replays_of_a_wrong_step_differ_from_its_calls(fused_sgd, monkeypatch, m
 
     def broken(self):
         if mistake == "learning rate read on the host":
-            self.optimizer.param_groups[0]["lr"] = torch.tensor([self.lr.item()])
+            self.optimizer.param_groups[0]["lr"] = torch.tensor([self.state.lr.item()])
             step(self)
         else:
             step(self)
-            self.epoch_step.copy_(torch.tensor([self.epoch_step.item() * 0]))
+            self.state.epoch_step.copy_(torch.tensor([self.state.epoch_step.item() * 0]))
 
     called = runs(make(dataset), dataset, seeds=(0,))
     monkeypatch.setattr(Fused, "train_step", broken)

@@ -126,7 +126,7 @@ import sys
 import kernels
 import torch
 import cifar_fast.kernels
-from cifar_fast.plan import fused_unavailable_reason
+from cifar_fast.utils.device import fused_unavailable_reason
 print(kernels.__file__, cifar_fast.__file__, cifar_fast.kernels.__file__, sep="\\n")
 print(callable(kernels.get_kernel), callable(cifar_fast.kernels.batch_norm_celu))
 print(fused_unavailable_reason(torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""Parity of the fused operator: under Triton's interpreter where there is no GPU, compiled where there is one."""
+"""Max-pool, batch norm and CELU as one kernel, interpreted without a GPU and compiled with one."""
 
 import ast
 import copy
@@ -27,14 +27,14 @@ from cifar_fast.kernels.batch_norm_celu import (
 from cifar_fast.kernels.launch import TABLE
 from tests.helpers import DEVICE, normalize
 
-# The interpreter's bfloat16 arithmetic is wrong and its rounding cuts off: to pass under it a kernel must do no
-# arithmetic in bfloat16, and stays within the unit in the last place that every comparison here allows.
+# The interpreter computes wrongly in bfloat16 and truncates when it converts to it. A kernel without bfloat16
+# arithmetic still passes, because every comparison here allows one unit in the last place.
 DTYPES = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.bfloat16))]
 
 
 @pytest.fixture(autouse=True)
 def blocks(request):
-    """The interpreter takes a millisecond and more a program; compiled kernels take the checked-in table's blocks."""
+    """Use few programs in the interpreter, which takes milliseconds for each, and the checked-in table on a GPU."""
     if DEVICE.type == "cpu":
         request.getfixturevalue("few_programs")
 
@@ -127,7 +127,7 @@ CASES = {
 @pytest.mark.parametrize("pool", [1, 2])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_the_error_is_at_most_twice_eagers(dtype, pool, training, case):
+def test_error_is_at_most_twice_that_of_eager(dtype, pool, training, case):
     assert_as_good_as_eager(make((4, 24, 10, 6), dtype, **CASES[case]), training=training, pool=pool)
 
 
@@ -142,21 +142,21 @@ def test_constant_channels_and_a_huge_outlier(dtype, pool):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_variance_past_the_largest_number_makes_no_nan(dtype):
+def test_overflow_of_the_variance_makes_no_nan(dtype):
     x, weight, bias, mean, var = make((4, 8, 6, 6), dtype, scale=3e19, parameters=torch.float32)
     y = batch_norm_celu(x, weight, bias, mean, var, training=True, alpha=0.075)
     assert not y.isnan().any() and var.isinf().all()
 
 
 @pytest.mark.parametrize("pool", [1, 2])
-def test_float16_near_overflow(pool):
+def test_float16_close_to_overflow(pool):
     x, *rest = make((4, 6, 8, 8), torch.float16, scale=1.0)
     assert_as_good_as_eager(((x * 15000).clamp(-65000, 65000), *rest), training=True, pool=pool)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values_at_the_kink_and_about_it(dtype):
-    """Evaluation with mean 0 and variance 1 - eps passes x through the norm unchanged."""
+def test_values_around_the_kink_of_celu(dtype):
+    """In evaluation with mean 0, variance 1 and a tiny eps, the norm does not change x."""
     steps = torch.cat([torch.linspace(-0.2, 0.2, 63), torch.tensor([0.0, -0.0, 1e-6, -1e-6, -60.0])])
     x = steps.repeat(2, 1).view(2, 1, 2, -1).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
     one, zero = torch.ones(1, device=DEVICE, dtype=dtype), torch.zeros(1, device=DEVICE, dtype=dtype)
@@ -164,11 +164,11 @@ def test_values_at_the_kink_and_about_it(dtype):
 
 
 @pytest.mark.parametrize("parameters", [torch.float32, torch.float16])
-def test_parameters_keep_a_type_of_their_own(parameters):
+def test_parameters_may_have_another_dtype(parameters):
     tensors = make((3, 8, 6, 6), torch.float16, parameters=parameters)
     result = everything(batch_norm_celu, tensors, training=True, pool=2)
     assert {result[name].dtype for name in ("dweight", "dbias", "running_mean", "running_var")} == {parameters}
-    if parameters == torch.float32:  # what torch's own batch norm takes on a CPU too
+    if parameters == torch.float32:  # the only other dtype that torch's batch norm accepts on a CPU
         assert_as_good_as_eager(tensors, training=True, pool=2)
 
 
@@ -187,7 +187,7 @@ SHAPES = [
 
 @pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_odd_in_every_dimension(shape):
+def test_odd_shapes(shape):
     assert_as_good_as_eager(make(shape, torch.float32), training=True, pool=1)
     if min(shape[2:]) >= 2 and shape[0] * (shape[2] // 2) * (shape[3] // 2) > 1:
         assert_as_good_as_eager(make(shape, torch.float32), training=True, pool=2)
@@ -218,7 +218,7 @@ def test_several_blocks_per_split_and_splits_per_channel(shape, pool, small_bloc
 @pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_real_activations(shared, dtype, few_programs):
-    """The first two convolutions of the model on real images: two splits of the first, a short one last."""
+    """Check the outputs of the first two convolutions of the model on real images; the first has a short last split."""
     dataset = load_dataset("npz", shared("data/cifar10-mini.npz"))
     images, _ = normalize(dataset, torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
@@ -234,7 +234,7 @@ def test_real_activations(shared, dtype, few_programs):
 @pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize(("pool", "training"), list(itertools.product([1, 2], [True, False])))
 def test_gradcheck_in_float64(pool, training):
-    # In training with the pool: four windows a channel, and rows left out. Two would have a gradient of zero.
+    # In training with the pool, use four windows per channel and an odd height. Two windows have a gradient of zero.
     x, weight, bias, mean, var = make((2, 2, 5, 2) if training and pool == 2 else (1, 2, 3, 2), torch.float64)
 
     def function(x, weight, bias):
@@ -245,8 +245,8 @@ def test_gradcheck_in_float64(pool, training):
 
 @pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("pool", [1, 2])
-def test_every_element_is_written_and_no_scratch_is_read_before(pool, monkeypatch, small_blocks):
-    """All fresh memory is poisoned: NaN, or an index that is none."""
+def test_uses_no_uninitialized_memory(pool, monkeypatch, small_blocks):
+    """Fill all new memory with NaN or an invalid index."""
     tensors = make((3, 10, 7, 5), torch.float32)
     expected = everything(batch_norm_celu, tensors, training=True, pool=pool)
 
@@ -275,7 +275,7 @@ def test_the_same_input_gives_the_same_bits(dtype, small_blocks):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_ties_and_nan_are_pooled_as_torch_pools_them():
+def test_pools_ties_and_nan_like_torch():
     x = torch.randint(0, 2, (2, 5, 6, 7)).float().to(DEVICE)
     x[0, 0, 2, 2] = float("nan")
     x = x.contiguous(memory_format=torch.channels_last)
@@ -286,7 +286,7 @@ def test_ties_and_nan_are_pooled_as_torch_pools_them():
     assert torch.equal(fused["dx"] != 0, eager["dx"] != 0)
 
 
-def test_a_gradient_in_another_layout_gives_the_same():
+def test_gradient_may_have_any_layout():
     tensors = make((3, 10, 6, 6), torch.float32)
     dy = torch.randn(3, 10, 6, 6, device=DEVICE)
     layouts = [dy, dy.contiguous(memory_format=torch.channels_last), dy.transpose(2, 3).contiguous().transpose(2, 3)]
@@ -294,13 +294,12 @@ def test_a_gradient_in_another_layout_gives_the_same():
     assert all(torch.equal(result["dx"], results[0]["dx"]) for result in results)
 
     x = tensors[0].requires_grad_()
-    batch_norm_celu(
-        x, *tensors[1:], training=True, alpha=0.075
-    ).sum().backward()  # expanded from one number: strides of 0
+    y = batch_norm_celu(x, *tensors[1:], training=True, alpha=0.075)
+    y.sum().backward()  # a gradient expanded from one number, with strides of 0
     assert x.grad.isfinite().all()
 
 
-def test_without_running_statistics_training_works_and_evaluation_is_refused():
+def test_running_statistics_are_required_in_evaluation_only():
     x, weight, bias, mean, var = make((3, 4, 5, 5), torch.float32)
     expected = batch_norm_celu(x, weight, bias, mean, var, training=True, alpha=0.075)
     assert torch.equal(batch_norm_celu(x, weight, bias, None, None, training=True, alpha=0.075), expected)
@@ -321,15 +320,12 @@ def test_double_backward_is_refused():
     x, *rest = make((2, 3, 4, 4), torch.float32)
     y = batch_norm_celu(x.requires_grad_(), *rest, training=True, alpha=0.075)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="can be differentiated once only"):
+    with pytest.raises(RuntimeError, match="supports first derivatives only"):
         dx.sum().backward()
 
 
-# -- the module
-
-
 @pytest.mark.parametrize("momentum", [0.1, 0.3, None])
-def test_the_module_is_batch_norm_with_its_state_dict(momentum):
+def test_module_equals_batch_norm_and_shares_its_state_dict(momentum):
     fused = BatchNormCELU2d(6, momentum=momentum, alpha=0.075, pool=2).to(DEVICE)
     plain = torch.nn.BatchNorm2d(6, momentum=momentum).to(DEVICE)
     plain.load_state_dict(fused.state_dict())
@@ -354,7 +350,7 @@ def test_the_module_is_batch_norm_with_its_state_dict(momentum):
     ],
     ids=str,
 )
-def test_the_modules_options_are_those_of_torchs_batch_norm(options, pool):
+def test_module_options_work_as_in_batch_norm(options, pool):
     if "bias" in options and "bias" not in inspect.signature(torch.nn.BatchNorm2d).parameters:
         pytest.skip("this torch's batch norm has no such option")
     fused = BatchNormCELU2d(6, alpha=0.075, pool=pool, **options).to(DEVICE)
@@ -374,7 +370,7 @@ def test_the_modules_options_are_those_of_torchs_batch_norm(options, pool):
 
 
 @pytest.mark.parametrize("change", ["statistics to None", "no longer tracked", "tracked again"])
-def test_statistics_changed_after_the_module_was_made(change):
+def test_tracking_of_statistics_may_change_later(change):
     modules = BatchNormCELU2d(6, alpha=0.075).to(DEVICE), torch.nn.BatchNorm2d(6).to(DEVICE)
     for module in modules:
         if change == "statistics to None":
@@ -393,7 +389,7 @@ def test_statistics_changed_after_the_module_was_made(change):
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "sliced", "every other channel", "reversed rows"])
-def test_the_module_takes_any_layout(layout):
+def test_module_accepts_any_layout(layout):
     x = make((4, 12, 6, 6), torch.float32)[0]
     x = {
         "NCHW": lambda: x.contiguous()[:, :6].contiguous(),
@@ -419,7 +415,7 @@ def test_an_empty_batch_in_evaluation_is_empty(pool):
         module.train()(x)
 
 
-def test_the_average_over_all_batches_is_exact_in_float64():
+def test_cumulative_average_is_exact_in_float64():
     module = BatchNormCELU2d(5, momentum=None, alpha=0.075, dtype=torch.float64, device=DEVICE)
     batches = [make((4, 5, 3, 3), torch.float64, seed)[0] for seed in range(7)]
     for batch in batches:
@@ -435,8 +431,8 @@ def test_the_average_over_all_batches_is_exact_in_float64():
 @pytest.mark.parametrize(
     "change", [lambda y, other: y.add_(other), lambda y, other: F.relu_(y), lambda y, other: y.mul_(2)]
 )
-def test_the_result_may_be_changed_in_place(change, pool):
-    """As torch's own may, by a shortcut or by an activation after it."""
+def test_output_may_be_modified_in_place(change, pool):
+    """A residual connection or an activation may do so, as after the operators of torch."""
     x, weight, bias, mean, var = make((3, 6, 4, 4), torch.float32)
     gradients = []
     for function in (batch_norm_celu, batch_norm_celu_reference):
@@ -458,9 +454,9 @@ def test_forward_mode_is_refused():
     for which in (0, 1):
         tangents = [torch.zeros_like(tensors[0]), torch.zeros_like(tensors[1])]
         tangents[which] += 1
-        with pytest.raises(RuntimeError, match="no derivative in forward mode"):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
             torch.func.jvp(through, tuple(tensors[:2]), tuple(tangents))
-    with pytest.raises(RuntimeError, match="no derivative in forward mode"):
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jacfwd(lambda x: through(x, tensors[1]))(tensors[0])
     assert through(*tensors[:2]).isfinite().all()
 
@@ -471,16 +467,16 @@ def network():
     return torch.nn.Sequential(*layers).to(DEVICE)
 
 
-def test_tools_that_would_replace_it_by_a_plain_norm_fail_with_a_word():
+def test_tools_that_replace_norms_raise_an_error():
     model = network()
-    with pytest.raises(TypeError, match="a max-pool, a batch norm and a CELU in one"):
+    with pytest.raises(TypeError, match="includes a max-pool and CELU"):
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    with pytest.raises(TypeError, match="a max-pool, a batch norm and a CELU in one"):
+    with pytest.raises(TypeError, match="includes a max-pool and CELU"):
         fuse_conv_bn_eval(*model.eval())
     assert "eps=1e-05" in repr(model) and type(copy.deepcopy(model)[1]) is BatchNormCELU2d
 
 
-def test_update_bn_keeps_working():
+def test_update_bn_works():
     model, plain = network(), network()
     batches = [make((4, 3, 8, 8), torch.float32, seed)[0] for seed in range(3)]
     plain[1] = torch.nn.Sequential(torch.nn.MaxPool2d(2), torch.nn.BatchNorm2d(6), torch.nn.CELU(0.075)).to(DEVICE)
@@ -491,13 +487,10 @@ def test_update_bn_keeps_working():
         torch.testing.assert_close(getattr(model[1], name), getattr(plain[1][1], name))
 
 
-# -- as an operator of torch
-
-
 @pytest.mark.slow  # torch's whole check
 @pytest.mark.parametrize(("pool", "gradient"), list(itertools.product([1, 2], [True, False])))
-def test_opcheck(pool, gradient):
-    """In evaluation: in training the gradient is that through the statistics, which are an argument here."""
+def test_opcheck_of_forward(pool, gradient):
+    """Check in evaluation, because in training the gradient includes the path through the statistics argument."""
     x, weight, bias, mean, var = make((2, 5, 5, 4), torch.float32)
     _, pooled, argmax = statistics_op(x, None, None, None, False, 0.0, 1e-5, pool)
     for tensor in (x, weight, bias):
@@ -520,22 +513,22 @@ def test_opcheck_of_inference():
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "inference"])
 @pytest.mark.parametrize("pool", [1, 2])
-def test_a_launch_says_what_it_reads_and_writes(direction, pool):
-    """x of 512 x 64 x 8 x 8 in float16: what goes through memory in all, but for scratch and values per channel."""
+def test_launches_count_bytes_read_and_written(direction, pool):
+    """Check the sum, except for partial results and values per channel, which may add a tenth."""
     settings = dict(pool=pool, dtype=torch.float16, parameter_dtype=torch.float16, alpha=0.075)
     launches = example_launches((512, 64, 8, 8), direction=direction, **settings)
     x = 512 * 64 * 8 * 8 * 2
     p, argmax = (x, 0) if pool == 1 else (x // 4, x // 8)
-    kept = 0 if pool == 1 else p + argmax  # pooled and argmax, written by the first pass of forward
-    expected = {"forward": x + kept + p + p, "backward": 4 * p + argmax + x, "inference": x + p}[direction]
+    saved = 0 if pool == 1 else p + argmax  # written by the first pass of forward
+    expected = {"forward": x + saved + p + p, "backward": 4 * p + argmax + x, "inference": x + p}[direction]
     moved = sum(launch.bytes_read + launch.bytes_written for launch in launches)
     assert expected <= moved <= 1.1 * expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pool", [1, 2])
-def test_compile_takes_it_without_a_graph_break(pool):
-    """A convolution before it, as in the model, so that the compiler has strides to choose."""
+def test_compiles_without_graph_break(pool):
+    """The convolution before it lets the compiler choose strides, as in the model."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 6, 3, padding=1, bias=False), BatchNormCELU2d(6, alpha=0.075, pool=pool)
@@ -561,10 +554,7 @@ def test_compile_takes_it_without_a_graph_break(pool):
     assert compiled[0].is_contiguous(memory_format=torch.channels_last)
 
 
-# -- what is refused
-
-
-def wrong(**changes):
+def call(**changes):
     names = ("x", "weight", "bias", "running_mean", "running_var")
     arguments = dict(zip(names, make((2, 4, 4, 4), torch.float32))) | dict(training=True, alpha=0.075) | changes
     return batch_norm_celu(*[arguments.pop(name) for name in names], **arguments)
@@ -590,31 +580,28 @@ def wrong(**changes):
         (dict(bias=torch.ones(4, dtype=torch.int64)), TypeError, "bias must be float16 or .*, not torch.int64"),
         (dict(bias="none"), TypeError, "bias must be a tensor, not 'none'"),
         (dict(running_mean=None), ValueError, "must both be given, or neither"),
-        (dict(weight=torch.ones(4, device="meta")), RuntimeError, "weight must be on .*, as x is, not on meta"),
+        (dict(weight=torch.ones(4, device="meta")), RuntimeError, "weight must be on .* like x, not on meta"),
     ],
 )
-def test_wrong_arguments_of_the_norm_are_refused(changes, error, words):
+def test_refuses_wrong_arguments(changes, error, words):
     changes = {
         name: value.to(DEVICE) if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
         for name, value in changes.items()
     }
     with pytest.raises(error, match=words):
-        wrong(**changes)
+        call(**changes)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="for a machine without a GPU")
-def test_without_gpu_and_interpreter_the_error_says_what_to_do(monkeypatch):
+def test_error_without_a_gpu_says_to_set_triton_interpret(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match=r"need tensors on a GPU.*TRITON_INTERPRET=1"):
-        wrong()
-
-
-# -- what the interpreter cannot see
+        call()
 
 
 @pytest.mark.parametrize("path", sorted(TABLE.parent.glob("*.py")), ids=lambda path: path.name)
-def test_every_masked_load_says_what_the_rest_is(path):
-    """The interpreter fills what a mask leaves out with zero, a GPU with anything."""
+def test_masked_loads_have_a_default_and_nothing_is_atomic(path):
+    """Without a default the interpreter loads zeros outside the mask, and a GPU anything."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load":
             words = {keyword.arg for keyword in node.keywords}
@@ -637,13 +624,13 @@ slow_dtypes = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.b
 @pytest.mark.parametrize("dtype", [torch.float16, *slow_dtypes])
 @pytest.mark.parametrize("shape", RECIPE_SHAPES)
 @pytest.mark.parametrize("training", [True, False])
-def test_parity_at_the_recipes_shapes_on_a_gpu(shape, dtype, training):
+def test_error_at_recipe_shapes_on_a_gpu(shape, dtype, training):
     assert_as_good_as_eager(make(shape[:4], dtype), training=training, pool=shape[4])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", RECIPE_SHAPES)
-def test_capture_and_replay_give_what_a_plain_launch_gives(shape):
+def test_replay_of_a_graph_equals_a_plain_call(shape):
     tensors = make(shape[:4], torch.float16)
     dy = torch.randn_like(batch_norm_celu(*tensors, training=False, alpha=0.075, pool=shape[4]))
     expected = everything(batch_norm_celu, tensors, dy=dy, training=True, pool=shape[4])

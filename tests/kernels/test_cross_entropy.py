@@ -1,4 +1,4 @@
-"""The head of a step: under Triton's interpreter where there is no GPU, compiled where there is one."""
+"""The cross entropy kernel, interpreted without a GPU and compiled with one."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def outputs_and_labels(size, classes, dtype, spread=8.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "classes"), [(512, 10), (37, 10), (5, 2), (3, 100), (1, 1)])
 @pytest.mark.parametrize("spread", [1e-3, 8, 3000])
-def test_its_error_is_at_most_twice_eagers_own(size, classes, dtype, spread):
+def test_error_is_at_most_twice_that_of_eager(size, classes, dtype, spread):
     x, labels = outputs_and_labels(size, classes, dtype, spread)
     settings = dict(label_smoothing=0.2, scale=0.125)
     ours = cross_entropy(x, labels, **settings)
@@ -29,13 +29,13 @@ def test_its_error_is_at_most_twice_eagers_own(size, classes, dtype, spread):
     assert torch.equal(ours[1], eager[1])
     for mine, its, true in zip(ours[::2], eager[::2], truth[::2]):
         assert mine.dtype == its.dtype and mine.shape == its.shape
-        # for where eager happens to be exact: half a last bit, and that of the terms, which are about 1
+        # If eager happens to be exact, allow half a unit in the last place of the result and of its terms, about 1.
         slack = (torch.finfo(mine.dtype).eps * true.abs().max() + torch.finfo(torch.float32).eps) / 2
         assert (mine - true).abs().max() <= 2 * (its - true).abs().max() + slack
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
-def test_the_gradient_is_that_of_the_losses_sum(smoothing):
+def test_gradient_equals_finite_differences_of_the_summed_loss(smoothing):
     x, labels = outputs_and_labels(6, 10, torch.float32)
     _, _, gradient = cross_entropy(x, labels, label_smoothing=smoothing, scale=0.5)
     step = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 1e-2
@@ -46,14 +46,14 @@ def test_the_gradient_is_that_of_the_losses_sum(smoothing):
     assert (gradient.double() * step).sum().item() == pytest.approx((up - down).item() / 2, rel=1e-3)
 
 
-def test_of_equal_logits_the_first_is_the_answer():
+def test_prediction_is_the_first_of_equal_logits():
     x = torch.tensor([[1.0, 3, 3], [3, 1, 3], [2, 2, 2]], device=DEVICE)
     correct = [cross_entropy(x, torch.full((3,), label, device=DEVICE))[1].tolist() for label in range(3)]
     assert correct == [[False, True, True], [True, False, False], [False, False, False]]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_as_by_torch(bad):
+def test_nan_and_infinity_give_the_same_as_torch(bad):
     x, labels = outputs_and_labels(4, 10, torch.float32)
     x[1, 3], labels[1] = bad, 3
     ours, eager = (how(x, labels, label_smoothing=0.2, scale=1.0) for how in (cross_entropy, cross_entropy_reference))
@@ -72,7 +72,7 @@ def test_what_is_not_finite_is_as_by_torch(bad):
         (dict(labels=torch.zeros(4, dtype=torch.int64)), ValueError, r"labels must have the shape \[3\]"),
     ],
 )
-def test_wrong_arguments_are_refused(changes, error, words):
+def test_refuses_wrong_arguments(changes, error, words):
     arguments = dict(x=torch.zeros(3, 10), labels=torch.zeros(3, dtype=torch.int64)) | changes
     with pytest.raises(error, match=words):
         cross_entropy(*(tensor.to(DEVICE) for tensor in arguments.values()))

@@ -1,4 +1,4 @@
-"""The interpreter runs programs one after another, so that no race shows. What one would need is tested instead."""
+"""Race conditions: the interpreter runs the programs of a launch in order, so these tests change the order."""
 
 import numpy as np
 import pytest
@@ -9,11 +9,11 @@ from cifar_fast.kernels import augment, batch_norm_celu, normalization_table
 from cifar_fast.kernels.launch import interpreted
 from tests.kernels.test_batch_norm_celu import everything, make
 
-pytestmark = pytest.mark.skipif(not interpreted(), reason="rearranges what the interpreter does")
+pytestmark = pytest.mark.skipif(not interpreted(), reason="changes the order of the interpreter")
 
 
-def rearranged(monkeypatch, order):
-    """Have the interpreter run the programs of each launch in another order: ``order(n)`` permutes range(n)."""
+def run_programs_in(monkeypatch, order):
+    """Make the interpreter run the programs of each launch in another order: ``order(n)`` permutes range(n)."""
     from triton.runtime.interpreter import interpreter_builder
 
     real = interpreter_builder.set_grid_idx
@@ -35,10 +35,10 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("pool", [1, 2])
 def test_norm_does_not_depend_on_the_order_of_programs(order, pool, monkeypatch, small_blocks):
-    """A program that read what another of its launch writes, or wrote where another does, would show."""
+    """A program that reads or writes what another program of its launch writes would change the result."""
     tensors = make((3, 12, 6, 5), torch.float32)
     expected = everything(batch_norm_celu, tensors, training=True, pool=pool)
-    rearranged(monkeypatch, ORDERS[order])
+    run_programs_in(monkeypatch, ORDERS[order])
     result = everything(batch_norm_celu, tensors, training=True, pool=pool)
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 
@@ -54,13 +54,13 @@ def test_augmentation_does_not_depend_on_the_order_of_programs(order, monkeypatc
         return augment(images, draws.tensor, table, labels=labels, padding=4, cutout_size=8)
 
     expected, expected_labels = batch()
-    rearranged(monkeypatch, ORDERS[order])
+    run_programs_in(monkeypatch, ORDERS[order])
     result, result_labels = batch()
     assert torch.equal(result, expected) and torch.equal(result_labels, expected_labels)
 
 
-def test_the_order_is_really_another(monkeypatch):
-    """A launch whose programs read what another wrote changes with the order: the tests above can fail."""
+def test_the_order_of_programs_changes(monkeypatch):
+    """A launch with a race gives another result, so the tests above can fail."""
     import triton
     import triton.language as tl
 
@@ -71,7 +71,7 @@ def test_the_order_is_really_another(monkeypatch):
 
     forward, backward = torch.zeros(5), torch.zeros(5)
     chain[(4,)](forward)
-    rearranged(monkeypatch, ORDERS["backwards"])
+    run_programs_in(monkeypatch, ORDERS["backwards"])
     chain[(4,)](backward)
     assert forward.tolist() == [0, 1, 2, 3, 4]
     assert backward.tolist() == [0, 1, 1, 1, 1]
