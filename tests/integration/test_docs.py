@@ -18,12 +18,12 @@ def blocks(document, section):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("section", ["Batches for a loop of one's own", "A model of one's own in the recipe"])
+@pytest.mark.parametrize("section", ["Callbacks", "Loader", "Custom models"])
 def test_what_is_told_of_experiments_runs(section, tmp_path, monkeypatch, capsys):
     dataset = Dataset("textures", "textures", *textures(1024, seed=0), *textures(50, seed=1), tuple(PATTERNS))
     monkeypatch.setattr(cifar_fast, "load_dataset", lambda name: dataset)
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # as for a reader
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("experiments.md", section)
+    (code,) = blocks("python.md", section)
     exec(compile(code, section, "exec"), {})
-    assert re.search(r"2 steps an epoch, test accuracy \d|MyNet 1418 \d", capsys.readouterr().out)
+    assert re.search(r"run 1, epoch 2: |2 steps an epoch, test accuracy \d|MyNet 1418 \d", capsys.readouterr().out)
