@@ -69,7 +69,7 @@ def test_the_recipes_own_network_given_as_a_model_trains_to_the_same_bits(small)
         "eager",
         pytest.param("compiled", marks=pytest.mark.slow),
         "fused, uncompiled",
-        pytest.param("fused", marks=[pytest.mark.slow, pytest.mark.nightly]),
+        pytest.param("fused", marks=pytest.mark.nightly),
     ],
 )
 def test_every_backend_trains_it_and_keeps_its_state(few_programs, request, backend):

@@ -97,7 +97,6 @@ def test_replays_of_two_runs_are_the_calls_bit_for_bit(fused_sgd):
 
 @pytest.mark.nightly  # the interpreter
 @interpreter
-@pytest.mark.slow  # the interpreter
 @pytest.mark.parametrize("mistake", ["the rate is the host's", "a batch is taken twice"])
 def test_a_step_that_a_replay_cannot_repeat_is_told(fused_sgd, monkeypatch, mistake):
     dataset, step = small_dataset(train=10, test=7), Fused.train_step

@@ -83,7 +83,7 @@ def test_training_on_cifar10_is_the_references_bit_for_bit(cifar10):
 
 @pytest.mark.parametrize(
     "count",
-    [pytest.param(128, marks=pytest.mark.slow), pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.nightly])],
+    [pytest.param(128, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.nightly)],
 )
 def test_metrics_on_real_images_are_those_of_the_references_script(shared, tmp_path, monkeypatch, count):
     """Images as CIFAR-10 is published, batch 64, 2 epochs, full width, by both commands."""
