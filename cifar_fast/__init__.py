@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cifar_fast.training.fit import fit
     from cifar_fast.training.metrics import confidence_interval_95
     from cifar_fast.training.results import Result
-    from cifar_fast.utils.errors import Diverged, InputError
+    from cifar_fast.utils.errors import Diverged, InputError, StopTraining
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ _MODULE_OF = {
     "Loader": "data.loader",
     "Recipe": "recipe",
     "Result": "training.results",
+    "StopTraining": "utils.errors",
     "Sweep": "experiments.sweep",
     "confidence_interval_95": "training.metrics",
     "draw_epoch": "data.augment",

@@ -1,10 +1,10 @@
-"""How good is a recipe? One run is an anecdote: take the mean of several, and the interval that it lies in.
+"""Estimate the accuracy of a recipe by the mean of several runs, with a 95 % confidence interval.
 
-    OMP_NUM_THREADS=1 python examples/mean_of_runs.py    # a minute; no threads for so narrow a net
+    OMP_NUM_THREADS=1 python examples/mean_of_runs.py    # a minute; one thread is faster for a narrow network
     python examples/mean_of_runs.py --dataset cifar10 --full --epochs 24 --runs 40    # as published; on a GPU
 
-It prints, run by run, the mean so far with Student's 95 % interval: how many runs does the figure need that you want to
-quote? The interval shrinks with the square root of their number, so that half the width takes four times the runs.
+It prints the mean so far after each run, with Student's 95 % interval. This shows how many runs a result needs before
+you quote it. The interval shrinks with the square root of the number of runs: half the width takes four times the runs.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from cifar_fast import Recipe, confidence_interval_95, fit, load_dataset
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The mean of several runs with its interval.")
+    parser = argparse.ArgumentParser(description="Print the mean accuracy of several runs with its 95 % interval.")
     parser.add_argument("--dataset", default="synthetic")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--images", type=int, default=10_000, help="train on so many; 0: all (default: 10,000)")
+    parser.add_argument("--images", type=int, default=10_000, help="training images; 0: all (default: 10,000)")
     parser.add_argument("--full", action="store_true", help="the published network, batch size and number of images")
     args = parser.parse_args()
 

@@ -1,36 +1,37 @@
-"""Which part of the recipe matters? Take each of the "important tricks" of the published text out, alone.
+"""Find out which part of the recipe matters: remove one trick of the published text at a time.
 
-    OMP_NUM_THREADS=1 python examples/which_trick_matters.py    # 4 minutes; no threads for so narrow a net
+    OMP_NUM_THREADS=1 python examples/which_trick_matters.py    # 4 minutes; one thread is faster for a narrow network
     python examples/which_trick_matters.py --dataset cifar10 --full --epochs 24 --runs 10    # on a GPU
 
-The text calls batch normalization, augmentation, the warm-up and the output scale important, and finds that residual
-connections are not needed. The table says how far the accuracy falls without each, and how sure that is: a difference
-whose 95 % interval holds 0 has not been shown. The default is a few steps on easy textures, where a trick may do harm
-that is worth its cost in a long training; the text's own question is CIFAR-10, at its length.
+The text calls batch normalization, augmentation, the warm-up and the output scale important, and finds residual
+connections unnecessary. The table shows how much accuracy each removal costs, with a 95 % interval. A difference is not
+significant if its interval contains 0. The default trains for a few steps on easy textures, so its answers may differ
+from those for CIFAR-10 at full length, which the published text is about.
 """
 
 import argparse
 import dataclasses
 import tempfile
+from typing import Any
 
 from cifar_fast import Recipe, Sweep, fit_sweep, make_report, welch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What the accuracy loses without each part of the recipe.")
+    parser = argparse.ArgumentParser(description="Print the accuracy lost without each part of the recipe.")
     parser.add_argument("--dataset", default="synthetic")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--images", type=int, default=10_000, help="train on so many; 0: all (default: 10,000)")
+    parser.add_argument("--images", type=int, default=10_000, help="training images; 0: all (default: 10,000)")
     parser.add_argument("--full", action="store_true", help="the published network, batch size and number of images")
-    parser.add_argument("--output", help="keep the results there, and go on from them (default: nowhere)")
+    parser.add_argument("--output", help="folder to keep the results in, and to resume from (default: none)")
     args = parser.parse_args()
     welch()  # raises now, not after the training, if scipy is not installed
 
     recipe = Recipe(epochs=args.epochs)
     if not args.full:
         recipe = Recipe(epochs=args.epochs, batch_size=32, widths=(6, 12, 12, 24), train_subset=args.images)
-    tricks = {
+    tricks: dict[str, dict[str, Any]] = {
         "as-published": {},
         "no-batch-norm": dict(batch_norm=False),
         "no-augmentation": dict(crop_padding=0, flip=False, cutout_size=0),
@@ -44,7 +45,7 @@ def main() -> None:
         sweep = Sweep(variants, output=args.output or folder, dataset=args.dataset, runs=args.runs)
         results = fit_sweep(sweep, log=None)
     if "as-published" not in results:
-        raise SystemExit("as-published diverged; there is nothing to compare with")
+        raise SystemExit("as-published diverged, so there is no baseline to compare with")
     print(make_report(results, baseline="as-published").markdown())
     for name in variants:
         if name not in results:

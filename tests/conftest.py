@@ -1,18 +1,20 @@
+"""Environment and fixtures of the tests."""
+
 import getpass
 import os
 import signal
 import tempfile
 
-# Before torch is imported, here and in processes that tests start: sharing small tensors between threads costs more
-# than it saves, and the tests themselves share the cores.
+# torch reads this on import, here and in the processes that tests start. Small tensors gain nothing from threads, and
+# the test workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A compiler's cache for each of pytest-xdist's workers: one may read a library that another has not finished writing.
+# Each pytest-xdist worker has its own compiler cache, because one may read a library that another is still writing.
 _worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/cifar_fast_tests_{getpass.getuser()}/{_worker}"
 )
 
-# Where the tests run in a shell's background SIGINT is ignored, and by processes that they start too.
+# A shell's background job ignores SIGINT, and so do the processes that it starts. Some tests send this signal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -20,7 +22,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads this on import; kernels then run on the CPU
 
 from cifar_fast import Dataset
 from cifar_fast.data.sources import MIRRORS
@@ -29,16 +31,36 @@ from cifar_fast.kernels.launch import using
 from tests.helpers import KINDS, SHARED, launch_table, published, save_npz, small_dataset
 
 
+def tiers(item):
+    return {mark.name for mark in item.own_markers} & {"slow", "nightly"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector):
+    """Refuse a test that is marked both slow and nightly."""
+    items = yield
+    for item in items if isinstance(items, list) else ():
+        if len(tiers(item)) > 1:
+            raise collector.CollectError(f"{item.name}: slow and nightly exclude each other")
+    return items
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects tests by ``-m``
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+    """Let a test's own nightly replace the slow of its module. Skip the tests for a GPU without one."""
+    modules = {item.getparent(pytest.Module) for item in items}
+    for item in items:
+        if "slow" in tiers(item.getparent(pytest.Module)) and not tiers(item):
+            item.add_marker("slow")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+    for module in modules:
+        module.own_markers = [mark for mark in module.own_markers if mark.name != "slow"]
 
 
 @pytest.fixture(scope="session")
 def shared():
-    """Gives the path of a file that stands beside the project, and skips where it is absent: it is no part of it."""
+    """Return a function that finds a file beside the project, or skips the test if the file is absent."""
 
     def find(name):
         if not (SHARED / name).exists():
@@ -50,24 +72,25 @@ def shared():
 
 @pytest.fixture(scope="session")
 def small():
+    """Three classes, 96 training images and 40 test images."""
     return small_dataset()
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Of three classes, 32 images to train on and 16 to test."""
+    """Three classes, 32 training images and 16 test images."""
     return small_dataset(train=32, test=16)
 
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory, tiny):
-    """A file with ``tiny``, or with what a module has by that name."""
+    """A ``.npz`` file with the images of ``tiny``, which a module may override."""
     return save_npz(tmp_path_factory.mktemp("data") / "tiny.npz", tiny)
 
 
 @pytest.fixture(scope="module")
 def no_curves():
-    """Draws no curves, which take longest: curves.png is empty."""
+    """Leave curves.png empty, because drawing takes longer than training here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cifar_fast.training.run_folder.draw_curves", lambda rows, recipe, title, file: file.touch())
         yield
@@ -75,7 +98,7 @@ def no_curves():
 
 @pytest.fixture(autouse=True)
 def no_public_source(monkeypatch):
-    """No test reaches the network: where a download would go nothing listens."""
+    """Point every public source at a port without a listener, so that no test reaches the network."""
     monkeypatch.delenv("CIFAR_FAST_DATA_URL", raising=False)
     for name, kind in KINDS.items():
         monkeypatch.setattr(kind, "url", f"http://127.0.0.1:9/{kind.filename}")
@@ -84,32 +107,32 @@ def no_public_source(monkeypatch):
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
-    """A folder with a small CIFAR-10 in its published form: 100 of the embedded textures to train on, 50 to test."""
+    """A folder with a small CIFAR-10 in its published form: 100 training images and 50 test images, all textures."""
     dataset = Dataset("textures", "textures", *textures(100, seed=0), *textures(50, seed=1), tuple(PATTERNS))
     return published("cifar10", dataset, tmp_path / "cifar10", monkeypatch)
 
 
 @pytest.fixture
 def cifar100(tmp_path, monkeypatch):
-    """The same of CIFAR-100: 200 training images, 100 test images, a hundred classes."""
+    """A folder with a small CIFAR-100 in its published form: 200 training images and 100 test images."""
     return published("cifar100", small_dataset(200, 100, 100), tmp_path / "cifar100", monkeypatch)
 
 
 @pytest.fixture
 def small_blocks():
-    """Launch parameters with which small tensors take many blocks, splits of several blocks, and short last ones."""
+    """Launch parameters that cut small tensors into many blocks, several per split, with a short last block."""
     with using(launch_table(rows=4, channels=8, splits=3, merge_channels=4, block=1024)):
         yield
 
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """What torch.compile makes of the model is tested by itself; without it a test takes seconds."""
-    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    """Replace torch.compile by the identity to save seconds; other tests compile."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
 @pytest.fixture
 def few_programs():
-    """Launch parameters for tiny tensors: the interpreter takes a millisecond and more a program."""
+    """Launch parameters that need few programs, because the interpreter takes a millisecond or more per program."""
     with using(launch_table(rows=4096, channels=32, splits=64, merge_channels=32, block=8192)):
         yield

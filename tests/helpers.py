@@ -1,4 +1,4 @@
-"""Helpers for the tests: small data sets, archives, processes, trainings."""
+"""Helpers of the tests: small data sets, published archives, processes, results of trainings."""
 
 import hashlib
 import json
@@ -21,16 +21,15 @@ from cifar_fast.training.fit import Training, train_all, used_options
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CIFAR_FAST_SHARED", Path(__file__).parents[2] / "shared"))
-
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 NARROW = (4, 8, 8, 8, 16, 32, 32, 32)
+HOW = dict(backend="eager", device="cpu", dtype="float32", log=None)
+TIMES = ("train_seconds", "evaluation_seconds", "setup_seconds")
+KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def small_dataset(train=96, test=40, classes=3, seed=0):
-    """Random images whose labels can be learnt: class k is brighter than class k - 1."""
+    """Return random images with labels that can be learned: class k is brighter than class k - 1."""
     random = np.random.RandomState(seed)
 
     def split(n):
@@ -50,14 +49,14 @@ def normalize(dataset, device, dtype):
 
 
 def save_npz(path, dataset, **changes):
-    """Write the four arrays of ``dataset`` to ``path``, changed or, where None, left out."""
+    """Write the four arrays of ``dataset`` to ``path``. ``changes`` replaces arrays by name; None leaves one out."""
     arrays = {name: getattr(dataset, name) for name in ARRAYS} | changes
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
 
 
 def published(name, dataset, root, monkeypatch):
-    """``root`` with the archive of ``name`` in it as published, torchvision told to expect it."""
+    """Write ``dataset`` into ``root`` as the published archive of ``name``; make torchvision expect its checksums."""
     kind = KINDS[name]
     for attribute, value in write_archive(root, name, dataset).items():
         monkeypatch.setattr(kind, attribute, value)
@@ -65,7 +64,7 @@ def published(name, dataset, root, monkeypatch):
 
 
 def compiler(*arguments):
-    """A Python process with ``arguments``, in which kernels are compiled and not interpreted; it must succeed."""
+    """Run Python with ``arguments`` in a process that compiles kernels instead of interpreting them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:] or done.stdout[-1000:]
@@ -73,31 +72,26 @@ def compiler(*arguments):
 
 
 def cells(lines):
-    """The cells of each line of a Markdown table, of the ``lines`` that are of one."""
+    """Return the cells of each row of the Markdown table in ``lines``."""
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
 
 
-REDUCTIONS = ("statistics", "pool_statistics", "backward_sums")
-
-
-PASSES = ("apply", "pool_apply", "backward_apply", "pool_backward_apply")
-
-
 def launch_table(rows, channels, splits, merge_channels, block):
-    """A launch table with one entry for each kernel."""
+    """Return a launch table with one entry for each kernel."""
+    reductions = ("statistics", "pool_statistics", "backward_sums")
+    elementwise = ("apply", "pool_apply", "backward_apply", "pool_backward_apply")
     tile = dict(rows=rows, channels=channels, num_warps=4)
-    table = {f"batch_norm_celu.{name}": {"*": tile | {"splits": splits}} for name in REDUCTIONS}
-    table |= {f"batch_norm_celu.{name}": {"*": tile | {"blocks": 2}} for name in PASSES}
+    table = {f"batch_norm_celu.{name}": {"*": tile | {"splits": splits}} for name in reductions}
+    table |= {f"batch_norm_celu.{name}": {"*": tile | {"blocks": 2}} for name in elementwise}
     table["batch_norm_celu.merge"] = {"*": dict(channels=merge_channels, num_warps=4)}
     return table | {"augment": {"*": dict(block=block, num_warps=4)}}
 
 
-KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-
-
 def write_archive(root, name, dataset):
-    """Write the archive of data set ``name`` into ``root``; gives the attributes of torchvision's class that go with
-    it.
+    """Write the archive of data set ``name`` into ``root``.
+
+    Returns:
+        The attributes that torchvision's class of this data set needs: names and checksums of the files.
     """
     kind = KINDS[name]
     files = {}
@@ -112,9 +106,9 @@ def write_archive(root, name, dataset):
             else:
                 files[file] |= {"fine_labels": labels[part].tolist(), "coarse_labels": (labels[part] // 5).tolist()}
     names = list(dataset.class_names)
-    files[kind.meta["filename"]] = {kind.meta["key"]: names} | (
-        {} if name == "cifar10" else {"coarse_label_names": names[::5]}
-    )
+    files[kind.meta["filename"]] = {kind.meta["key"]: names}
+    if name == "cifar100":
+        files[kind.meta["filename"]]["coarse_label_names"] = names[::5]
 
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
@@ -137,11 +131,8 @@ def write_archive(root, name, dataset):
     }
 
 
-HOW = dict(backend="eager", device="cpu", dtype="float32", log=None)
-TIMES = ("train_seconds", "evaluation_seconds", "setup_seconds")
-
-
 def untimed(values):
+    """Return ``values`` without those that depend on the clock."""
     return {name: value for name, value in values.items() if not name.startswith("train_seconds") and name not in TIMES}
 
 
@@ -155,19 +146,24 @@ def fit_with(backend_config, recipe, dataset):
 
 
 def files_in(folder):
-    """The files below ``folder``, without TensorBoard's, whose names hold the time."""
+    """Return the files below ``folder``, without those of TensorBoard, whose names contain the time."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(str(path) for path in paths if path.parts[0] != "tensorboard")
 
 
 def files_of(runs, *more):
-    """The files of a finished training."""
+    """Return the files of a finished training."""
     results = [f"run-{run}/result.json" for run in range(runs)]
     return sorted(["curves.png", "metrics.jsonl", "model.pt", "summary.json", "training.json", *results, *more])
 
 
 def contents(folder, *left_out):
-    """All in ``folder`` that does not depend on the clock; ``left_out`` names settings, or ``data_source``."""
+    """Return everything in the results ``folder`` that does not depend on the clock.
+
+    Args:
+        folder: the output folder of a training.
+        left_out: names of settings to leave out, or ``data_source``.
+    """
     rows = [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = untimed(json.loads((folder / "summary.json").read_text()))
     summary["runs"] = [untimed(run) for run in summary["runs"]]
@@ -181,9 +177,12 @@ def contents(folder, *left_out):
     return files_in(folder), rows, summary, training, saved
 
 
-def stop_after(*told):
-    """A log that ends a training at each of ``told``, run and epoch, after its row and before its checkpoint."""
-    left = list(told)
+def stop_after(*points):
+    """Return a log function that interrupts a training at each of ``points``, given as (run, epoch).
+
+    The interruption comes after the row of that epoch and before its checkpoint.
+    """
+    left = list(points)
 
     def log(line):
         if line.startswith("run "):

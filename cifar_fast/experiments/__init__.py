@@ -1,1 +1,1 @@
-"""."""
+"""Train many variants of the recipe, and report how their results differ."""

@@ -1,1 +1,1 @@
-"""."""
+"""Train a recipe: options, epochs, runs, checkpoints, results, and their files."""

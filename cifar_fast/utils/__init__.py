@@ -1,1 +1,1 @@
-"""."""
+"""Helpers without a model: errors, files, logging, seeds, devices, torch's global settings, ranks."""

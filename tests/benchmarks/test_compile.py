@@ -34,11 +34,10 @@ print(compile_launch('case', launch, 'sm_87').problems())
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "target"),
     [
-        ("float16", "sm_75"),
+        pytest.param("float16", "sm_75", marks=pytest.mark.slow),
         pytest.param("bfloat16", "sm_80", marks=pytest.mark.nightly),
         pytest.param("float32", "sm_120", marks=pytest.mark.nightly),
     ],

@@ -18,7 +18,7 @@ from tests.helpers import NARROW, normalize, published, small_dataset
 
 
 def reference_metrics(dataset, recipe, dtype, device="cpu", seed=0):
-    """Loss, training and test accuracy of each epoch, by the second statement of the rules; and the final weights."""
+    """Return loss, training and test accuracy of each epoch by ``benchmarks/reference.py``, and the final weights."""
     train, test = normalized(dataset.train_images, dataset.test_images, dtype, device)
     train_labels = torch.tensor(dataset.train_labels, device=device)
     test_labels = torch.tensor(dataset.test_labels, device=device)
@@ -34,7 +34,7 @@ def metrics(result):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("seed", [0, 7])
-def test_the_batches_of_an_epoch_are_the_references_bit_for_bit(dtype, seed):
+def test_batches_equal_the_references(dtype, seed):
     dataset = small_dataset(train=1300, classes=10, seed=seed)
     images, _ = normalize(dataset, torch.device("cpu"), dtype)
     expected_images, _ = normalized(dataset.train_images, dataset.test_images, dtype)
@@ -45,16 +45,16 @@ def test_the_batches_of_an_epoch_are_the_references_bit_for_bit(dtype, seed):
     after = torch.rand(())
     torch.manual_seed(seed)
     draws = draw_epoch(len(images), device="cpu")
-    assert torch.rand(()) == after, "the draws leave the generator elsewhere than the reference's"
+    assert torch.rand(()) == after, "the reference leaves the generator in another state"
 
     nchw = torch.contiguous_format
     batches = [augment(images, draws.slice(i, i + 512), Recipe(), nchw) for i in range(0, len(images), 512)]
     assert torch.equal(torch.cat(batches), expected)
     assert torch.equal(labels[draws.permutation], expected_labels)
-    assert batches[0].stride() == expected[:512].stride(), "other strides choose other convolution algorithms"
+    assert batches[0].stride() == expected[:512].stride(), "other strides select other convolution algorithms"
 
 
-def test_the_initial_weights_are_the_references_bit_for_bit():
+def test_initial_weights_equal_the_references():
     torch.manual_seed(3)
     expected = Network().state_dict()
     torch.manual_seed(3)
@@ -63,15 +63,15 @@ def test_the_initial_weights_are_the_references_bit_for_bit():
     assert all(torch.equal(model[name], expected[name]) for name in expected)
 
 
-def test_the_second_statement_lays_out_its_images_as_torchvision_does(cifar10):
-    theirs = CIFAR10(cifar10, train=True, download=True).data
+def test_reference_uses_torchvision_memory_layout(cifar10):
+    images = CIFAR10(cifar10, train=True, download=True).data
     dataset = load_dataset("cifar10", cifar10, log=None)
-    as_torchvision = (torch.tensor(theirs) / 1.0).permute(0, 3, 1, 2)
-    ours, _ = normalized(dataset.train_images, dataset.test_images, torch.float32)
-    assert ours.stride() == as_torchvision.stride() and ours.is_contiguous()
+    torchvision = (torch.tensor(images) / 1.0).permute(0, 3, 1, 2)
+    reference, _ = normalized(dataset.train_images, dataset.test_images, torch.float32)
+    assert reference.stride() == torchvision.stride() and reference.is_contiguous()
 
 
-def test_training_on_cifar10_is_the_references_bit_for_bit(cifar10):
+def test_training_equals_the_references(cifar10):
     recipe = Recipe(epochs=3, batch_size=32, widths=NARROW)
     dataset = load_dataset("cifar10", cifar10, log=None)
     result = fit(recipe, dataset, backend="eager", device="cpu", dtype="float32", seed=5, log=None)
@@ -83,10 +83,10 @@ def test_training_on_cifar10_is_the_references_bit_for_bit(cifar10):
 
 @pytest.mark.parametrize(
     "count",
-    [pytest.param(128, marks=pytest.mark.slow), pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.nightly])],
+    [pytest.param(128, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.nightly)],
 )
-def test_metrics_on_real_images_are_those_of_the_references_script(shared, tmp_path, monkeypatch, count):
-    """Images as CIFAR-10 is published, batch 64, 2 epochs, full width, by both commands."""
+def test_metrics_on_real_images_equal_those_of_the_published_script(shared, tmp_path, monkeypatch, count):
+    """Train the full network for 2 epochs with batch size 64, by both commands, on the published archive's format."""
     dataset, script = load_dataset("npz", shared("data/cifar10-mini.npz")), shared("reference/cifar94.py")
     arrays = {name: getattr(dataset, name)[:count] for name in ARRAYS}
     dataset, npz = dataclasses.replace(dataset, **arrays), tmp_path / "images.npz"
@@ -95,19 +95,19 @@ def test_metrics_on_real_images_are_those_of_the_references_script(shared, tmp_p
     flags = "--backend eager --device cpu --dtype float32 --epochs 2 --batch-size 64 --seed 0"
     assert main(f"--dataset cifar10 --data-dir {root} --output {tmp_path}/out {flags}".split()) == 0
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    ours = [(row["train_loss"], row["train_accuracy"], row["test_accuracy"]) for row in rows]
+    actual = [(row["train_loss"], row["train_accuracy"], row["test_accuracy"]) for row in rows]
     file = tmp_path / "metrics.jsonl"
     flags = f"--data {npz} --device cpu --dtype float32 --epochs 2 --batch-size 64 --seed 0 --metrics {file}"
     subprocess.run([sys.executable, str(script), *flags.split()], check=True, capture_output=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    theirs = [(row["train_loss"], row["train_accuracy"], row["test_accuracy"]) for row in rows]
-    for mine, its in zip(ours, theirs, strict=True):
-        assert mine == pytest.approx(its, rel=1e-6)
+    expected = [(row["train_loss"], row["train_accuracy"], row["test_accuracy"]) for row in rows]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_training_on_a_gpu_is_the_references(small, dtype):
+def test_training_on_a_gpu_matches_the_reference(small, dtype):
     recipe = Recipe(epochs=2, batch_size=32, widths=NARROW)
     previous = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
@@ -116,5 +116,5 @@ def test_training_on_a_gpu_is_the_references(small, dtype):
         expected, _ = reference_metrics(small, recipe, getattr(torch, dtype), device="cuda", seed=5)
     finally:
         torch.backends.cudnn.deterministic = previous
-    for mine, its in zip(metrics(result), expected, strict=True):
-        assert mine == pytest.approx(its, rel=1e-6)
+    for ours, theirs in zip(metrics(result), expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
