@@ -6,7 +6,7 @@ to count the bytes that it moves.
 
 Block sizes come from ``launch.json``, keyed by kernel and shape class. They are never tuned at run time, because they
 set the order of a reduction and so the last bits of its result. The checked-in sizes are predictions for compute
-capability 9.0 (``python -m benchmarks tune --predict``). No GPU has timed them yet.
+capability 9.0, made by ``tune`` of the benchmarks. No GPU has timed them yet.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ def local_device(config: BackendConfig, world_size: int, local_rank: int, asked:
         return config
     if local_rank >= (count := torch.cuda.device_count()):
         raise InputError(
-            f"more processes than GPUs, {count} on this machine; start torchrun with --nproc-per-node {count}, or "
-            f"choose {option('device')} cpu"
+            f"more processes than GPUs, {count} on this machine; start at most {count} processes, or choose "
+            f"{option('device')} cpu"
         )
     return dataclasses.replace(config, device=torch.device("cuda", local_rank))
 

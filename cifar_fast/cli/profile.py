@@ -8,8 +8,8 @@ from pathlib import Path
 from cifar_fast.cli.flags import (
     Parser,
     add_run_flags,
+    config_of,
     print_line,
-    recipe_of,
     run_command,
     sentence,
 )
@@ -32,26 +32,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cifar_fast.backends.select import build_backend, resolve_backend
+    from cifar_fast.backends.select import build_backend
     from cifar_fast.data.augment import draw_epoch
     from cifar_fast.data.tensors import device_data
     from cifar_fast.diagnostics.profile import profile
     from cifar_fast.model import CNN
-    from cifar_fast.training.fit import check
+    from cifar_fast.training.fit import seeds_of, settle_backend
     from cifar_fast.utils.device import device_guard, tune_malloc
-    from cifar_fast.utils.seeds import Seeds
     from cifar_fast.utils.torch_defaults import torch_defaults
 
-    recipe = recipe_of(args)
-    plan = resolve_backend(args.backend, args.device, args.dtype, args.memory_format)
-    apart = [getattr(args, name, None) for name in ("init_seed", "order_seed", "augment_seed")]  # train's alone
-    seeds, _ = check(plan, Seeds(args.seed, *apart))
+    config = config_of(args)
+    recipe, plan = config.recipe, settle_backend(config)
     check_writable(Path(args.output).expanduser(), f"--output {args.output}")
     if plan.device.type == "cpu":
         tune_malloc()
     dataset = read_dataset(args.dataset, args.data_dir, data_url=args.data_url).for_recipe(recipe)
     dataset.check_trainable(recipe.batch_size)
-    weights, order, augmentation = seeds.for_run(0).generators(plan.device)
+    weights, order, augmentation = seeds_of(config).for_run(0).generators(plan.device)
     with device_guard(plan.device), torch_defaults(plan.device):
         backend, _ = build_backend(plan, recipe, device_data(dataset, plan.device))
         backend.reset(CNN(recipe, dataset.num_classes, weights))

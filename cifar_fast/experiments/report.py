@@ -18,8 +18,7 @@ import numpy as np
 from cifar_fast.experiments.sweep import SWEEP, changes, variants_in
 from cifar_fast.training.metrics import confidence_interval_95
 from cifar_fast.training.plots import default_style
-from cifar_fast.training.results import Result
-from cifar_fast.training.run_folder import RunReader
+from cifar_fast.training.results import Result, RunReader
 from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error
 

@@ -274,7 +274,7 @@ class Training:
             if config.runs > 1:
                 LOGGER.info(f"run {run + 1} of {config.runs}, seed {config.seed + run}")
 
-            seeds = Seeds(config.seed, config.init_seed, config.order_seed, config.augment_seed).for_run(run)
+            seeds = seeds_of(config).for_run(run)
             weights, order, augmentation = seeds.generators(device)
             generators = [order, augmentation]
             if self.custom_model:
@@ -318,7 +318,8 @@ class Training:
                 logits = plain_logits(backend, self.dataset.test_images).to("cpu", torch.float16)
             last = rows[-1]
             seconds = last.train_seconds, setup_seconds, last.evaluation_seconds
-            record = Run(run, *dataclasses.astuple(seeds), last.test_accuracy, *seconds, also_test, stopped)
+            four = seeds.seed, seeds.init_seed, seeds.order_seed, seeds.augment_seed
+            record = Run(run, *four, last.test_accuracy, *seconds, also_test, stopped)
             self._runs[run] = RunResult(record, rows, backend.name, facts, logits)
             if run == config.runs - 1:
                 weights_now = backend.state_dict().items()
@@ -471,6 +472,11 @@ def settle_backend(config: TrainConfig) -> BackendConfig:
             "bfloat16 or float32"
         )
     return found
+
+
+def seeds_of(config: TrainConfig) -> Seeds:
+    """Return the seeds of ``config``."""
+    return Seeds(config.seed, config.init_seed, config.order_seed, config.augment_seed)
 
 
 def used_options(config: TrainConfig, found: BackendConfig) -> TrainConfig:

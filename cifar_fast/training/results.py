@@ -1,21 +1,29 @@
-"""The :class:`Result` of a training: its options, its runs, and their summary."""
+"""The :class:`Result` of a training: its options, its runs and their summary; and how it is read from a folder."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import html
 import io
+import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from cifar_fast.recipe import Recipe
+from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.metrics import EpochRow, Run, confidence_interval_95
 from cifar_fast.training.plots import curves_figure, draw_curves
+from cifar_fast.utils.errors import InputError, first_line, option
+from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,6 +92,15 @@ class Result:
     run_results: list[RunResult] = field(default_factory=list)
     state_dict: dict[str, torch.Tensor] = field(default_factory=dict)
     unwritten: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: str | Path, weights: bool = True) -> Result:
+        """Read the runs in ``folder`` that have ended; ``weights`` reads those of the last run too.
+
+        Raises:
+            InputError: the folder holds no training or no finished run, or a file cannot be read.
+        """
+        return RunReader(folder).result(weights)
 
     @property
     def recipe(self) -> Recipe:
@@ -216,3 +233,89 @@ class Result:
             f"{accuracy}, training time {summary['train_seconds_median']:.2f} s{median}, plus {setup:.2f} s of set-up "
             f"and {evaluation:.2f} s of evaluation"
         )
+
+
+class RunReader:
+    """Reads the folder of a training. ``name`` says in errors which folder it is."""
+
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        self.path = Path(path).expanduser()
+        self.name = name or str(path)
+
+    def of_run(self, run: int) -> Path:
+        """Return the folder of the run with that index."""
+        return self.path / f"run-{run}"
+
+    def training(self) -> Result:
+        """Return what is known of the training before its first epoch: the result without runs and weights."""
+        path = self.path / TRAINING
+        try:
+            return Result.from_dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.name}: holds no {TRAINING}; there is nothing to resume, start with {option('output')}"
+            ) from None
+        except Exception as error:  # damage raises as many kinds of errors as there are bytes
+            raise InputError(
+                f"{self.name}: {TRAINING} cannot be read ({first_line(error)}); start again with {option('output')} "
+                f"and {option('overwrite')}"
+            ) from None
+
+    def run_result(self, run: int, logits: bool = True) -> RunResult | None:
+        """Return the result of a run that has ended, else None; with its logits, if they were kept."""
+        path = self.of_run(run) / RUN_RESULT
+        if not self.has_result(run):
+            return None
+        with self._readable(path):
+            result = RunResult.from_dict(json.loads(path.read_text()))
+            if logits and (file := path.with_name(LOGITS)).exists():
+                with np.load(file) as arrays:
+                    result = dataclasses.replace(result, logits=torch.from_numpy(arrays["logits"]))
+        return result
+
+    def checkpoint(self, run: int) -> Checkpoint | None:
+        """Return the checkpoint of a run that has begun and not ended, else None."""
+        path = self.of_run(run) / CHECKPOINT
+        if not path.exists():
+            return None
+        with self._readable(path):
+            return Checkpoint.load(path)
+
+    @contextlib.contextmanager
+    def _readable(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # damage raises as many kinds of errors as there are bytes
+            name = path.relative_to(self.path)
+            raise InputError(
+                f"{self.name}: {name} cannot be read ({first_line(error)}); remove that file to train the run again"
+            ) from None
+
+    def has_result(self, run: int) -> bool:
+        """Return whether a run has ended."""
+        return (self.of_run(run) / RUN_RESULT).exists()
+
+    def missing(self, runs: int) -> list[int]:
+        """Return the indices of the runs that have no result yet."""
+        return [run for run in range(runs) if not self.has_result(run)]
+
+    def all_written(self, runs: int) -> bool:
+        """Return whether all ``runs`` have ended and the files made from them are there."""
+        return not self.missing(runs) and (self.path / SUMMARY).exists() and (self.path / MODEL).exists()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the weights in ``model.pt``."""
+        with self._readable(self.path / MODEL):
+            return torch.load(self.path / MODEL, map_location="cpu", weights_only=True)["state_dict"]
+
+    def result(self, weights: bool = True) -> Result:
+        """Return the result of the runs that have ended, with the weights of the last one.
+
+        Raises:
+            InputError: the folder holds no training or no finished run, or a file cannot be read.
+        """
+        training = self.training()
+        runs = [found for run in range(training.config.runs) if (found := self.run_result(run))]
+        if not runs:
+            raise InputError(f"{self.name}: no run of the training there has ended")
+        return dataclasses.replace(training, run_results=runs, state_dict=self.state_dict() if weights else {})

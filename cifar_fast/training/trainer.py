@@ -19,8 +19,8 @@ def train(
     augmentation: torch.Generator,
     clock: Callable[[], float],
     *,
-    after: EpochRow,
-    on_step: Callable[[], None],
+    after: EpochRow = EpochRow(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0),  # noqa: B008  (frozen)
+    on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[EpochRow]:
     """Train the epochs of a run that follow ``after``, and yield a row as each ends.
 
@@ -29,7 +29,7 @@ def train(
         order: generator of the permutation of each epoch.
         augmentation: generator of the augmentation's draws; may be the same one.
         clock: seconds, read when the device has done its work, as :func:`cifar_fast.utils.device.device_timer` gives.
-        after: row of the last epoch that ended; epoch 0 at the start of a run.
+        after: row of the last epoch that ended, epoch 0 at the start of a run. The rows have its run index.
         on_step: called after each step.
 
     Raises:
@@ -58,8 +58,8 @@ def train(
         evaluation_seconds += clock() - start
         # The mean of 100 for correct and 0 for wrong: the reference script's arithmetic, to its last bit.
         accuracy, test_accuracy = ((100 * values).float().mean().item() for values in (correct, test_correct))
-        loss = losses.float().mean().item()
-        yield EpochRow(after.run, epoch + 1, loss, accuracy, test_accuracy, train_seconds, evaluation_seconds)
+        mean_loss = losses.float().mean().item()
+        yield EpochRow(after.run, epoch + 1, mean_loss, accuracy, test_accuracy, train_seconds, evaluation_seconds)
 
 
 def check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -> None:

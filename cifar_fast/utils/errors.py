@@ -10,13 +10,13 @@ _OPTION = re.compile("\0(\\w+)\0")
 def option(name: str) -> str:
     """Mark ``name`` in the message of an :class:`InputError` as an option of the project.
 
-    Python shows it as an argument, ``batch_size``. The commands show it as a flag, ``--batch-size``.
+    Python shows it as an argument, such as ``batch_size``. The commands show it as a flag, with dashes.
     """
     return f"\0{name}\0"  # no path and no command line can hold the marks
 
 
 def with_flags(text: str) -> str:
-    """Return ``text`` with marked options written as flags, ``--batch-size``."""
+    """Return ``text`` with marked options written as flags of the commands."""
     return _OPTION.sub(lambda match: f"--{match[1].replace('_', '-')}", text)
 
 

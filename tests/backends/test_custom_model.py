@@ -141,7 +141,7 @@ def test_summary_names_the_model_and_its_weights_load(tmp_path, small):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["model"], summary["parameters"]) == ("MyNet", sum(p.numel() for p in MyNet().parameters()))
     with pytest.raises(
-        InputError, match=r"holds the weights of MyNet, a model of one's own: load_model\(path, model\)"
+        InputError, match=r"holds the weights of the custom model MyNet; call load_model\(path, model\)"
     ):
         load_model(tmp_path)
     classifier = load_model(tmp_path, MyNet())
@@ -155,8 +155,8 @@ def test_summary_names_the_model_and_its_weights_load(tmp_path, small):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (None, "the model was MyNet, now not given; go on in Python"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), "the model was MyNet, now Sequential; go on in Python"),
+        (None, "the model was MyNet, now not given; resume in Python"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), "the model was MyNet, now Sequential; resume in Python"),
     ],
 )
 def test_resuming_with_another_model_is_refused(tmp_path, small, model, words):

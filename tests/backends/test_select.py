@@ -61,7 +61,7 @@ def on_an_old_card(patch):
 @pytest.mark.parametrize(
     ("situation", "reason"),
     [
-        (on_hip, "an AMD GPU, and its kernels are made for NVIDIA's"),
+        (on_hip, "its kernels are written for NVIDIA GPUs, not AMD"),
         (without_triton, "its kernels cannot be imported: "),
         (on_an_old_card, "a GPU of compute capability 7.0, and its kernels need 7.5"),
     ],

@@ -12,7 +12,7 @@ from cifar_fast import CNN, Dataset, InputError, Recipe, draw_epoch, fit
 from cifar_fast.cli.compare import main as compare
 from cifar_fast.data.augment import augment
 from cifar_fast.train import main as train
-from cifar_fast.training.run_folder import RunReader
+from cifar_fast.training.results import RunReader
 from tests.helpers import HOW, normalize, save_npz, small_dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings, by the command and from Python

@@ -324,7 +324,7 @@ def test_more_processes_than_gpus_is_an_error(monkeypatch):
     plan = BackendConfig(("eager",), torch.device("cuda"), torch.float32, torch.channels_last, "")
     assert local_device(plan, 8, 1, "auto").device == torch.device("cuda", 1)
     assert local_device(plan, 8, 1, "cuda:0") is plan and local_device(plan, 1, 0, "auto") is plan
-    with pytest.raises(InputError, match="more processes than GPUs, 2 on this machine; start torchrun with"):
+    with pytest.raises(InputError, match="more processes than GPUs, 2 on this machine; start at most 2 processes"):
         local_device(plan, 8, 2, "cuda")
 
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
+from cifar_fast import CNN, InputError, Recipe, Result, draw_epoch, fit
 from cifar_fast.backends.fused import Fused
 from cifar_fast.cli.flags import interruptible
 from cifar_fast.data.tensors import device_data
 from cifar_fast.train import main
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.fit import Training
-from cifar_fast.training.run_folder import RunFolder, RunReader
+from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.progress import lines_to
 from tests.helpers import DEVICE, HOW, contents, files_in, files_of, save_npz, small_dataset, stop_after
 
@@ -190,7 +190,7 @@ def test_resume_of_a_finished_training_does_nothing(tmp_path, npz, stopped, capf
 def test_result_is_read_back_equal(tmp_path, tiny):
     result = fit(RECIPE, tiny, output=tmp_path / "out", runs=2, **HOW)
     for again in (
-        RunReader(tmp_path / "out").result(),
+        Result.load(tmp_path / "out"),
         fit(RECIPE, tiny, resume=tmp_path / "out", runs=2, **HOW),
     ):
         assert (again.rows, again.runs, again.recipe) == (result.rows, result.runs, result.recipe)
