@@ -140,7 +140,7 @@ def test_installed_package_works_beside_the_hugging_face_package_kernels(install
         pytest.importorskip(name, reason=f"{name}, which {HF_KERNELS} needs, is not installed")
     both = tmp_path / "both"
     shutil.copytree(installed, both)
-    options = "--quiet --no-deps --only-binary :all: --retries 1 --target".split()
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--retries", "1", "--target"]
     command = [sys.executable, "-m", "pip", "install", *options, both, HF_KERNELS]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
