@@ -39,8 +39,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False  # so that the convolutions of both networks are accurate
-    plain = network(plain_block).to(device, memory_format=torch.channels_last)
-    fused = network(fused_block).to(device, memory_format=torch.channels_last)
+    plain = network(plain_block).to(device).to(memory_format=torch.channels_last)
+    fused = network(fused_block).to(device).to(memory_format=torch.channels_last)
     fused.load_state_dict(plain.state_dict())
 
     images = torch.randn(BATCH, 3, SIZE, SIZE, device=device).contiguous(memory_format=torch.channels_last)

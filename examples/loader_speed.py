@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from PIL import Image
@@ -68,7 +69,9 @@ def main() -> None:
 
     loaders: dict[str, Iterable] = {"cifar_fast.Loader": ours}
     for workers in (0, 2):
-        options = dict(num_workers=workers, persistent_workers=workers > 0, shuffle=True, drop_last=True)
+        options: dict[str, Any] = dict(
+            num_workers=workers, persistent_workers=workers > 0, shuffle=True, drop_last=True
+        )
         loaders[f"torchvision, {workers} workers"] = DataLoader(theirs, ours.batch_size, **options)
     measured: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(1 + args.rounds):

@@ -12,6 +12,7 @@ both and shows that they contain the same data. The commands for such files are:
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,7 +42,7 @@ def main() -> None:
 def run(directory: Path) -> None:
     # Files go to images/train/CLASS/*.png and images/test/CLASS/*.png. Classes are numbered in alphabetical order, and
     # images are sorted by their names.
-    arrays: dict[str, np.ndarray] = {"class_names": np.array(CLASSES)}
+    arrays: dict[str, Any] = {"class_names": np.array(CLASSES)}
     for seed, (split, n) in enumerate(SPLITS.items()):
         images, labels = make_images(n, seed)
         order = np.argsort(labels, kind="stable")

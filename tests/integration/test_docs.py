@@ -1,4 +1,4 @@
-"""The Python of the documents runs as it stands there."""
+"""Run the Python code of the documents."""
 
 import re
 from pathlib import Path
@@ -13,16 +13,16 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def blocks(document, section):
-    """The Python blocks under a heading."""
+    """Return the Python code blocks under a heading."""
     text = (DOCS / document).read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize("section", ["Callbacks", "Loader", "Custom models"])
-def test_what_is_told_of_experiments_runs(section, tmp_path, monkeypatch, capsys):
+def test_documented_code_runs(section, tmp_path, monkeypatch, capsys):
     dataset = Dataset("textures", "textures", *textures(1024, seed=0), *textures(50, seed=1), tuple(PATTERNS))
     monkeypatch.setattr(cifar_fast, "load_dataset", lambda name: dataset)
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # as for a reader
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the setting of a reader
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python.md", section)
     exec(compile(code, section, "exec"), {})

@@ -134,25 +134,15 @@ def test_commands_run_from_the_installed_package(installed, tmp_path):
         assert "--batch-size" in run(sys.executable, "-m", module, "--help", cwd=tmp_path, path=installed)
 
 
-@pytest.mark.nightly  # an installation
-def test_the_installed_package_stands_beside_the_hugging_face_package_kernels(installed, tmp_path):
+@pytest.mark.nightly
+def test_installed_package_works_beside_the_hugging_face_package_kernels(installed, tmp_path):
     for name in ("huggingface_hub", "packaging", "yaml"):
         pytest.importorskip(name, reason=f"{name}, which {HF_KERNELS} needs, is not installed")
     both = tmp_path / "both"
     shutil.copytree(installed, both)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--retries",
-        "1",
-    ]
-    done = subprocess.run([*command, "--target", both, HF_KERNELS], capture_output=True, text=True)
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--retries", "1", "--target"]
+    command = [sys.executable, "-m", "pip", "install", *options, both, HF_KERNELS]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"the index does not give {HF_KERNELS}: {done.stderr.strip().splitlines()[-1]}")
     code = """
@@ -174,7 +164,7 @@ print(fused_unavailable_reason(torch.device("cpu")))
     assert "need a CUDA GPU" in reason
 
 
-@pytest.mark.nightly  # an installation
+@pytest.mark.nightly
 def test_kernels_run_from_the_installed_package(installed, tmp_path):
     code = """
 import torch
