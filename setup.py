@@ -62,6 +62,7 @@ setup(
             "ipykernel",
             "ipywidgets",
             "ruff~=0.17.6",
+            "import-linter>=2.17",
             "mypy~=2.4",
             "setuptools>=77",
         ],
