@@ -62,7 +62,7 @@ def normalization_table(images: Tensor, dtype: torch.dtype) -> Tensor:
 def augment_reference(
     images: Tensor, draws: Tensor, table: Tensor, *, out_channels: int, padding: int, cutout_size: int
 ) -> Tensor:
-    """Return the batch, computed in plain torch. See :func:`augment` for the arguments."""
+    """Return the batch, computed in plain torch. See :func:`augment` without ``step`` for the arguments."""
     size, channels = images.shape[2:]
     corners = size + 1 - cutout_size
     pixel = torch.arange(size, device=images.device)
@@ -104,7 +104,7 @@ def augment_kernel(
     index = tl.load(draws + position)
     if labels is not None:
         tl.store(out_labels + b, tl.load(labels + index), mask=tl.program_id(1) == 0)
-    window = tl.load(draws + row_stride + position).to(tl.int32)
+    crop = tl.load(draws + row_stride + position).to(tl.int32)
     mirror = tl.load(draws + 2 * row_stride + position) == 0
     corner = tl.load(draws + 3 * row_stride + position).to(tl.int32)
 
@@ -113,15 +113,15 @@ def augment_kernel(
     channel, pixel = offset % OUT_CHANNELS, offset // OUT_CHANNELS
     y, x = pixel // S, pixel % S
     from_top, from_left = y - corner % corners, x - corner // corners
-    square = (from_top >= 0) & (from_top < CUTOUT) & (from_left >= 0) & (from_left < CUTOUT)
-    shown = (channel < C) & (square == 0)
+    in_cutout = (from_top >= 0) & (from_top < CUTOUT) & (from_left >= 0) & (from_left < CUTOUT)
+    visible = (channel < C) & (in_cutout == 0)
     if length % BLOCK != 0:
-        shown = shown & (offset < length)
+        visible = visible & (offset < length)
 
-    row = tl.abs(y + window % (PADDING + 1) - PADDING)
-    column = tl.abs(tl.where(mirror, S - 1 - x, x) + window // (PADDING + 1) - PADDING)
-    byte = tl.load(images + index * (S * S * C) + ((row * S + column) * C + channel), mask=shown, other=0)
-    value = tl.load(table + (channel * 256 + byte.to(tl.int32)), mask=shown, other=0.0)
+    row = tl.abs(y + crop % (PADDING + 1) - PADDING)
+    column = tl.abs(tl.where(mirror, S - 1 - x, x) + crop // (PADDING + 1) - PADDING)
+    byte = tl.load(images + index * (S * S * C) + ((row * S + column) * C + channel), mask=visible, other=0)
+    value = tl.load(table + (channel * 256 + byte.to(tl.int32)), mask=visible, other=0.0)
     if length % BLOCK == 0:
         tl.store(out + b * length + offset, value)
     else:
