@@ -31,7 +31,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    # cifar_fast/kernels is a link to kernels/, since `kernels` is another project's import name.
+    # cifar_fast/kernels is a link to kernels/. The top-level name `kernels` belongs to another project.
     packages=find_packages(include=["cifar_fast", "cifar_fast.*"]),
     package_data={"cifar_fast": ["py.typed"], "cifar_fast.kernels": ["launch.json"]},
     entry_points={"console_scripts": ["cifar-fast = cifar_fast.cli.main:main"]},
@@ -43,7 +43,7 @@ setup(
         "pillow",
         "matplotlib",
         "tqdm",
-        "tomli; python_version < '3.11'",  # tomllib before it was Python's
+        "tomli; python_version < '3.11'",  # Python has tomllib since 3.11
     ],
     extras_require={
         "hf": HF,
@@ -62,8 +62,8 @@ setup(
             "ipykernel",
             "ipywidgets",
             "ruff~=0.17.6",
-            "import-linter>=2.17",
             "mypy~=2.4",
+            "import-linter~=2.15",
             "setuptools>=77",
         ],
     },
