@@ -44,8 +44,8 @@ def run_command(
     """Run ``command`` and return its exit code.
 
     An :class:`InputError` is printed in one line and gives 2; :class:`Diverged` and :class:`MissingRuns` give 1. Ctrl-C
-    gives 130, and under torchrun only rank 0 prints about it. With --traceback in ``argv`` (default: ``sys.argv``) an
-    error also shows its traceback. ``flags``: whether the options that an error names are flags of the command.
+    gives 130, and under torchrun only rank 0 prints about it. An error also shows its traceback if ``argv`` (default:
+    ``sys.argv``) has --traceback. ``flags``: whether the options that an error names are flags of the command.
     """
     show_traceback = "--traceback" in (sys.argv if argv is None else argv)
     if show_traceback:

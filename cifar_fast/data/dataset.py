@@ -198,7 +198,7 @@ def _subset(dataset: Dataset, count: int) -> Dataset:
 def _with_label_noise(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     """Replace a ``fraction`` of the training labels by other classes, uniformly at random.
 
-    With the same seed, a larger fraction replaces the labels that a smaller one replaces, and more.
+    A larger fraction replaces the labels that a smaller one with the same seed replaces, and more.
     """
     n, k = len(dataset.train_labels), dataset.num_classes
     random = np.random.RandomState(seed)

@@ -242,7 +242,7 @@ class Training:
 
     @contextlib.contextmanager
     def folder_owned(self, shared: bool) -> Iterator[None]:
-        """Own the folder inside the block. Where ranks share the runs, earlier results are replaced now."""
+        """Own the folder inside the block. If ranks share the runs, replace earlier results now."""
         with contextlib.ExitStack() as stack:
             if self.folder:
                 stack.enter_context(self.folder)

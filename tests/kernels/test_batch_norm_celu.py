@@ -90,7 +90,7 @@ def make(shape, dtype, seed=0, scale=1.0, shift=0.0, parameters=None):
 def assert_as_good_as_eager(tensors, ulps=1, **settings):
     """Each error against float64 is at most twice eager's, plus one unit in the last place of the largest value.
 
-    Of a few elements the largest error is a matter of luck on both sides: ``ulps`` gives a drawn shape more.
+    The largest error of a few elements is a matter of luck on both sides: ``ulps`` gives a drawn shape more.
 
     An eager result that is not finite, of finite input, has no error to compare with: ours must then be finite.
     """

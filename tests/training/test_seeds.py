@@ -84,7 +84,7 @@ def test_without_separate_seeds_one_stream_gives_all_numbers_as_in_the_reference
 
 
 def test_equal_separate_seeds_give_independent_streams():
-    """With equal streams crops would depend on the order: both are remainders of the same random numbers."""
+    """Equal streams would tie the crops to the order: both are remainders of the same random numbers."""
     generators = Seeds(5, 5, 5, 5).generators(torch.device("cpu"))
     assert len({tuple(generator.get_state().tolist()) for generator in generators}) == 3
 
