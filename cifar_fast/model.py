@@ -23,7 +23,7 @@ class CNN(nn.Module):
 
     The max-pool comes before the norm, where it divides the norm's memory traffic by four. ``recipe.residual`` adds the
     input of a block (convolution, norm, activation) to its output if both have the same shape. The sum is not activated
-    again. With the reference's widths these are blocks 3, 4, 7 and 8.
+    again. These are blocks 3, 4, 7 and 8 with the reference's widths.
 
     The names in the state dict are those of the reference script's model. A layer that the recipe leaves out is an
     ``Identity``, so the other names do not change.
