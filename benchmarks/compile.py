@@ -1,8 +1,7 @@
-"""``python -m benchmarks compile``: every kernel at every shape of the recipe, compiled for GPUs that are not here.
+"""``python -m benchmarks compile``: compile every kernel at every shape of the recipe for GPUs that need not be here.
 
-The launches are those of the operators' planners, on tensors without memory. The assembler's own report gives registers
-and spills; the PTX the width of each tensor's loads and stores: an access's address is traced back to the pointer
-argument it came from.
+The launches are those of the operators' planners, on meta tensors. Registers and spills are in the report of the
+assembler. The widths of loads and stores are in the PTX: the address of an access is traced back to a pointer argument.
 """
 
 from __future__ import annotations
@@ -29,15 +28,13 @@ from cifar_fast.diagnostics.kernel_cases import Case, Head, kernel_cases
 from cifar_fast.kernels.launch import Launch
 
 TARGETS = tuple(f"sm_{n}" for n in (75, 80, 86, 89, 90, 100, 120))
-LARGE = 1 << 20  # bytes from which a tensor's accesses count
+LARGE = 1 << 20  # bytes of a tensor whose accesses must be wide
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int64: "i64"}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a launch: ``widths`` gives the widest access of each large tensor in bits, loads then stores;
-    ``of_bytes`` names those whose values have one byte.
-    """
+    """A compiled launch. ``widths`` has the widest load and the widest store of each large tensor, in bits."""
 
     case: str
     kernel: str
@@ -48,26 +45,28 @@ class Compiled:
     read: int
     written: int
     widths: tuple[dict[str, int], dict[str, int]]
-    of_bytes: frozenset[str]
+    byte_tensors: frozenset[str]
 
     def problems(self) -> list[str]:
-        """What is not as it must be: a spill; a large tensor that is not accessed by 128 bits. Of bytes 64 are enough:
-        they go with values of two, of which a thread then takes as many.
+        """Return a line for each spill and each narrow access: below 128 bits, or below 64 for bytes.
+
+        Bytes go with values of two bytes, and a thread takes equal numbers of both.
         """
-        found = [f"{self.spills} bytes spilled"] if self.spills else []
+        problems = [f"{self.spills} bytes spilled"] if self.spills else []
         for what, widths in zip(("loads", "stores"), self.widths):
-            narrow = {name: bits for name, bits in widths.items() if bits < (64 if name in self.of_bytes else 128)}
-            found += [f"{what} of {name} are {bits} bits wide" for name, bits in narrow.items()]
-        return [f"{self.case}, {self.kernel}, {self.target}: {problem}" for problem in found]
+            narrow = {name: bits for name, bits in widths.items() if bits < (64 if name in self.byte_tensors else 128)}
+            problems += [f"{what} of {name} are {bits} bits wide" for name, bits in narrow.items()]
+        return [f"{self.case}, {self.kernel}, {self.target}: {problem}" for problem in problems]
 
 
 def compiled_kernel(launch: Launch, target: str) -> Any:
-    """``launch`` compiled for ``target``, such as "sm_90", as Triton's own launcher would specialize it."""
-    signature, constants, attributes = {}, dict(launch.constants), {}
-    arguments = launch.arguments
+    """Compile ``launch`` for ``target``, such as "sm_90", specialized as by Triton's own launcher."""
+    arguments, constants = launch.arguments, dict(launch.constants)
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
     for i, name in enumerate(launch.kernel.arg_names):
         value = arguments.get(name)
-        aligned = False
+        aligned: Any = False
         if name in launch.constants:
             signature[name] = "constexpr"
         elif value is None or (isinstance(value, int) and value == 1):
@@ -86,33 +85,44 @@ def compiled_kernel(launch: Launch, target: str) -> Any:
 
 
 def compile_launch(case: str, launch: Launch, target: str) -> Compiled:
-    """What becomes of ``launch`` on ``target``."""
+    """Compile ``launch`` for ``target`` and read the result."""
     made = compiled_kernel(launch, target)
     pointers = [name for name in launch.kernel.arg_names if made.src.signature[name] != "constexpr"]
     tensors = {name: value for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)}
-    # Of what is gathered from, whole images apart, single elements are all there is to access.
+    # A kernel that gathers can only access single elements.
     large = {name for name, value in tensors.items() if value.nbytes >= LARGE and name not in launch.accessed}
     registers, spills = resources(made.asm["cubin"])
-    name, shared = launch.kernel.__name__, made.metadata.shared
-    widths = access_widths(made.asm["ptx"], pointers, large)
-    read, written = launch.bytes_read, launch.bytes_written
-    of_bytes = frozenset(name for name in large if tensors[name].element_size() == 1)
-    return Compiled(case, name, target, registers, spills, shared, read, written, widths, of_bytes)
+    return Compiled(
+        case=case,
+        kernel=launch.kernel.__name__,
+        target=target,
+        registers=registers,
+        spills=spills,
+        shared=made.metadata.shared,
+        read=launch.bytes_read,
+        written=launch.bytes_written,
+        widths=access_widths(made.asm["ptx"], pointers, large),
+        byte_tensors=frozenset(name for name in large if tensors[name].element_size() == 1),
+    )
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread; bytes of stack and local memory: what is spilled, and arrays that found no registers."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """Return registers per thread, and bytes of stack and local memory for spills and for arrays."""
+    text = inspect_code(triton.knobs.nvidia.cuobjdump, "--dump-resource-usage", cubin)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
 
 
+def inspect_code(tool: Any, flag: str, cubin: bytes) -> str:
+    """Return what one of NVIDIA's tools prints about the code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool.path, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
 def access_widths(ptx: str, arguments: list[str], large: set[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """The widest load and store, in bits, of each of the ``large`` arguments."""
+    """Return the widest load and the widest store of each of the ``large`` arguments, in bits."""
     lines = [re.sub(r"^@!?%p\d+\s+", "", line.strip().rstrip(";")) for line in ptx.splitlines()]
     origins: dict[str, set[int]] = defaultdict(set)
     instructions = []
@@ -122,7 +132,7 @@ def access_widths(ptx: str, arguments: list[str], large: set[str]) -> tuple[dict
         elif found := re.match(r"(mov|add|sub|mad|shl|cvta|selp|or|and)\S*\s+(%rd\d+), (.*)", line):
             instructions.append((found[2], re.findall(r"%rd\d+", found[3])))
     changed = True
-    while changed:  # loops carry addresses round: go on until nothing is new
+    while changed:  # addresses pass through loops, so repeat until nothing is new
         changed = False
         for result, operands in instructions:
             before = len(origins[result])
@@ -138,20 +148,20 @@ def access_widths(ptx: str, arguments: list[str], large: set[str]) -> tuple[dict
     return widths["ld"], widths["st"]
 
 
-def compile_case(case: Case | Head, target: str) -> list[Compiled]:
-    """Every launch of ``case``."""
+def compile_case(case: Case, target: str) -> list[Compiled]:
+    """Compile every launch of ``case``."""
     return [compile_launch(case.name, launch, target) for launch in case.launches()]
 
 
 def compile_all(recipe: Recipe, dtype: torch.dtype, targets: Sequence[str]) -> list[Compiled]:
-    """Every distinct launch of ``recipe`` on every target, with all cores."""
+    """Compile every distinct launch of ``recipe`` for every target, with all cores."""
     work = itertools.product([*kernel_cases(recipe, dtype), Head(recipe, dtype)], targets)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return list(itertools.chain(*pool.map(compile_case, *zip(*work))))
 
 
 def table(rows: list[Compiled]) -> str:
-    """A line per launch and target; MB are 10^6 bytes, widths in bits."""
+    """Format a line per launch and target. MB are 10^6 bytes, widths are in bits."""
     header = ("case", "kernel", "target", "registers", "spills", "shared", "MB read", "MB written", "loads; stores")
     lines = []
     for row in rows:

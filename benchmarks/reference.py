@@ -1,14 +1,15 @@
-"""The reference recipe stated a second time, plainly and slowly: what parity and speed are held against.
+"""A second, plain and slow implementation of the reference recipe, to compare results and speed with.
 
-It shares no code with ``cifar_fast``, nor its constants: each transformation is applied option by
-option to the images that drew it (25 crops, 2 flips, 625 cutouts: 652 masked passes an epoch), the
-network is spelled out layer by layer, and the schedule is worked out from its definition.
+It shares neither code nor constants with ``cifar_fast``. Each transformation is applied option by option to the images
+that drew the option: 25 crops, 2 flips and 625 cutouts, 652 masked passes an epoch. The network is written layer by
+layer, and the learning rate is computed from the definition of the schedule.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,10 @@ WIDTHS = (64, 128, 128, 128, 256, 512, 512, 512)
 
 
 def normalized(train: np.ndarray, test: np.ndarray, dtype: torch.dtype, device: str = "cpu") -> Pair:
-    """uint8 ``[N, 32, 32, 3]`` to ``[N, 3, 32, 32]``, with the mean and deviation per channel of the training images.
+    """Normalize uint8 ``[N, 32, 32, 3]`` to ``[N, 3, 32, 32]`` by the mean and deviation of the training images.
 
-    torchvision's CIFAR-10, which the script trains on, is a transposed view of ``[N, 3, 32, 32]``, and torch.tensor
-    keeps its strides: all that follows is NCHW in memory.
+    The script trains on torchvision's CIFAR-10, a transposed view of ``[N, 3, 32, 32]``. torch.tensor keeps its
+    strides, so everything after it is NCHW in memory.
     """
     train_pixels, test_pixels = (
         torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1), device=device)
@@ -36,7 +37,7 @@ def normalized(train: np.ndarray, test: np.ndarray, dtype: torch.dtype, device: 
 
 
 def augmented_epoch(images: torch.Tensor, labels: torch.Tensor) -> Pair:
-    """A shuffled, augmented copy of the whole set; draws from the default generator of its device."""
+    """Return a shuffled, augmented copy of the whole set. It draws from the default generator of the device."""
     order = torch.randperm(len(images), device=images.device)
     images, labels = images[order], labels[order]
 
@@ -63,7 +64,7 @@ def augmented_epoch(images: torch.Tensor, labels: torch.Tensor) -> Pair:
 
 
 class Network(nn.Module):
-    """The network under the state dict names ``seq.N.*``, for any eight widths that double where the reference's do."""
+    """The network, with the state dict names ``seq.N.*``, for eight widths."""
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS, classes: int = 10) -> None:
         super().__init__()
@@ -91,10 +92,10 @@ class Network(nn.Module):
 
 
 class Training:
-    """The reference's training: set up like its script, and stepped by whoever holds it."""
+    """The training of the reference, set up as in its script."""
 
     def __init__(
-        self, *, seed: int, epochs: int, batch_size: int, dtype: torch.dtype, device: str = "cpu", **network: object
+        self, *, seed: int, epochs: int, batch_size: int, dtype: torch.dtype, device: str = "cpu", **network: Any
     ) -> None:
         torch.manual_seed(seed)
         self.network = Network(**network).to(dtype).to(device)
@@ -115,20 +116,20 @@ class Training:
         return loss.detach(), correct
 
     def batches(self, images: torch.Tensor, labels: torch.Tensor) -> Iterator[Pair]:
-        """An augmented epoch's batches, without the images left over."""
+        """Yield the full batches of an augmented epoch."""
         images, labels = augmented_epoch(images, labels)
         for i in range(len(images) // self.batch_size):
             part = slice(i * self.batch_size, (i + 1) * self.batch_size)
             yield images[part], labels[part]
 
     def epoch(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-        """Train one epoch; gives its mean loss and accuracy in %."""
+        """Train one epoch; return its mean loss and its accuracy in percent."""
         steps = len(images) // self.batch_size
-        results = [self.step(*batch, steps) for batch in self.batches(images, labels)]
-        return tuple(torch.cat(values).float().mean().item() for values in zip(*results))
+        losses, correct = zip(*(self.step(*batch, steps) for batch in self.batches(images, labels)))
+        return torch.cat(losses).float().mean().item(), torch.cat(correct).float().mean().item()
 
     def evaluate(self, images: torch.Tensor, labels: torch.Tensor) -> float:
-        """Accuracy in per cent, the short last batch included."""
+        """Return the accuracy in percent. The last batch may be short."""
         self.network.eval()
         with torch.no_grad():
             batches = zip(images.split(self.batch_size), labels.split(self.batch_size))

@@ -1,4 +1,4 @@
-"""``python -m benchmarks report``: results.md and pictures, pivoted from the rows of each results.json."""
+"""``python -m benchmarks report``: make results.md and pictures from the rows of each results.json."""
 
 from __future__ import annotations
 
@@ -13,28 +13,26 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def pivot(rows: list[Row]) -> str:
-    """A line per case and side, a column per metric, and the first metric over the base side's, turn by turn."""
+    """Format a line per case and side, a column per metric, and the first metric relative to ``auto`` or ``fused``."""
     metrics = list(dict.fromkeys((row.metric, row.unit) for row in rows if row.values))
     cells = {(row.case, row.side, (row.metric, row.unit)): row for row in rows}
     pairs = list(dict.fromkeys((row.case, row.side) for row in rows))
-    sides = [side for _, side in pairs]
-    base = next((name for name in ("auto", "fused") if name in sides), None)
-    compared = base and len(set(sides)) > 1
+    sides = {side for _, side in pairs}
+    base = next((name for name in ("auto", "fused") if name in sides and len(sides) > 1), None)
     header = ["case", "side", *(f"{metric}, {unit}" if unit else metric for metric, unit in metrics)]
     lines = []
     for case, side in pairs:
-        line = [case, side]
-        line += [str(cells.get((case, side, metric), "-")) for metric in metrics]
-        if compared:
-            mine, its = (cells.get((case, name, metrics[0])) for name in (side, base))
-            line.append(ratio(mine, its) if mine and its else "-")
+        line = [case, side, *(str(cells.get((case, side, metric), "-")) for metric in metrics)]
+        if base:
+            row, other = (cells.get((case, name, metrics[0])) for name in (side, base))
+            line.append(ratio(row, other) if row and other else "-")
         lines.append(line)
     wrong = [f"\n\n{row.case}, {row.side}: {row.metric}" for row in rows if not row.values]
-    return markdown(header + ([f"times {base}"] if compared else []), lines) + "".join(wrong)
+    return markdown(header + ([f"times {base}"] if base else []), lines) + "".join(wrong)
 
 
 def report(results: dict[str, Any]) -> str:
-    """Every part of ``results`` as a table; what was not measured is named with its reason."""
+    """Format every part of ``results`` as a table, and name the parts that were not measured."""
     facts, settings = results["environment"], results["settings"]
     versions = ("torch", "triton", "cuda", "cudnn", "python")
     known = ", ".join(f"{name} {facts[name]}" for name in versions if facts.get(name))
@@ -52,29 +50,31 @@ def report(results: dict[str, Any]) -> str:
         for name, part in results["parts"].items()
         if "skipped" in part or "failed" in part
     ]
-    return "\n\n".join([*blocks, *([f"Not measured: {'; '.join(missing)}."] if missing else [])])
+    if missing:
+        blocks.append(f"Not measured: {'; '.join(missing)}.")
+    return "\n\n".join(blocks)
 
 
 def write_report(folder: Path) -> None:
-    """``results.md`` and ``steps.png`` from the ``results.json`` of ``folder``."""
+    """Write ``results.md`` and ``steps.png`` from the ``results.json`` of ``folder``."""
     results = json.loads((folder / "results.json").read_text())
     with atomic_write(folder / "results.md") as temporary:
         temporary.write_text(report(results) + "\n")
-    if lines := [row for row in rows_of(results) if row.part == "profile" and row.metric == "time"]:
+    if rows := [row for row in rows_of(results) if row.part == "profile" and row.metric == "time"]:
         with atomic_write(folder / "steps.png") as temporary:
-            draw_steps(lines, temporary)
+            draw_steps(rows, temporary)
 
 
-def draw_steps(lines: list[Row], path: Path) -> None:
-    """A bar per backend: where a step's time goes."""
+def draw_steps(rows: list[Row], path: Path) -> None:
+    """Draw a bar per backend that shows where the time of a step goes."""
     from matplotlib.figure import Figure
 
-    sides, kinds = (list(dict.fromkeys(getattr(row, name) for row in lines)) for name in ("side", "case"))
+    sides, kinds = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("side", "case"))
     figure = Figure(figsize=(9, 2.5 + 0.7 * len(sides)), layout="constrained")
     axes = figure.subplots()
     left = dict.fromkeys(sides, 0.0)
     for i, kind in enumerate(kinds):
-        widths = [next((row.median for row in lines if (row.case, row.side) == (kind, side)), 0.0) for side in sides]
+        widths = [next((row.median for row in rows if (row.case, row.side) == (kind, side)), 0.0) for side in sides]
         color = "0.85" if kind == "idle" else f"C{i}"
         axes.barh(sides, widths, left=list(left.values()), label=kind, color=color)
         left = {side: start + width for (side, start), width in zip(left.items(), widths)}

@@ -1,4 +1,4 @@
-"""``python -m benchmarks run``: every part in order, resumable; rows in results.json, and the report made of them."""
+"""``python -m benchmarks run``: measure every part in order, write results.json and make the report. It can resume."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ from benchmarks.report import write_report
 from benchmarks.rows import rows_of
 from cifar_fast import InputError
 from cifar_fast.utils.device import device_guard, environment
-from cifar_fast.utils.files import atomic_write, os_error_as_input_error
+from cifar_fast.utils.files import write_json
 
 SCHEMA = 2
 FIRST = ("ceilings", "parity")
-"""Parts that the others need, and that run whatever is asked for."""
+"""Parts that always run, because the others depend on them."""
 
 
 def run(output: Path, bench: Bench, settings: dict[str, Any], only: list[str]) -> int:
-    """Run what is not done yet of ``only``, writing after each part; gives 1 where a part failed or a result is off."""
+    """Run the parts of ``only`` that are not done, write the results after each, and return the exit code."""
     file = output / "results.json"
-    results = start(file, settings, environment(bench.plan.device))
+    results = load_or_start(file, settings, environment(bench.config.device))
     for name in [*FIRST, *(name for name in only if name not in FIRST)]:
         before = results["parts"].get(name, {})
-        if "rows" in before and name != "kernels":  # of which some may be left
+        if "rows" in before and name != "kernels":  # some kernels may be left
             print(f"{name}: done before")
             continue
         if name not in FIRST and bench.late():
-            print(f"{name} and what follows: no minutes left; start again to go on")
+            print(f"{name} and all after it: no minutes left; run the same command again to resume")
             break
         bench.done = rows_of(results)
         begun, rows = time.perf_counter(), list(before.get("rows", []))
         try:
-            with device_guard(bench.plan.device):
+            with device_guard(bench.config.device):
                 for row in PARTS[name](bench):
                     rows.append(asdict(row))
             part: dict[str, Any] = {"rows": rows}
         except Skip as reason:
             part = {"skipped": str(reason)}
-        except Exception as error:  # compiler, driver, memory, a child process: the rest can still be measured
+        except Exception as error:  # a compiler, a driver, memory or a child process; the other parts may still work
             part = {"failed": " ".join(f"{type(error).__name__}: {error}".split())}
             if name == "kernels":
-                part["rows"] = rows  # they stand each for itself, and took minutes
+                part["rows"] = rows  # each row is valid alone, and they took minutes
         part["seconds"] = time.perf_counter() - begun
         results["parts"][name] = part
-        with os_error_as_input_error(f"--output {output}"), atomic_write(file) as temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(file, results, f"--output {output}", "choose another folder")
         write_report(output)
         print(f"{name}: {part.get('skipped') or part.get('failed') or 'done'} ({part['seconds']:.0f} s)", flush=True)
         if name == "parity" and "failed" in part:
-            print("parity is not given: nothing more is measured")
+            print("the fused backend does not match eager: nothing more is measured")
             return 1
     wrong = any(not row.values for row in rows_of(results))
     return 1 if wrong or any("failed" in part for part in results["parts"].values()) else 0
 
 
-def start(file: Path, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """The results so far of this machine and these settings; :class:`InputError` for another's."""
-    fresh = json.loads(json.dumps(dict(schema=SCHEMA, environment=facts, settings=settings, parts={})))  # no tuples
+def load_or_start(file: Path, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of an earlier run with the same settings on the same machine, or new ones."""
+    fresh = dict(schema=SCHEMA, environment=facts, settings=settings, parts={})
+    fresh = json.loads(json.dumps(fresh))  # turns tuples into lists, as in the file
     if not file.exists():
         return fresh
     try:

@@ -1,7 +1,7 @@
-"""``pytest benchmarks/test_cpu.py``: an epoch's augmentation and a training step on this CPU, beside the reference's.
+"""``pytest benchmarks/test_cpu.py``: a training step and the augmentation of an epoch on this CPU.
 
-A look at every change, in about a minute, all in one process; ``python -m benchmarks run --only cpu`` lets the sides
-take turns in processes of their own, and is what figures are published from. Nothing is timed before it was checked.
+It takes about a minute in one process, to look at every change. For published figures ``python -m benchmarks run
+--only cpu`` runs each side in processes of its own, in turn. Both check the results before they time anything.
 """
 
 import pytest
@@ -11,12 +11,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.parts import CPU_SIDES, cpu_calls
 from cifar_fast import Dataset, Recipe
 
-sides = pytest.mark.parametrize("side", CPU_SIDES[:-1])  # the last is the one before it again
+sides = pytest.mark.parametrize("side", CPU_SIDES[:-1])  # the last one repeats the one before it
 
 
 @sides
 def test_step(benchmark: BenchmarkFixture, dataset: Dataset, side: str) -> None:
-    """A step of 32 images at full width."""
+    """Time a step of 32 images at full width."""
     step, _ = cpu_calls(Recipe(batch_size=32), dataset, side)
     losses: list[torch.Tensor] = []
     benchmark.group = f"training step of 32 images, {dataset.name}"
@@ -26,7 +26,7 @@ def test_step(benchmark: BenchmarkFixture, dataset: Dataset, side: str) -> None:
 
 @sides
 def test_augmentation(benchmark: BenchmarkFixture, dataset: Dataset, side: str) -> None:
-    """An epoch's: 652 masked passes over all images, and ours, batch by batch."""
+    """Time an epoch: 652 masked passes over all images in the reference, batch by batch in ours."""
     _, augment_epoch = cpu_calls(Recipe(batch_size=32), dataset, side)
     benchmark.group = f"augmentation of {len(dataset.train_images)} images, {dataset.name}"
     benchmark.pedantic(augment_epoch, rounds=3, warmup_rounds=1)

@@ -1,7 +1,7 @@
-"""``pytest benchmarks/test_kernels.py``: our kernels, torch.compile and eager torch, case by case, in device time.
+"""``pytest benchmarks/test_kernels.py``: time our kernels, torch.compile and eager torch on the device, case by case.
 
-A group is a case in one dtype, and a row an implementation of it: seconds of a call inside a captured loop, with the
-other rows in ``extra_info``. A wrong result fails and has no row.
+A group is a case in one dtype, with a row for each implementation: seconds of a call inside a captured loop. The other
+metrics are in ``extra_info``. A wrong result fails and has no row.
 
     pytest benchmarks/ -k "64x32x32-forward-float16" --benchmark-json now.json
 """
@@ -21,7 +21,7 @@ CASES = {
     case.name.replace(", ", "-").replace(" ", "-"): i for i, case in enumerate(kernel_cases(Recipe(), torch.float16))
 }
 here = torch.cuda.is_available() and not interpreted()
-elapsed: list[float] = []  # seconds on the device, of which the timer shows the sum
+elapsed: list[float] = []  # seconds on the device; the timer returns their sum
 
 
 @pytest.mark.skipif(not here, reason="needs a CUDA GPU, and TRITON_INTERPRET unset")
@@ -31,6 +31,7 @@ elapsed: list[float] = []  # seconds on the device, of which the timer shows the
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("case", CASES)
 def test_kernel(benchmark: BenchmarkFixture, case: str, dtype: str, implementation: str) -> None:
+    """Time one implementation of a case in one dtype."""
     first, *others = measure_kernel(kernel_cases(Recipe(), getattr(torch, dtype))[CASES[case]], implementation)
     assert first.values, first.metric
     benchmark.group = f"{case}, {dtype}"

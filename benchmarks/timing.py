@@ -1,11 +1,10 @@
-"""The stopwatch: wall clock, CUDA graphs over rotating inputs, and sides in turn."""
+"""Timers: the wall clock, CUDA graphs over rotating inputs, and sides that take turns."""
 
 from __future__ import annotations
 
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,19 +12,21 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
+from cifar_fast.utils.device import device_timer
+
 LAUNCHES = 50
-"""Calls in a graph, at least: enough to hide the host."""
+"""Minimum number of calls in a graph, enough to hide the host."""
 REPLAYS = 15
 WARM_UP = 3
-"""Runs that do not count, while clocks rise and caches fill."""
+"""Runs that are not timed, while clocks rise and caches fill."""
 
 
 def interleave(
     sides: Mapping[str, Callable[[], float]], rounds: int, enough: Callable[[], bool] = lambda: False
 ) -> dict[str, list[float]]:
-    """What each of ``sides`` gives in each of ``rounds``, sides in turn, so that a drifting machine slows all of them.
+    """Return the values of each side in each round. The sides take turns, so slow drift affects all of them alike.
 
-    A first round does not count. After two rounds that count, ``enough`` ends it.
+    A first round is dropped. After two more rounds ``enough`` may end the loop.
     """
     values: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-1, rounds):
@@ -39,21 +40,19 @@ def interleave(
 
 
 def wall(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of ``call``, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    """Return the seconds of ``call``, including the work of the device."""
+    clock = device_timer(device)
+    start = clock()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def capture(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, list, int]:
-    """A CUDA graph in which ``calls``, each of which has run before, take turns until there are ``LAUNCHES``.
+def capture(
+    calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, list[Any], int]:
+    """Capture ``calls``, which have run before, in turn; return the graph, each call's last result, and their number.
 
-    What a call gives is kept until its next turn, so that outputs rotate through memory as inputs do. Gives the graph,
-    what each call gave in the last turn, and how many calls the graph holds.
+    The result of a call is kept until its next turn, so that outputs rotate through memory as inputs do.
     """
     count = len(calls) * math.ceil(LAUNCHES / len(calls))
     outputs: list[Any] = [None] * len(calls)
@@ -66,7 +65,7 @@ def capture(calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream) -> tu
 
 
 def replay_times(graph: torch.cuda.CUDAGraph) -> list[float]:
-    """Seconds of each of several replays, after some that do not count."""
+    """Return the seconds of each of ``REPLAYS`` replays, after a warm-up."""
     events = []
     for _ in range(WARM_UP + REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -79,18 +78,18 @@ def replay_times(graph: torch.cuda.CUDAGraph) -> list[float]:
 
 
 def device_work(call: Callable[[], object]) -> list[str]:
-    """Names of the kernels, copies and fills that ``call`` puts on the GPU, in order; none where no profiler sees."""
+    """Return the names of the kernels, copies and fills of ``call`` in order, or none if the profiler sees nothing."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize()
-    # An annotation spans the kernels that ran in it, which are there themselves.
-    found = [event for event in trace.events() if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    return [event.name for event in sorted(found, key=lambda event: event.time_range.start)]
+    # An annotation spans kernels that have events of their own.
+    work = [event for event in trace.events() if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    return [event.name for event in sorted(work, key=lambda event: event.time_range.start)]
 
 
 def child(arguments: Sequence[str]) -> str:
-    """What a Python process with ``arguments`` prints; RuntimeError with its last line of error where it fails."""
+    """Return the output of a Python process, or raise RuntimeError with the last line of its errors."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)[:80]} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")

@@ -6,58 +6,49 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from cifar_fast.cli.flags import (
-    Parser,
-    add_device_flags,
-    check_json,
-    interpret_without_gpu,
-    run_command,
-    sentence,
-)
+from cifar_fast.cli.flags import Parser, add_device_flags, check_json, interpret_without_gpu, run_command, sentence
 from cifar_fast.recipe import Recipe
 from cifar_fast.utils.errors import InputError
 
-SUMMARY = "tell whether all that training needs works on this machine, in two minutes"
+SUMMARY = "check that everything a training needs works on this machine, in two minutes"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``cifar-fast check``; gives 0, 1 where something that ``auto`` needs does not work, 2 for bad input."""
+    """Run ``cifar-fast check``; return 0, 1 if something that ``auto`` needs does not work, 2 for bad input."""
     return run_command(lambda: run(make_parser().parse_args(argv)), argv)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="cifar-fast check", description=sentence(SUMMARY))
     add_device_flags(parser)
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="images per step (default: 64 on a GPU, 8 on a CPU)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the lines there")
+    batch_size = "images per step (default: 64 on a GPU, 8 on a CPU)"
+    parser.add_argument("--batch-size", type=int, metavar="N", help=batch_size)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     check_json(args.json)
-
     interpret_without_gpu(args.device)
 
-    from cifar_fast.backends.select import resolve_backend
-    from cifar_fast.diagnostics.check import BATCH_SIZE, SMALLEST, Check
-    from cifar_fast.training.fit import check
+    from cifar_fast.diagnostics.check import BATCH_SIZE, MIN_BATCH_SIZE, Check
+    from cifar_fast.training.config import TrainConfig
+    from cifar_fast.training.fit import settle_backend
     from cifar_fast.utils.device import tune_malloc
-    from cifar_fast.utils.seeds import Seeds
 
-    plan, reference = (resolve_backend(backend, args.device, args.dtype) for backend in ("auto", "eager"))
-    check(plan, Seeds())
-    size = BATCH_SIZE[plan.device.type] if args.batch_size is None else args.batch_size
-    if size < SMALLEST:
-        raise InputError(f"--batch-size must be at least {SMALLEST} for a check, not {size}")
-    if plan.device.type == "cpu":
-        tune_malloc()
+    config, reference = (
+        settle_backend(TrainConfig(backend=backend, device=args.device, dtype=args.dtype))
+        for backend in ("auto", "eager")
+    )
+    size = BATCH_SIZE[config.device.type] if args.batch_size is None else args.batch_size
+    if size < MIN_BATCH_SIZE:
+        raise InputError(f"--batch-size must be at least {MIN_BATCH_SIZE} for a check, not {size}")
     recipe = Recipe(batch_size=size)
-    if plan.device.type == "cpu":  # where no kernel is compiled for these widths
-        recipe = dataclasses.replace(recipe, widths=tuple(width // 4 for width in recipe.widths))
-    found = Check(plan, reference, recipe)
-    found.run()
+    if config.device.type == "cpu":
+        tune_malloc()
+        recipe = dataclasses.replace(recipe, widths=tuple(width // 4 for width in recipe.widths))  # for the interpreter
+    check = Check(config, reference, recipe)
+    check.run()
     if args.json:
-        found.write(args.json)
-    return 0 if found.fine else 1
+        check.write(args.json)
+    return 0 if check.passed else 1

@@ -18,11 +18,11 @@ from cifar_fast.cli.flags import (
 from cifar_fast.data.sources import read_dataset
 from cifar_fast.utils.errors import InputError
 
-SUMMARY = "run two backends in lockstep, and tell how far apart each layer is"
+SUMMARY = "run two backends in lockstep and measure how far apart each layer is"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``cifar-fast compare``, and ``python -m cifar_fast.compare``; gives 0, 1 past the tolerance, 2 for bad input."""
+    """Run ``cifar-fast compare``; return 0, 1 if a difference exceeds the tolerance, 2 for bad input."""
     return run_command(lambda: run(make_parser().parse_args(argv)), argv)
 
 
@@ -35,11 +35,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--against", choices=("eager", "compiled", "fused"), default="eager", help="the other backend (default: eager)"
     )
     group.add_argument("--steps", type=int, default=4, metavar="K", help="steps of training (default: 4)")
-    group.add_argument("--drift", action="store_true", help="let the sides go their own ways after the first step")
+    group.add_argument("--drift", action="store_true", help="do not copy the weights before each later step")
     group.add_argument(
-        "--tolerance", type=float, default=3.0, metavar="X", help="allowed times eager's own difference (default: 3)"
+        "--tolerance",
+        type=float,
+        default=3.0,
+        metavar="X",
+        help="allowed multiple of eager's own difference (default: 3)",
     )
-    group.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to this file")
     return parser
 
 
@@ -52,7 +56,6 @@ def run(args: argparse.Namespace) -> int:
     if not args.tolerance > 0:
         raise InputError(f"--tolerance must be above 0, not {args.tolerance:g}")
     check_json(args.json)
-
     interpret_without_gpu(args.device)
 
     from cifar_fast.backends.select import resolve_backend

@@ -5,22 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cifar_fast.cli.flags import (
-    Parser,
-    add_run_flags,
-    config_of,
-    print_line,
-    run_command,
-    sentence,
-)
+from cifar_fast.cli.flags import Parser, add_run_flags, config_of, print_line, run_command, sentence
 from cifar_fast.data.sources import read_dataset
 from cifar_fast.utils.files import check_writable
 
-SUMMARY = "train a few steps, and write a trace and a table of where their time goes"
+SUMMARY = "train a few steps, and write a trace and a table of where the time goes"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``cifar-fast profile``."""
+    """Run ``cifar-fast profile``; return 0, or 2 for bad input."""
     return run_command(lambda: run(make_parser().parse_args(argv)), argv)
 
 
@@ -36,24 +29,23 @@ def run(args: argparse.Namespace) -> int:
     from cifar_fast.data.augment import draw_epoch
     from cifar_fast.data.tensors import device_data
     from cifar_fast.diagnostics.profile import profile
-    from cifar_fast.model import CNN
     from cifar_fast.training.fit import seeds_of, settle_backend
     from cifar_fast.utils.device import device_guard, tune_malloc
     from cifar_fast.utils.torch_defaults import torch_defaults
 
-    config = config_of(args)
-    recipe, plan = config.recipe, settle_backend(config)
+    options = config_of(args)
+    recipe, config = options.recipe, settle_backend(options)
     check_writable(Path(args.output).expanduser(), f"--output {args.output}")
-    if plan.device.type == "cpu":
+    if config.device.type == "cpu":
         tune_malloc()
     dataset = read_dataset(args.dataset, args.data_dir, data_url=args.data_url).for_recipe(recipe)
     dataset.check_trainable(recipe.batch_size)
-    weights, order, augmentation = seeds_of(config).for_run(0).generators(plan.device)
-    with device_guard(plan.device), torch_defaults(plan.device):
-        backend, _ = build_backend(plan, recipe, device_data(dataset, plan.device))
-        backend.reset(CNN(recipe, dataset.num_classes, weights))
-        n, drawn = len(dataset.train_images), dict(generator=augmentation, order=order)
-        draws = draw_epoch(n, device=plan.device, recipe=recipe, **drawn)
+    weights, order, augmentation = seeds_of(options).for_run(0).generators(config.device)
+    with device_guard(config.device), torch_defaults(config.device):
+        backend, _ = build_backend(config, recipe, device_data(dataset, config.device))
+        backend.reset(backend.new_model(weights))
+        n = len(dataset.train_images)
+        draws = draw_epoch(n, device=config.device, recipe=recipe, generator=augmentation, order=order)
         profile(backend, draws, args.output)
     print_line(f"written to {args.output}: trace.json for ui.perfetto.dev, and profile.json")
     return 0

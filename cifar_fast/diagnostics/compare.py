@@ -1,31 +1,27 @@
-"""``python -m cifar_fast.compare``: run two backends in lockstep, and tell how far apart each layer is.
+"""Run two backends in lockstep and measure how far apart each layer is.
 
-    python -m cifar_fast.compare --backend fused --against eager --steps 4
+Before each step the weights, statistics and momentum of the second backend are copied to the first, or with drift only
+before the first step. Both train on the same images and random draws. After the step the relative difference
+|a - b| / |b|, Euclidean over a tensor, is reported for the loss and, in each layer, for
 
-Both take each step from the same weights, statistics and momentum (those of ``--against``, brought to
-all sides before the step; with ``--drift`` only before the first), on the same draws and images. After
-it the relative difference |a - b| / |b|, Euclidean over a tensor, is told of the loss, and in each layer of
-
-* statistics: the running mean and variance of a norm, which are those of the layer's activations;
+* statistics: the running mean and variance of a norm, which come from the activations of the layer;
 * gradients and weights.
 
-How large may it be? As large as the error that eager itself makes in the first side's memory format, since torch sums
-in other orders and types in each (on a CPU its batch norm adds up in double where the format is contiguous, and in
-single in channels_last): beside each difference stands that of eager in the dtype from eager in the next higher
-precision, and the error of both against eager in float64. The images are rounded to the dtype once, for all. A
-difference is within ``--tolerance`` times eager's own, plus a quarter of the last bit for where eager happens to be
-exact, or past it.
+The tolerance is relative to eager's rounding error. Each row shows the difference between the backends, the difference
+between eager in this dtype and in the next higher precision, and the errors of the first backend and of eager against
+eager in float64. Eager runs here in the memory format of the first backend, because torch sums in other orders and
+dtypes in each format: a CPU's batch norm sums in float64 in the contiguous format and in float32 in channels_last. All
+sides see the same images, rounded to the dtype. A row passes if the first number is at most ``tolerance`` times the
+second, plus a quarter of the last bit for rows in which eager happens to be exact.
 
-Loss and statistics must be within it at every step. Of a gradient, and of the weight made with it, the
-median over the steps must be: where two pixels of a max-pool are equal but for rounding, the sides may
-pick either, and a narrow model's whole gradient changes. A wrong formula is wrong at every step. If one
-is past the tolerance the exit code is 1.
+Loss and statistics must pass at every step. For a gradient, and for the weight that it updates, the median over the
+steps must pass. If two pixels of a max-pool are equal except for rounding, the backends may pick either, and the whole
+gradient of a narrow model changes. A wrong formula is wrong at every step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -44,31 +40,34 @@ from cifar_fast.data.tensors import device_data
 from cifar_fast.model import CNN
 from cifar_fast.recipe import Recipe
 from cifar_fast.utils.device import device_guard, environment, short_name
-from cifar_fast.utils.errors import InputError
-from cifar_fast.utils.files import atomic_write, os_error_as_input_error
+from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.files import write_json
 from cifar_fast.utils.seeds import make_generators
 from cifar_fast.utils.torch_defaults import convolutions_in_tf32, torch_defaults
 
 TOLERANCE = 3.0
-"""Of two sides that err alike in different directions, the difference is 1.4 errors; of one that errs twice as much,
-2.2.
+"""If two backends have equal errors in random directions, their difference is 1.4 errors. If one error is twice as
+large, it is 2.2.
 """
 
 
 @dataclass(frozen=True)
-class Row:
-    """One tensor of one layer after one step; every figure a relative difference.
+class TensorDiff:
+    """Relative differences of one tensor of one layer after one step.
 
-    ``difference``: between the two backends. ``yardstick``: between eager and eager in the next higher
-    precision. ``error`` and ``eager_error``: of the first backend and of eager, against eager in float64.
-    ``ratio``: of the difference to what eager's own allows; above the tolerance it is past it.
+    Attributes:
+        difference: between the two backends.
+        eager_difference: between eager and eager in the next higher precision.
+        error: of the first backend against eager in float64.
+        eager_error: of eager against eager in float64.
+        ratio: of ``difference`` to ``eager_difference``. It fails above the tolerance.
     """
 
     step: int
     layer: str
     quantity: str
     difference: float
-    yardstick: float
+    eager_difference: float
     error: float
     eager_error: float
     ratio: float
@@ -83,19 +82,21 @@ def compare(
     seed: int = 0,
     steps: int = 4,
     drift: bool = False,
-) -> Iterator[list[Row]]:
-    """Run the two plans in lockstep for ``steps`` steps; gives each step's rows as it is done. :class:`InputError`
-    where they are of different devices or dtypes.
+) -> Iterator[list[TensorDiff]]:
+    """Run two backends in lockstep and yield the differences after each of ``steps`` steps.
 
-    Convolutions in float32 are IEEE's here, without TF32, which torch else takes on a GPU.
+    Convolutions in float32 use IEEE arithmetic here, not TF32 as torch does by default on a GPU.
+
+    Raises:
+        InputError: the backends have different devices or dtypes.
     """
-    found = _compare(recipe, dataset, first, second, seed, steps, drift)
+    differences = _compare(recipe, dataset, first, second, seed, steps, drift)
     while True:
         with device_guard(first.device), torch_defaults(first.device), convolutions_in_tf32(False):
-            rows = next(found, None)
-        if rows is None:
+            step = next(differences, None)
+        if step is None:
             return
-        yield rows
+        yield step
 
 
 def _compare(
@@ -106,72 +107,73 @@ def _compare(
     seed: int,
     steps: int,
     drift: bool,
-) -> Iterator[list[Row]]:
+) -> Iterator[list[TensorDiff]]:
     device, dtype = first.device, first.dtype
     if (second.device, second.dtype) != (device, dtype):
         raise InputError(
-            f"a comparison is of one device and dtype, not of {device} in {short_name(dtype)} against {second.device} "
-            f"in {short_name(second.dtype)}; give both plans the same"
+            f"two backends can be compared on one device and in one dtype, not on {device} in {short_name(dtype)} "
+            f"against {second.device} in {short_name(second.dtype)}"
         )
     dataset = dataset.for_recipe(recipe)
     dataset.check_trainable(recipe.batch_size)
     steps_per_epoch = dataset.steps_per_epoch(recipe.batch_size)
-    dataset = dataclasses.replace(
-        dataset, test_images=dataset.test_images[:2], test_labels=dataset.test_labels[:2]
-    )  # none is needed
-    next_higher = higher_precision(dtype)
-    weights, generator = make_generators(seed, device)
+    n = len(dataset.train_images)
+    # No side evaluates, so two test images are enough.
+    dataset = dataclasses.replace(dataset, test_images=dataset.test_images[:2], test_labels=dataset.test_labels[:2])
     data = device_data(dataset, device)
-    model = CNN(recipe, dataset.num_classes, weights)
-    ours, theirs = (build_backend(plan, recipe, data)[0] for plan in (first, second))
-    layout = first.memory_format
-    same_layout = isinstance(theirs, Eager) and theirs.memory_format == layout
-    eager = theirs if same_layout else Eager(recipe, data, device, dtype, layout)
-    assert isinstance(eager, Eager)
-    higher = Eager(recipe, data, device, next_higher, layout)
-    truth = higher if next_higher == torch.float64 else Eager(recipe, data, device, torch.float64, layout)
-    for side in (higher, truth):
-        side.train_images = eager.train_images.to(side.dtype)
-    five: tuple[Backend, ...] = (ours, theirs, eager, higher, truth)
-    sides = list({id(one): one for one in five}.values())
-    for one in sides:
-        one.reset(model)
-    followers = [one for one in sides if one is not theirs]
+
+    def eager_in(dtype: torch.dtype) -> Eager:
+        return Eager(recipe, data, device, dtype, first.memory_format)
+
+    ours, theirs = (build_backend(config, recipe, data)[0] for config in (first, second))
+    is_eager = theirs.name == "eager" and theirs.memory_format == first.memory_format
+    eager = cast(Eager, theirs) if is_eager else eager_in(dtype)
+    higher = eager_in(higher_precision(dtype))
+    exact = higher if higher.dtype == torch.float64 else eager_in(torch.float64)
+    for one in (higher, exact):
+        one.train_images = eager.train_images.to(one.dtype)
+    roles: tuple[Backend, ...] = (ours, theirs, eager, higher, exact)
+    sides = list(dict.fromkeys(roles))  # a backend may have two roles
+    weights, generator = make_generators(seed, device)
+    model = theirs.new_model(weights)
+    for side in sides:
+        side.reset(model)
 
     for step in range(1, steps + 1):
         if (step - 1) % steps_per_epoch == 0:
-            draws = draw_epoch(len(dataset.train_images), device=device, recipe=recipe, generator=generator)
-            training = [one.train_epoch(draws) for one in sides]
+            draws = draw_epoch(n, device=device, recipe=recipe, generator=generator)
+            training = {side: side.train_epoch(draws) for side in sides}
         if step == 1 or not drift:
-            for one in followers:
-                _follow(one, theirs)
-        losses = [next(trained)[0] for trained in training]
-        seen = {id(one): _tensors(one, loss) for one, loss in zip(sides, losses)}
-        yield [_row(step, *key, [seen[id(one)][key] for one in five], dtype) for key in seen[id(theirs)]]
+            for side in sides:
+                if side is not theirs:
+                    copy_state(theirs, side)
+        tensors = {side: _tensors(side, next(training[side])[0]) for side in sides}
+        yield [_diff(step, *key, [tensors[side][key] for side in roles], dtype) for key in tensors[theirs]]
 
 
 def higher_precision(dtype: torch.dtype) -> torch.dtype:
-    """The next higher precision that eager can be run in."""
+    """Return the next higher precision that eager can run in."""
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-def _follow(side: Backend, leader: Backend) -> None:
-    """Give ``side`` the weights, statistics and momentum of ``leader``, in place and in its own types."""
-    side.model.load_state_dict(leader.model.state_dict())
-    for mine, its in zip(side.model.parameters(), leader.model.parameters()):
-        if its in leader.optimizer.state and mine in side.optimizer.state:  # not before a first step
-            own, other = (one.optimizer.state[p]["momentum_buffer"] for one, p in ((side, mine), (leader, its)))
-            _common(own, other).copy_(_common(other, own))
+def copy_state(source: Backend, target: Backend) -> None:
+    """Copy weights, statistics and momentum in place, in the dtypes of ``target``."""
+    target.model.load_state_dict(source.model.state_dict())
+    for own, other in zip(target.model.parameters(), source.model.parameters()):
+        if other in source.optimizer.state and own in target.optimizer.state:  # there is no momentum before a step
+            mine = target.optimizer.state[own]["momentum_buffer"]
+            its = source.optimizer.state[other]["momentum_buffer"]
+            _common(mine, its).copy_(_common(its, mine))
 
 
 def _common(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``tensor`` without the input channels that ``other`` has not: fused's first weight has more, which are zeros."""
+    """Return ``tensor`` without input channels that ``other`` lacks. Fused pads its first weight with zeros."""
     return tensor[:, : other.shape[1]] if tensor.dim() > 1 else tensor
 
 
 def _tensors(side: Backend, loss: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:
-    """What is compared after a step, under layer and quantity."""
-    found = {("loss", "of each image"): loss}
+    """Return the tensors to compare after a step, by layer and quantity."""
+    tensors = {("loss", "of each image"): loss}
     counts: dict[str, int] = {}
     for module in cast(CNN, side.model).seq:
         parameters = dict(module.named_parameters())
@@ -181,56 +183,51 @@ def _tensors(side: Backend, loss: torch.Tensor) -> dict[tuple[str, str], torch.T
         counts[kind] = counts.get(kind, 0) + 1
         layer = f"{kind} {counts[kind]}"
         if kind == "norm":
-            found |= {(layer, f"statistics, {name}"): getattr(module, f"running_{name}") for name in ("mean", "var")}
+            tensors |= {(layer, f"statistics, {name}"): getattr(module, f"running_{name}") for name in ("mean", "var")}
         for name, parameter in parameters.items():
             assert parameter.grad is not None  # after a step
-            found[layer, f"gradient of {name}"] = parameter.grad
-        found |= {(layer, name): parameter.detach() for name, parameter in parameters.items()}
-    return {key: tensor.detach().double() for key, tensor in found.items()}
+            tensors[layer, f"gradient of {name}"] = parameter.grad
+        tensors |= {(layer, name): parameter for name, parameter in parameters.items()}
+    return {key: tensor.detach().double() for key, tensor in tensors.items()}
 
 
-def _row(
-    step: int,
-    layer: str,
-    quantity: str,
-    of_sides: list[torch.Tensor],
-    dtype: torch.dtype,
-) -> Row:
-    """``of_sides``: by ours, theirs, eager in ours' memory format, eager in higher precision, and eager in float64."""
-    ours, theirs, eager, higher, truth = (_common(one, of_sides[-1]) for one in of_sides)
+def _diff(step: int, layer: str, quantity: str, by_role: list[torch.Tensor], dtype: torch.dtype) -> TensorDiff:
+    """Compare the tensors of both backends, eager, eager in higher precision, and eager in float64."""
+    ours, theirs, eager, higher, exact = (_common(tensor, by_role[-1]) for tensor in by_role)
 
     def relative(a: torch.Tensor, b: torch.Tensor) -> float:
         distance, size = float((a - b).norm()), float(b.norm())
         return distance / size if size else distance
 
-    difference, yardstick = relative(ours, theirs), relative(eager, higher)
-    excess = max(difference - torch.finfo(dtype).eps / 4, 0.0)  # stays what it is where that is no number
-    ratio = excess / yardstick if yardstick else math.inf if excess else 0.0
-    return Row(step, layer, quantity, difference, yardstick, relative(ours, truth), relative(eager, truth), ratio)
+    difference, eager_difference = relative(ours, theirs), relative(eager, higher)
+    excess = max(difference - torch.finfo(dtype).eps / 4, 0.0)  # this order of arguments keeps NaN
+    ratio = excess / eager_difference if eager_difference else math.inf if excess else 0.0
+    errors = relative(ours, exact), relative(eager, exact)
+    return TensorDiff(step, layer, quantity, difference, eager_difference, *errors, ratio)
 
 
-def past_tolerance(rows: list[Row], tolerance: float) -> list[tuple[str, str, float]]:
-    """Layer, quantity and ratio of what makes the comparison fail."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        found.setdefault((row.layer, row.quantity), []).append(row.ratio)
-    bad = []
-    for (layer, quantity), ratios in found.items():
+def failures(diffs: list[TensorDiff], tolerance: float) -> list[tuple[str, str, float]]:
+    """Return layer, quantity and ratio of each tensor that fails."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for diff in diffs:
+        ratios.setdefault((diff.layer, diff.quantity), []).append(diff.ratio)
+    failed = []
+    for (layer, quantity), of_steps in ratios.items():
         continuous = layer == "loss" or quantity.startswith("statistics")
-        ratio = max(ratios) if continuous else statistics.median(ratios)
-        if not ratio <= tolerance or not all(map(math.isfinite, ratios)):
-            bad.append((layer, quantity, ratio))
-    return bad
+        ratio = max(of_steps) if continuous else statistics.median(of_steps)
+        if not ratio <= tolerance or not all(map(math.isfinite, of_steps)):
+            failed.append((layer, quantity, ratio))
+    return failed
 
 
 @dataclass
 class Comparison:
-    """What the command tells of a comparison: its lines, its verdict and its report."""
+    """The lines, the verdict and the report of a comparison."""
 
     first: BackendConfig
     second: BackendConfig
     tolerance: float = TOLERANCE
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TensorDiff] = field(default_factory=list)
 
     def heading(self) -> str:
         facts = environment(self.first.device)
@@ -240,37 +237,32 @@ class Comparison:
             "relative differences"
         )
 
-    def add(self, step: list[Row]) -> str:
-        """Take the rows of a step; gives the table of them."""
+    def add(self, step: list[TensorDiff]) -> str:
+        """Add the rows of a step and return them as a table."""
         self.rows += step
         first, second = self.first.backends[0], self.second.backends[0]
         higher = short_name(higher_precision(self.first.dtype))
-        sides = f"{first}-{second}", f"eager-{higher}", f"{first}-float64", "eager-float64"
-        lines = ["", f"step {step[0].step:<24}" + "".join(f"{side:>17}" for side in sides)]
+        columns = f"{first}-{second}", f"eager-{higher}", f"{first}-float64", "eager-float64"
+        lines = ["", f"step {step[0].step:<24}" + "".join(f"{column:>17}" for column in columns)]
         for row in step:
-            figures = "".join(
-                f"{figure:17.1e}" for figure in (row.difference, row.yardstick, row.error, row.eager_error)
-            )
+            values = row.difference, row.eager_difference, row.error, row.eager_error
+            figures = "".join(f"{value:17.1e}" for value in values)
             past = "" if row.ratio <= self.tolerance else "   past the tolerance"
             lines.append(f"{row.layer:8} {row.quantity:20}{figures}{past}")
         return "\n".join(lines)
 
     @property
-    def bad(self) -> list[tuple[str, str, float]]:
-        return past_tolerance(self.rows, self.tolerance)
-
-    @property
     def within(self) -> bool:
-        return not self.bad
+        """Whether every tensor passes."""
+        return not failures(self.rows, self.tolerance)
 
     def verdict(self) -> str:
-        steps = self.rows[-1].step
+        """Return a line for each tensor that fails, and a last line with their number."""
+        steps, failed = self.rows[-1].step, failures(self.rows, self.tolerance)
         tensors = len(self.rows) // steps
-        lines = [
-            f"{layer}, {quantity}: {ratio:.1f} times eager's own difference" for layer, quantity, ratio in self.bad
-        ]
+        lines = [f"{layer}, {quantity}: {ratio:.1f} times eager's own difference" for layer, quantity, ratio in failed]
         within = (
-            f"{tensors - len(self.bad)} of {tensors} tensors are within {self.tolerance:g} times eager's own difference"
+            f"{tensors - len(failed)} of {tensors} tensors are within {self.tolerance:g} times eager's own difference"
         )
         return "\n".join(["", *lines, f"{within}, over {steps} steps"])
 
@@ -278,27 +270,21 @@ class Comparison:
 def write_report(
     path: Path, comparison: Comparison, recipe: Recipe, dataset: Dataset, *, seed: int, drift: bool
 ) -> None:
-    """Every figure of ``comparison`` as JSON, which has no number for what is not finite: null."""
+    """Write every figure of ``comparison`` as JSON."""
+    first, second = comparison.first, comparison.second
     report: dict[str, Any] = {
-        "environment": environment(comparison.first.device),
+        "environment": environment(first.device),
         "recipe": dataclasses.asdict(recipe),
         "dataset": dataset.for_recipe(recipe).metadata(),
-        "backend": comparison.first.backends[0],
-        "against": comparison.second.backends[0],
-        "dtype": short_name(comparison.first.dtype),
-        "higher_precision": short_name(higher_precision(comparison.first.dtype)),
-        "memory_formats": [short_name(plan.memory_format) for plan in (comparison.first, comparison.second)],
+        "backend": first.backends[0],
+        "against": second.backends[0],
+        "dtype": short_name(first.dtype),
+        "higher_precision": short_name(higher_precision(first.dtype)),
+        "memory_formats": [short_name(config.memory_format) for config in (first, second)],
         "seed": seed,
         "drift": drift,
         "tolerance": comparison.tolerance,
         "within": comparison.within,
-        "rows": [
-            {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in vars(row).items()
-            }
-            for row in comparison.rows
-        ],
+        "rows": [dataclasses.asdict(row) for row in comparison.rows],
     }
-    with os_error_as_input_error(f"--json {path}", "choose another file"), atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    write_json(path, report, f"{option('json')} {path}")

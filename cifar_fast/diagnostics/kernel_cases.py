@@ -1,27 +1,32 @@
-"""What is measured: each operator at each shape of the recipe, by each implementation, checked before it is timed.
+"""Each kernel at each shape of the recipe, and the one check of its results against plain torch.
 
-A case's ``calls`` give one call per input set; :func:`check` refuses a call whose result is not that of plain torch in
-float64 (bit for bit for the augmentation, which only moves pixels). In training no implementation keeps running
-statistics, which are a few values per channel.
+The error of a result against float64 may be about twice the error of plain torch in the same dtype. Outputs that are
+only copied or counted must be those of plain torch bit for bit. ``cifar-fast check``, the tests and the benchmarks all
+use this check. The benchmarks time no result that fails it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch._functorch.config
+import torch.nn.functional as F
 
 from cifar_fast.backends.base import copy_code_object
+from cifar_fast.backends.fused import PADDED_CHANNELS
 from cifar_fast.kernels.augment import augment, augment_reference
 from cifar_fast.kernels.augment import example_launches as augment_launches
 from cifar_fast.kernels.batch_norm_celu import batch_norm_celu, batch_norm_celu_reference
 from cifar_fast.kernels.batch_norm_celu import example_launches as norm_launches
+from cifar_fast.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from cifar_fast.kernels.cross_entropy import example_launches as cross_entropy_launches
-from cifar_fast.kernels.launch import Launch
+from cifar_fast.kernels.launch import Launch, interpreted
+from cifar_fast.kernels.record_step import StepState, record, record_reference
 from cifar_fast.kernels.record_step import example_launches as record_launches
 from cifar_fast.model import loss_dtype, parameter_dtype
 from cifar_fast.recipe import IMAGE_SIZE, Block, Recipe
@@ -29,20 +34,102 @@ from cifar_fast.recipe import IMAGE_SIZE, Block, Recipe
 DIRECTIONS = ("forward", "backward", "inference")
 IMAGES = 50_000
 IMPLEMENTATIONS = ("fused", "compiled", "eager")
-# Of ||result - expected|| / ||expected||. Eager's float16 rounds what enters CELU's steep exponential: 1.8e-3 was seen.
-TOLERANCES = {torch.float16: 5e-3, torch.bfloat16: 1.5e-2, torch.float32: 1e-4}
+STEPS = 4
+
 Tensors = dict[str, torch.Tensor]
+Function = Callable[..., Any]
 Call = Callable[[], Tensors]
-"""A run of a case on an input set that it holds; gives the outputs by name, in new memory."""
+"""Runs a case on one set of inputs. Returns the outputs by name, in new memory."""
 
 
-class Wrong(Exception):
-    """A result that may not be timed."""
+class WrongResult(Exception):
+    """A result differs too much from plain torch."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Outputs of plain torch.
+
+    Attributes:
+        eager: outputs in the dtype of the case, one item for each way to compute them in plain torch.
+        exact: outputs in float64. An output that is missing here must have the bits of ``eager``.
+        ulps: additional tolerance in units in the last place.
+    """
+
+    eager: Sequence[Tensors]
+    exact: Tensors = field(default_factory=dict)
+    ulps: float = 1
+
+
+def check(outputs: Tensors, expected: Expected) -> str:
+    """Return the largest error in words, or raise :class:`WrongResult`.
+
+    An error may be twice eager's plus ``expected.ulps`` units in the last place, both for the largest element and in
+    the Euclidean norm. Eager may overflow although the exact result does not. Then any finite result passes.
+    """
+    plain = expected.eager[0]
+    if outputs.keys() != plain.keys():
+        raise WrongResult(f"gave {', '.join(outputs)} and not {', '.join(plain)}")
+    worst, text = 0.0, "bit for bit as plain torch"
+    for name, eager in plain.items():
+        result = outputs[name].detach()
+        if result.shape != eager.shape:
+            raise WrongResult(f"{name} has the shape {list(result.shape)} and not {list(eager.shape)}")
+        if result.dtype != eager.dtype:
+            raise WrongResult(f"{name} is {result.dtype} and not {eager.dtype}")
+        if name not in expected.exact:
+            if not torch.equal(result, eager):
+                raise WrongResult(f"{name} differs from plain torch")
+            continue
+        exact = expected.exact[name].detach()
+        finite = exact.to(eager.dtype).isfinite()  # a float16 running variance may overflow
+        if not torch.equal(result.isfinite(), finite):
+            raise WrongResult(f"{name} is finite where the exact result is not, or not finite where it is")
+        if not finite.any():
+            continue
+        exact = exact[finite]
+        for size in (lambda tensor: tensor.abs().max(), torch.Tensor.norm):
+            error, *errors = (
+                float(size(side.detach()[finite].double() - exact))
+                for side in (result, *(one[name] for one in expected.eager))
+            )
+            own = max(value if math.isfinite(value) else math.inf for value in errors)
+            scale = float(size(exact))
+            limit = 2 * own + expected.ulps * torch.finfo(eager.dtype).eps * scale
+            errors_in_words = f"{error / (scale or 1):.1e} against float64, eager by {own / (scale or 1):.1e}"
+            if error > limit:
+                raise WrongResult(f"{name} is off by {errors_in_words}: more than twice as large")
+            if limit and error / limit > worst:
+                worst, text = error / limit, f"{name} is off by {errors_in_words}"
+    return text
+
+
+def norm_formula(
+    *tensors: Any, training: bool, alpha: float, pool: int = 1, momentum: float = 0.1, eps: float = 1e-5
+) -> torch.Tensor:
+    """Compute what ``batch_norm_celu_reference`` computes, in separate operations of the dtype of ``tensors``.
+
+    It is exact in float64, where torch's CELU gradient on a CPU is not, and sums in float32, where torch's batch norm
+    on a CPU sums in float64.
+    """
+    x, weight, bias, running_mean, running_var = tensors
+    pooled = F.max_pool2d(x, pool) if pool > 1 else x
+    mean, var = running_mean, running_var
+    if training:
+        mean, var = pooled.mean((0, 2, 3)), pooled.var((0, 2, 3), unbiased=False)
+        if running_mean is not None:
+            m = pooled.numel() // len(mean)
+            with torch.no_grad():
+                running_mean.mul_(1 - momentum).add_(mean * momentum)
+                running_var.mul_(1 - momentum).add_(var * (m / (m - 1)) * momentum)
+    mean, var, weight, bias = (values[:, None, None] for values in (mean, var, weight, bias))
+    z = (pooled - mean) / (var + eps).sqrt() * weight + bias
+    return torch.where(z > 0, z, alpha * torch.expm1(z.clamp(max=0) / alpha))
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A batch out of a data set of ``images``, in ``out_channels`` channels."""
+    """The second batch of an epoch over ``images`` images, in ``out_channels`` channels."""
 
     recipe: Recipe
     dtype: torch.dtype
@@ -54,130 +141,146 @@ class Augmentation:
         return f"augment to {self.out_channels} channels, forward"
 
     @property
-    def settings(self) -> dict[str, int]:
-        """What the operator is told beside tensors."""
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of the operator."""
         recipe = self.recipe
         return dict(padding=recipe.crop_padding, cutout_size=recipe.cutout_size, out_channels=self.out_channels)
 
     def launches(self) -> list[Launch]:
-        """Our launch, on tensors without memory."""
+        """Return our launches, on meta tensors."""
         size = self.recipe.batch_size
         return augment_launches(n=self.images, batch_size=size, size=IMAGE_SIZE, dtype=self.dtype, **self.settings)
 
-    def inputs(self, sets: int, device: torch.device) -> list[Tensors]:
-        """``sets`` batches' draws, all of them out of one data set of random bytes."""
+    def inputs(self, device: torch.device) -> Tensors:
+        """Return random bytes and the draws of two batches."""
         options = (self.images, (self.recipe.crop_padding + 1) ** 2, 2, (IMAGE_SIZE + 1 - self.recipe.cutout_size) ** 2)
-        shared = {
+        n = 2 * self.recipe.batch_size
+        return {
             "images": torch.randint(256, (self.images, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, device=device),
             "labels": torch.randint(10, (self.images,), device=device),
             "table": torch.randn(3, 256, device=device).to(self.dtype),
+            "step": torch.ones(1, dtype=torch.int64, device=device),
+            "draws": torch.stack([torch.randint(below, (n,), device=device) for below in options]),
         }
+
+    def plain(self) -> Function:
+        """Return the function in plain torch."""
+        settings = self.settings
+
+        def function(images: torch.Tensor, draws: torch.Tensor, table: torch.Tensor, labels: torch.Tensor) -> Tensors:
+            return {"images": augment_reference(images, draws, table, **settings), "labels": labels[draws[0]]}
+
+        return function
+
+    def call(self, implementation: str, given: Tensors) -> Call:
         size = self.recipe.batch_size
-        draws = [torch.stack([torch.randint(below, (size,), device=device) for below in options]) for _ in range(sets)]
-        return [shared | {"draws": drawn} for drawn in draws]
+        if implementation == "fused":
+            arguments: dict[str, Any] = given | self.settings | {"batch_size": size}
+            return lambda: dict(zip(("images", "labels"), cast(Any, augment(**arguments))))
+        function = compiled(self) if implementation == "compiled" else self.plain()
+        batch = given["draws"][:, size:]
+        return lambda: function(given["images"], batch, given["table"], given["labels"])
 
-    def calls(self, implementation: str, sets: Sequence[Tensors]) -> list[Call]:
-        """A call for each of ``sets``."""
-
-        def in_torch(images: torch.Tensor, draws: torch.Tensor, table: torch.Tensor, labels: torch.Tensor) -> Tensors:
-            return {"out": augment_reference(images, draws, table, **self.settings), "out_labels": labels[draws[0]]}
-
-        def fused(**given: torch.Tensor) -> Tensors:
-            return dict(zip(("out", "out_labels"), augment(**given, **self.settings)))
-
-        function = {"fused": fused, "eager": in_torch}.get(implementation) or compiled(in_torch)
-        return [lambda given=given: function(**given) for given in sets]
-
-    def truth(self, given: Tensors) -> Tensors:
-        """In plain torch."""
-        return self.calls("eager", [given])[0]()
+    def expected(self, given: Tensors) -> Expected:
+        return Expected([self.call("eager", given)()])
 
 
 @dataclass(frozen=True)
 class Norm:
-    """(Max-pool,) batch norm and CELU of a block in one of ``DIRECTIONS``; forward and backward are of training."""
+    """Max-pool (if the block has one), batch norm and CELU of a block in one of ``DIRECTIONS``.
+
+    Forward and backward are those of training. ``statistics``: the forward pass also updates running statistics. The
+    benchmarks leave them out: they are a few values per channel, and each replay would change them.
+    """
 
     block: Block
     batch_size: int
     alpha: float
     dtype: torch.dtype
     direction: str
+    statistics: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.block.name}, {self.direction}"
 
     @property
-    def part(self) -> str:
-        """Of what it is a part: a training step, or an evaluation."""
+    def section(self) -> str:
+        """The part of a training that runs this case: a step, or an evaluation."""
         return "evaluation" if self.direction == "inference" else "step"
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return self.batch_size, self.block.c_out, self.block.size, self.block.size
-
-    @property
-    def settings(self) -> dict[str, float]:
-        """What the operator is told beside tensors."""
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of the operator, for training and for inference."""
         return dict(alpha=self.alpha, pool=self.block.pool)
 
     def launches(self) -> list[Launch]:
-        """Our launches of this direction, on tensors without memory."""
-        types = dict(dtype=self.dtype, parameter_dtype=parameter_dtype(self.dtype))
-        return norm_launches(self.shape, direction=self.direction, **types, **self.settings)
+        """Return our launches of this direction, on meta tensors."""
+        shape = self.batch_size, self.block.c_out, self.block.size, self.block.size
+        dtypes: dict[str, Any] = dict(dtype=self.dtype, parameter_dtype=parameter_dtype(self.dtype))
+        return norm_launches(shape, direction=self.direction, **dtypes, **self.settings)
 
-    def inputs(self, sets: int, device: torch.device) -> list[Tensors]:
-        """``sets`` of random tensors, whose memory none shares."""
-        n, channels, size, _ = self.shape
+    def inputs(self, device: torch.device) -> Tensors:
+        """Return random tensors."""
+        block = self.block
 
         def activations(size: int, mean: float) -> torch.Tensor:
-            tensor = torch.empty(n, size, size, channels, dtype=self.dtype, device=device)
+            tensor = torch.empty(self.batch_size, size, size, block.c_out, dtype=self.dtype, device=device)
             return tensor.normal_(mean, 2).permute(0, 3, 1, 2)
 
         def values(mean: float, deviation: float) -> torch.Tensor:
-            return torch.empty(channels, dtype=parameter_dtype(self.dtype), device=device).normal_(mean, deviation)
+            return torch.empty(block.c_out, dtype=parameter_dtype(self.dtype), device=device).normal_(mean, deviation)
 
-        found = []
-        for _ in range(sets):
-            given = {"x": activations(size, 1), "weight": values(1, 0.3), "bias": values(0, 0.3)}
-            if self.direction == "inference":
-                given |= {"running_mean": values(1, 0.3), "running_var": values(4, 0.3).abs()}
-            elif self.direction == "backward":
-                given["dy"] = activations(self.block.out_size, 0)  # of mean 0: the sums over it must fit float16
-            found.append(given)
-        return found
+        given = {"x": activations(block.size, 1), "weight": values(1, 0.3), "bias": values(0, 0.3)}
+        if self.direction == "inference" or self.statistics:
+            given |= {"running_mean": values(1, 0.3), "running_var": values(4, 0.3).abs()}
+        if self.direction == "backward":
+            given["dy"] = activations(block.out_size, 0)  # of mean 0: the sums over it must fit float16
+        return given
 
-    def calls(self, implementation: str, sets: Sequence[Tensors]) -> list[Call]:
-        """A call for each of ``sets``; for a backward pass, after the forward pass that it needs."""
-        forward = self._forward(batch_norm_celu if implementation == "fused" else batch_norm_celu_reference)
-        if implementation == "compiled":
-            forward = compiled(forward)
-        return [self._call(forward, given) for given in sets]
+    def plain(self, operator: Function = batch_norm_celu_reference) -> Function:
+        """Return ``operator`` as a function of tensors alone."""
+        training, settings = self.direction != "inference", self.settings
 
-    def truth(self, given: Tensors) -> Tensors:
-        """In plain torch and float64."""
-        forward = self._forward(batch_norm_celu_reference)
-        return self._call(forward, {name: tensor.double() for name, tensor in given.items()})()
+        def function(*tensors: torch.Tensor | None) -> torch.Tensor:
+            return operator(*tensors, training=training, **settings)
 
-    def _forward(self, operator: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def forward(*tensors: torch.Tensor | None) -> torch.Tensor:
-            return operator(*tensors, training=self.direction != "inference", **self.settings)
+        return function
 
-        return forward
+    def call(self, implementation: str, given: Tensors) -> Call:
+        """The forward pass before a backward pass is not part of the call."""
+        operator = batch_norm_celu if implementation == "fused" else batch_norm_celu_reference
+        return self._call(compiled(self) if implementation == "compiled" else self.plain(operator), given)
 
-    def _call(self, forward: Callable[..., torch.Tensor], given: Tensors) -> Call:
-        learns = self.direction != "inference"
-        learnt = [given[name].detach().requires_grad_(learns) for name in ("x", "weight", "bias")]
-        tensors = *learnt, given.get("running_mean"), given.get("running_var")
+    def expected(self, given: Tensors) -> Expected:
+        eager, formula = self.plain(), self.plain(norm_formula)
+        exact = self._call(formula, {name: tensor.double() for name, tensor in given.items()})()
+        if self.dtype != torch.float32:
+            return Expected([self._call(eager, given)()], exact)
+        # The order of a sum over a batch decides more than the last bit of float32.
+        return Expected([self._call(plain, given)() for plain in (eager, formula)], exact, ulps=4)
+
+    def _call(self, function: Function, given: Tensors) -> Call:
+        requires_grad = self.direction != "inference"
+        learned = [given[name].detach().requires_grad_(requires_grad) for name in ("x", "weight", "bias")]
+        running = {name: given[name] for name in ("running_mean", "running_var") if name in given}
+
+        def forward() -> Tensors:
+            if not self.statistics:
+                return {"y": function(*learned, *(running.values() or (None, None)))}
+            updated = {name: tensor.clone() for name, tensor in running.items()}
+            return {"y": function(*learned, *updated.values())} | updated
 
         if self.direction != "backward":
-            return lambda: {"y": forward(*tensors)}
-        with _saved_tensors_kept():
-            y = forward(*tensors)
+            return forward
+        # Otherwise compiled backward passes overwrite saved tensors and cannot run again.
+        keep_saved = torch._functorch.config.patch(donated_buffer=False)
+        with keep_saved:
+            y = forward()["y"]
 
         def backward() -> Tensors:
-            with _saved_tensors_kept():
-                gradients = torch.autograd.grad(y, learnt, given["dy"], retain_graph=True)
+            with keep_saved:
+                gradients = torch.autograd.grad(y, learned, given["dy"].to(y.dtype), retain_graph=True)
             return dict(zip(("dx", "dweight", "dbias"), gradients))
 
         return backward
@@ -185,30 +288,62 @@ class Norm:
 
 @dataclass(frozen=True)
 class Head:
-    """What a step launches after the network: too small to be timed, but compiled and counted."""
+    """The loss and the record of a step, for one step more than an epoch of ``STEPS``. Both are too small to time."""
 
     recipe: Recipe
     dtype: torch.dtype
     classes: int = 10
-    name = "loss and bookkeeping"
+    name = "loss and record"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of the loss."""
+        return dict(label_smoothing=self.recipe.label_smoothing, scale=self.recipe.output_scale)
 
     def launches(self) -> list[Launch]:
-        size, loss = self.recipe.batch_size, loss_dtype(self.dtype)
-        settings = dict(label_smoothing=self.recipe.label_smoothing, scale=self.recipe.output_scale)
-        first = cross_entropy_launches(size, self.classes, dtype=self.dtype, **settings)
-        return first + record_launches(size, dtype=loss)
+        """Return our launches, on meta tensors."""
+        size = self.recipe.batch_size
+        loss = cross_entropy_launches(size, self.classes, dtype=self.dtype, **self.settings)
+        return loss + record_launches(size, dtype=loss_dtype(self.dtype))
+
+    def inputs(self, device: torch.device) -> Tensors:
+        """Return random logits ``[STEPS + 1, B, classes]`` and labels."""
+        shape = STEPS + 1, self.recipe.batch_size
+        logits = 8 * torch.randn(*shape, self.classes, device=device)
+        return {"x": logits.to(self.dtype), "labels": torch.randint(self.classes, shape, device=device)}
+
+    def call(self, implementation: str, given: Tensors) -> Call:
+        if implementation == "fused":
+            return functools.partial(self._run, cross_entropy, record, **given)
+        return functools.partial(self._run, cross_entropy_reference, record_reference, **given)
+
+    def expected(self, given: Tensors) -> Expected:
+        eager, exact = (self.call("eager", given | {"x": x})() for x in (given["x"], given["x"].double()))
+        return Expected([eager], {name: exact[name] for name in ("losses", "dx")})
+
+    def _run(
+        self, loss_operator: Function, record_operator: Function, x: torch.Tensor, labels: torch.Tensor
+    ) -> Tensors:
+        results = [loss_operator(*step, **self.settings) for step in zip(x, labels)]
+        losses, correct, dx = map(torch.stack, zip(*results))
+        schedule = torch.linspace(1, 2, 2 * STEPS, device=x.device)
+        state = StepState.initial(schedule, STEPS, x.shape[1], losses.dtype)
+        for step in zip(losses, correct):
+            record_operator(*step, state)
+        return state._asdict() | {"dx": dx}
 
 
-Case = Augmentation | Norm
+TimedCase = Augmentation | Norm
+Case = TimedCase | Head
 
 
-def kernel_cases(recipe: Recipe, dtype: torch.dtype) -> list[Case]:
-    """Every distinct shape at which ``recipe`` augments and norms, in each direction."""
+def kernel_cases(recipe: Recipe, dtype: torch.dtype) -> list[TimedCase]:
+    """Return the cases that the benchmarks time: every distinct shape of augmentation and norm, in each direction."""
     return [*(Augmentation(recipe, dtype, channels) for channels in (3, 4, 8)), *norm_cases(recipe, dtype)]
 
 
 def norm_cases(recipe: Recipe, dtype: torch.dtype) -> dict[Norm, int]:
-    """The norms of :func:`kernel_cases`, and how many of the blocks have that shape."""
+    """Return the norms of :func:`kernel_cases`, each with the number of blocks of that shape."""
     names = [block.name for block in recipe.blocks()]
     return {
         Norm(block, recipe.batch_size, recipe.celu_alpha, dtype, direction): names.count(name)
@@ -217,46 +352,44 @@ def norm_cases(recipe: Recipe, dtype: torch.dtype) -> dict[Norm, int]:
     }
 
 
-def moved(launches: Sequence[Launch]) -> int:
-    """Bytes that ``launches`` read and write."""
-    return sum(launch.bytes_read + launch.bytes_written for launch in launches)
+def check_cases(recipe: Recipe, dtype: torch.dtype) -> dict[str, Case]:
+    """Return the cases of ``cifar-fast check``: every kernel, and norms with and without a max-pool."""
+    cases: dict[str, Case] = {"augmentation": Augmentation(recipe, dtype, PADDED_CHANNELS, 4 * recipe.batch_size)}
+    batch_size = 2 if interpreted() else recipe.batch_size
+    for block in {block.pool: block for block in reversed(recipe.blocks())}.values():
+        for direction in DIRECTIONS:
+            norm = Norm(block, batch_size, recipe.celu_alpha, dtype, direction, statistics=direction == "forward")
+            cases[f"norm {norm.name}"] = norm
+    return cases | {Head.name: Head(recipe, dtype)}
 
 
-def input_sets(case: Case, cache: int) -> int:
-    """How many input sets touch twice a ``cache`` of so many bytes before the first of them comes again."""
-    return 1 + math.ceil(2 * cache / moved(case.launches()))
+def check_kernel(case: Case, device: torch.device) -> str:
+    """Check our kernel on random numbers that are the same in every call; return its error in words."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        given = case.inputs(device)
+    return check(case.call("fused", given)(), case.expected(given))
 
 
-def check(case: Case, outputs: Tensors, expected: Tensors) -> None:
-    """Raise :class:`Wrong` unless ``outputs`` are what ``case.truth`` expects, in number, shape, type and value."""
-    if outputs.keys() != expected.keys():
-        raise Wrong(f"{case.name}: gave {', '.join(outputs)} and not {', '.join(expected)}")
-    for name, right in expected.items():
-        result = outputs[name].detach()
-        if result.shape != right.shape:
-            raise Wrong(f"{case.name}: {name} has the shape {list(result.shape)} and not {list(right.shape)}")
-        if name in ("y", "dx", "out") and result.dtype != case.dtype:
-            raise Wrong(f"{case.name}: {name} is {result.dtype} and not {case.dtype}")
-        result, right = result.double(), right.detach().double()
-        error = ((result - right).norm() / right.norm()).item()
-        limit = TOLERANCES[case.dtype] if isinstance(case, Norm) else 0
-        if not error <= limit:  # which also refuses the NaN that outputs hold where nothing wrote over the poison
-            raise Wrong(f"{case.name}: {name} is off by {error:.1e}")
-
-
-def check_replay(case: Case, replay: Callable[[], object], outputs: Tensors, expected: Tensors) -> None:
-    """Raise :class:`Wrong` unless ``replay`` writes ``outputs``, poisoned before, and writes them right."""
+def check_replay(replay: Callable[[], object], outputs: Tensors, expected: Expected) -> None:
+    """Raise :class:`WrongResult` unless ``replay`` fills the overwritten ``outputs`` with the right values."""
     for tensor in outputs.values():
         tensor.detach().fill_(math.nan if tensor.is_floating_point() else -1)
     replay()
-    check(case, outputs, expected)
+    check(outputs, expected)
 
 
-def compiled(function: Callable[..., object]) -> Callable[..., object]:
-    """``function`` under torch.compile, with a code object of its own: cases are no recompilations of each other."""
-    return torch.compile(copy_code_object(function), fullgraph=True, dynamic=False)
+def bytes_moved(launches: Sequence[Launch]) -> int:
+    """Return the bytes that ``launches`` read and write."""
+    return sum(launch.bytes_read + launch.bytes_written for launch in launches)
 
 
-def _saved_tensors_kept() -> contextlib.AbstractContextManager[None]:
-    """Compiled meanwhile, a backward pass writes into nothing that its forward pass saved, and so can run again."""
-    return torch._functorch.config.patch(donated_buffer=False)
+def input_sets(case: TimedCase, cache: int) -> int:
+    """Return how many input sets access twice a ``cache`` of so many bytes before the first set is used again."""
+    return 1 + math.ceil(2 * cache / bytes_moved(case.launches()))
+
+
+@functools.cache
+def compiled(case: TimedCase) -> Function:
+    """Return the function of ``case`` under torch.compile, not counted as a recompilation of another case."""
+    return torch.compile(copy_code_object(case.plain()), fullgraph=True, dynamic=False)

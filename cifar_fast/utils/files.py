@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from cifar_fast.utils.errors import InputError
 
@@ -112,3 +115,21 @@ def made_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         remove_empty(missing)
+
+
+def write_json(path: Path, value: Any, what: str, hint: str = "choose another file") -> None:
+    """Write ``value`` to ``path`` as JSON, completely or not at all.
+
+    JSON has neither NaN nor infinity, so both become null. ``what`` and ``hint`` are for the :class:`InputError` if
+    the file cannot be written.
+    """
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with os_error_as_input_error(what, hint), atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")

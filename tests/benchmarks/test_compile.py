@@ -1,4 +1,4 @@
-"""Offline compilation and the tuner's choices."""
+"""Compilation for GPUs that are not here, and the choices of the tuner."""
 
 import json
 import math
@@ -42,8 +42,8 @@ print(compile_launch('case', launch, 'sm_87').problems())
         pytest.param("float32", "sm_120", marks=pytest.mark.nightly),
     ],
 )
-def test_every_kernel_compiles_for_old_and_new_targets_without_spills_and_with_wide_accesses(dtype, target):
-    """One target each: all seven in three types take many minutes, and `python -m benchmarks compile` does them."""
+def test_kernels_compile_for_old_and_new_targets_without_spills_and_with_wide_accesses(dtype, target):
+    """Compile for one target each. All seven targets in three dtypes take `python -m benchmarks compile` minutes."""
     done = compiler("-m", "benchmarks", "compile", "--dtype", dtype, "--targets", target)
     assert done.stdout.splitlines()[-1] == "no spills, and 128 bits wherever a large tensor is read or written"
     header, _, *lines = cells(done.stdout.splitlines())
@@ -58,16 +58,14 @@ def test_every_kernel_compiles_for_old_and_new_targets_without_spills_and_with_w
 
 
 @pytest.mark.slow  # a compiler
-def test_a_kernel_that_spills_is_a_problem(tmp_path):
+def test_spills_are_a_problem(tmp_path):
     done = compiler("-c", SPILLS, str(tmp_path / "hoarding.py"))
     assert "bytes spilled" in done.stdout
 
 
-# -- the tuner
-
 PREDICTS = """
 import torch
-from benchmarks.cases import Norm
+from cifar_fast.diagnostics.kernel_cases import Norm
 from benchmarks.tune import predicting
 from cifar_fast import Recipe
 from cifar_fast.kernels.launch import table
@@ -83,19 +81,19 @@ for changes in {}, {'blocks': 1}, {'rows': 16, 'num_warps': 8}, {'rows': 256}:
 
 
 @pytest.mark.slow  # a compiler
-def test_an_entry_is_predicted_by_what_is_compiled_for_it_or_unfit_where_too_few_warps_fit():
+def test_prediction_depends_on_the_entry_and_refuses_unfit_ones():
     first, second, narrow, large = compiler("-c", PREDICTS).stdout.splitlines()
-    copied = 2 * 512 * 128 * 16 * 16 * 2 / 1.83e12 * 1e6  # us of an A100
+    copied = 2 * 512 * 128 * 16 * 16 * 2 / 1.83e12 * 1e6  # us on an A100
     assert all(copied < float(line) < 1.2 * copied for line in (first, second)) and first != second
-    assert narrow.startswith("Wrong ") and "of x are 64 bits wide" in narrow
-    assert large.startswith("Wrong ") and ("bytes spilled" in large or "% of the warps fit" in large)
+    assert narrow.startswith("WrongResult ") and "of x are 64 bits wide" in narrow
+    assert large.startswith("WrongResult ") and ("bytes spilled" in large or "% of the warps fit" in large)
 
 
-def test_the_unchanged_table_is_written_byte_for_byte():
+def test_unchanged_table_is_written_byte_for_byte():
     assert layout(json.loads(TABLE.read_text())) == TABLE.read_text()
 
 
-def test_candidates_have_the_fields_of_the_current_entry_and_are_neither_it_nor_repeated():
+def test_candidates_have_the_fields_of_the_current_entry_and_are_distinct():
     for key, entries in table().items():
         for entry in entries.values():
             found = candidates(key, entry)
@@ -108,20 +106,20 @@ def test_candidates_have_the_fields_of_the_current_entry_and_are_neither_it_nor_
     ("twice", "others", "best"),
     [
         ((10.0, 10.1), [9.0, 9.5], 0),
-        ((10.0, 11.0), [9.0, 9.5], None),  # a gain of one, a noise of one
+        ((10.0, 11.0), [9.0, 9.5], None),  # the gain is not twice the noise
         ((10.0, 10.1), [10.5, 11.0], None),
         ((math.inf, math.inf), [12.0, 11.0], 1),
         ((10.0, 10.1), [math.inf, math.inf], None),
         ((math.inf, math.inf), [math.inf, math.inf], None),
     ],
 )
-def test_the_fastest_entry_is_chosen_where_its_gain_is_no_noise(twice, others, best):
+def test_fastest_entry_is_chosen_if_its_gain_is_not_noise(twice, others, best):
     current, entries = {"block": 99}, [{"block": 1}, {"block": 2}]
     assert choose(current, twice, list(zip(entries, others))) == (current if best is None else entries[best])
 
 
-def test_every_entry_of_the_table_is_taken_by_a_case():
+def test_every_entry_of_the_table_is_used_by_a_case():
     cases = kernel_cases(Recipe(), torch.float16)
     for key, entries in table().items():
-        taken = [cases_of(key, shape_class, cases, table()) for shape_class in entries]
-        assert all(taken) and len({id(case) for some in taken for case in some}) == sum(map(len, taken))
+        used_by = [cases_of(key, shape_class, cases, table()) for shape_class in entries]
+        assert all(used_by) and len({id(case) for some in used_by for case in some}) == sum(map(len, used_by))

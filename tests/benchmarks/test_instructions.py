@@ -1,4 +1,4 @@
-"""The instruction counter: listings written by hand, kernels whose counts are known, and a table of the recipe's."""
+"""The instruction counter: small listings, kernels with known counts, and the launches of the recipe."""
 
 import json
 from collections import OrderedDict
@@ -14,15 +14,15 @@ from benchmarks.instructions import (
     Counted,
     classify,
     issued,
-    met_again,
     recipe_launches,
     record,
+    reuse,
     table,
 )
 from cifar_fast import Recipe
 from tests.helpers import cells, compiler
 
-# A trip of the loop loads and stores 16 bytes; the division's slow path calls.
+# A trip of the loop loads and stores 16 bytes. The slow path of the division calls a subroutine.
 LISTING = """
 kernel:
 .text.kernel:
@@ -94,7 +94,7 @@ import known
 def count(name, kernel, elements, dtype=torch.float32, programs=4, N=1024, **constants):
     x, y = (torch.empty(n, device="meta", dtype=dtype) for n in (elements, programs * N))
     launch = Launch(kernel, (programs,), {"x": x}, {"y": y}, {}, {"N": N} | constants)
-    return name, dataclasses.asdict(count_launch("step", name, 1, launch, "sm_90"))
+    return name, dataclasses.asdict(count_launch("step", name, 1, launch, arch="sm_90"))
 print(json.dumps(dict([
     count("7 FFMA", known.multiplies, 4096, K=7),
     *(count(f"sum of {k}", known.sums, 4096 * k, K=k) for k in (6, 100)),
@@ -109,7 +109,7 @@ def of(**expected):
     return dict.fromkeys(CLASSES, 0) | expected
 
 
-def test_a_loop_counts_by_its_bytes_and_what_is_not_reached_does_not():
+def test_loop_counts_by_its_bytes_and_unreachable_code_does_not_count():
     outside = dict(memory=2, integer=1, control=5, mufu=1)  # BSSY, BRA, BSYNC, EXIT twice
     once = outside | dict(memory=6, fp32=1, integer=2, control=6)
     assert issued(LISTING, moved=16) == of(**once)
@@ -117,19 +117,19 @@ def test_a_loop_counts_by_its_bytes_and_what_is_not_reached_does_not():
     assert issued(LISTING, moved=65) == of(**outside | dict(memory=2 + 4 * 4, fp32=4, integer=1 + 4, control=5 + 4))
 
 
-def test_a_loop_that_stores_counts_by_what_it_stores():
+def test_loop_that_stores_counts_by_its_stores():
     expected = dict(mufu=1, memory=2 + 3 * 4, fp32=3, integer=1 + 3, control=5 + 3)
     assert issued(LISTING, moved=1000, stored=18) == of(**expected)
 
 
-def test_a_loop_that_moves_nothing_counts_once():
+def test_loop_that_moves_nothing_counts_once():
     waits = (
         "k:\n /*0000*/  NOP ;\n.L_x_0:\n /*0010*/  LDS R1, [R2] ;\n /*0020*/ @P0 BRA `(.L_x_0) ;\n /*0030*/  EXIT ;\n"
     )
     assert issued(waits, moved=1e6) == of(memory=1, control=2)
 
 
-def test_a_call_of_a_label_without_a_name_is_a_jump():
+def test_call_of_an_unnamed_label_is_a_jump():
     jumps = """
 k:
  /*0000*/  @!P2 CALL.REL.NOINC `(.L_x_1) ;
@@ -142,7 +142,7 @@ k:
     assert issued(jumps, moved=0) == of(fp32=1, control=3)
 
 
-def test_a_kernel_that_cannot_end_without_a_call_is_refused():
+def test_kernel_that_only_ends_after_a_call_is_refused():
     calls = " /*0000*/  CALL.REL.NOINC `(f) ;\n /*0010*/  EXIT ;\nf:\n /*0020*/  RET.REL.NODEC R2 `(k) ;\n"
     with pytest.raises(ValueError, match="call"):
         issued(calls, moved=0)
@@ -157,7 +157,7 @@ def test_a_kernel_that_cannot_end_without_a_call_is_refused():
         ("HADD2.F32 R1, -RZ, R2.H0_H0", "conversion"),
         ("HADD2 R1, R2, R3", "half"),
         ("HFMA2.MMA R1, R2, R3, R4", "half"),
-        ("HFMA2.MMA R1, -RZ, RZ, 1.5, 0", "integer"),  # how a constant is put into a register
+        ("HFMA2.MMA R1, -RZ, RZ, 1.5, 0", "integer"),  # loads a constant into a register
         ("HSETP2.BF16_V2.GT.AND P0, PT, R1, R2, PT", "half"),
         ("DSETP.MAX.AND P0, P1, R2, R4, PT", "fp64"),
         ("MUFU.RCP64H R1, R2", "mufu"),
@@ -172,51 +172,53 @@ def test_a_kernel_that_cannot_end_without_a_call_is_refused():
         ("DEPBAR.LE SB0, 0x1", "control"),
     ],
 )
-def test_classes(instruction, expected):
+def test_class_of_an_instruction(instruction, expected):
     assert classify(instruction) == expected
 
 
 def row(**changes):
-    given = dict(part="step", case="c", kernel="k", count=2, elements=4096, bytes=8192, programs=4, warps=4)
+    given = dict(section="step", case="c", kernel="k", count=2, elements=4096, bytes=8192, programs=4, warps=4)
     given |= dict(instructions=of(fp32=80, memory=20), registers=40, spills=0, shared=0)
     return Counted(**given | changes)
 
 
-def test_flags_that_name_no_target_or_card_are_refused(capsys):
+def test_bad_flags_are_refused(capsys):
     assert main(["instructions", "--arch", "sm_1"]) == 2
     assert "invalid choice: 'sm_1' (choose from 'sm_75'" in capsys.readouterr().err
     assert main(["instructions", "--clock", "0"]) == 2
     assert "must be a number above 0, not 0" in capsys.readouterr().err
 
 
-def test_times_and_sums_of_a_part():
+def test_times_and_sums_of_a_section():
     card = Card("a card", multiprocessors=2, clock=1e9, bandwidth=1e9, cache=1e6)
     figures = record(row(), card)
     assert figures["warp_instructions"] == 100 * 4 * 4
     assert figures["issue"] == pytest.approx(1600 / (2 * 4 * 1e9)) and figures["byte"] == pytest.approx(8192e-9)
     assert row().per_element(100) == 100 * 32 * 4 * 4 / 4096
-    parts = table([row(), row(case="d", count=1, bytes=4), row(part="evaluation")], card).splitlines()[-2:]
-    assert cells(parts)[0] == ["step", "3", "0.6", "16.4", "16.4", "16.6"]
+    sections = table([row(), row(case="d", count=1, bytes=4), row(section="evaluation")], card).splitlines()[-2:]
+    assert cells(sections)[0] == ["step", "3", "0.6", "16.4", "16.4", "16.6"]
 
 
 @pytest.mark.parametrize(
     ("changes", "nanoseconds"),
     [
-        (dict(bytes=8192), 8192),  # moves longest
-        (dict(bytes=0), 400),  # a program by itself, an instruction in four cycles
-        (dict(bytes=0, programs=24), 1200),  # issues longest
-        (dict(bytes=0, programs=25), 1300 + 400),  # one more than fits, on one of two multiprocessors
+        (dict(bytes=8192), 8192),  # bytes take longest
+        (dict(bytes=0), 400),  # serial latency of a program, four cycles per instruction
+        (dict(bytes=0, programs=24), 1200),  # issue takes longest
+        (dict(bytes=0, programs=25), 1300 + 400),  # one program more than fits, on one of two multiprocessors
         (dict(bytes=8192, programs=25), 8192 + 400),
     ],
 )
-def test_a_launch_takes_what_is_longest_and_a_program_by_itself_where_not_all_fit_at_once(changes, nanoseconds):
+def test_minimum_time_of_a_launch(changes, nanoseconds):
     card = Card("a card", multiprocessors=2, clock=1e9, bandwidth=1e9, cache=1e6)
     assert row(**changes).seconds(card) == pytest.approx(nanoseconds * 1e-9)
 
 
 def least_recently_used(size, rows, first, second):
-    """Of the lines that the second of two passes reads, a line of each tensor a row, the share that a cache of ``size``
-    lines has: a pass is its tensors, and whether it goes from the last row to the first.
+    """Return the fraction of the lines read by the second of two passes that a cache of ``size`` lines holds.
+
+    Each tensor has a line per row. A pass is its tensors, whether it runs from the last row to the first, and the
+    tensors that count.
     """
     kept, found, read = OrderedDict(), 0, 0
     for number, (tensors, backwards, shared) in enumerate((first, second)):
@@ -234,32 +236,32 @@ def least_recently_used(size, rows, first, second):
 
 @pytest.mark.parametrize("size", [10, 100, 150, 400])
 @pytest.mark.parametrize(("before", "after", "shared"), [("x", "xy", "x"), ("ab", "abc", "ab"), ("wxpa", "py", "p")])
-def test_a_second_pass_from_the_end_finds_what_the_model_says(size, before, after, shared):
+def test_cache_model_of_a_backwards_pass(size, before, after, shared):
     found = least_recently_used(size, 100, (before, False, ""), (after, True, shared))
     touched = len(set(before + after)) * 100
-    one = row(bytes=1000, again=400, around=touched)
+    one = row(bytes=1000, reused_bytes=400, working_set=touched)
     assert one.from_memory(size) == pytest.approx(1000 - 400 * found, abs=400 * 0.03)
     forwards = least_recently_used(size, 100, (before, False, ""), (after, False, shared))
     assert forwards <= 0.03 or size > touched / 2
 
 
-def test_the_second_passes_of_the_recipe_meet_what_the_first_ones_left():
-    met = {
-        (case, launch.kernel.__name__): met_again(launch, before)
+def test_second_passes_of_the_recipe_reuse_the_first_ones():
+    reused = {
+        (case, launch.kernel.__name__): reuse(launch, before)
         for _, case, _, launch, before in recipe_launches(Recipe(), torch.float16)
         if before
     }
     x = 512 * 64 * 32 * 32 * 2
-    again, around = met["64x32x32, forward", "apply_kernel"]
-    assert again == x and 2 * x < around < 2.01 * x
-    again, around = met["128x32x32, pool, forward", "apply_kernel"]
-    assert again == x / 2 and around == pytest.approx(2 * x + x / 2 + x / 4 + x / 2, rel=0.01)
-    again, around = met["64x32x32, backward", "backward_apply_kernel"]
-    assert 2 * x <= again < 2.01 * x and 3 * x < around < 3.01 * x
+    bytes_, working_set = reused["64x32x32, forward", "apply_kernel"]
+    assert bytes_ == x and 2 * x < working_set < 2.01 * x
+    bytes_, working_set = reused["128x32x32, pool, forward", "apply_kernel"]
+    assert bytes_ == x / 2 and working_set == pytest.approx(2 * x + x / 2 + x / 4 + x / 2, rel=0.01)
+    bytes_, working_set = reused["64x32x32, backward", "backward_apply_kernel"]
+    assert 2 * x <= bytes_ < 2.01 * x and 3 * x < working_set < 3.01 * x
 
 
 @pytest.mark.parametrize(
-    ("registers", "warps", "shared", "resident"),
+    ("registers", "warps", "shared", "fitting"),
     [
         (32, 4, 0, 64),
         (33, 4, 0, 48),
@@ -270,11 +272,11 @@ def test_the_second_passes_of_the_recipe_meet_what_the_first_ones_left():
         (32, 4, 40960, 12),
     ],
 )
-def test_warps_that_fit_as_nvidias_occupancy_calculator_has_them(registers, warps, shared, resident):
-    assert row(registers=registers, warps=warps, shared=shared).resident == resident / 64
+def test_occupancy_equals_nvidias_calculator(registers, warps, shared, fitting):
+    assert row(registers=registers, warps=warps, shared=shared).occupancy == fitting / 64
 
 
-def test_what_inductors_kernels_do_with_a_tensor():
+def test_uses_of_a_tensor_in_inductors_source():
     source = "tl.load(in_ptr1 + x0)\ntl.load(in_ptr10 + x0)\ntl.store(in_ptr10 + x0, y)\ntl.atomic_add(out + x0, y)"
     assert [uses(source, name) for name in ("in_ptr1", "in_ptr10", "out", "in_ptr0")] == [
         {"load"},
@@ -285,19 +287,19 @@ def test_what_inductors_kernels_do_with_a_tensor():
 
 
 @pytest.mark.slow  # a compiler
-def test_counts_of_kernels_that_are_known(tmp_path):
+def test_known_counts(tmp_path):
     (tmp_path / "known.py").write_text(KERNELS)
-    found = {
+    counts = {
         name: Counted(**facts) for name, facts in json.loads(compiler("-c", COUNTING, str(tmp_path)).stdout).items()
     }
     each = {
         name: {kind: counted.per_element(n) for kind, n in counted.instructions.items()}
-        for name, counted in found.items()
+        for name, counted in counts.items()
     }
     assert each["7 FFMA"]["fp32"] == 7 and each["7 FFMA"]["half"] == each["7 FFMA"]["mufu"] == 0
-    for k in (6, 100):  # unrolled whole, and in part
+    for k in (6, 100):  # unrolled completely and partly
         assert each[f"sum of {k}"]["fp32"] == pytest.approx(1, rel=0.02)
     assert each["exponential"]["mufu"] == 1
     assert each["root"]["mufu"] == 1 and each["root"]["fp32"] < 8
     assert each["float16"]["conversion"] == 1.5 and each["float16"]["fp32"] == 1 and each["float16"]["half"] == 0
-    assert all(counted.spills == 0 and 8 <= counted.registers < 64 for counted in found.values())
+    assert all(counted.spills == 0 and 8 <= counted.registers < 64 for counted in counts.values())

@@ -1,4 +1,4 @@
-"""The launches of a captured step and evaluation: how a log is read, and how many there are."""
+"""The launches of a captured step and evaluation: reading a log, and their number."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ from benchmarks.launches import logged
 from cifar_fast import Recipe
 from tests.helpers import small_dataset
 
-STEP, EVALUATION = 80, 200  # at the most; an evaluation is of 10,000 images
+STEP, EVALUATION = 80, 200  # maximum; an evaluation has 10,000 images
 LOG = """\
 L triton s1 apply_kernel grid=9,1,1 block=128
 C capture 1 begins on s1, mode 0
@@ -45,13 +45,13 @@ evaluation: 1 launches
 """
 
 
-def test_the_launches_of_each_capture_are_listed_in_order_and_counted_by_kind(tmp_path, capsys):
+def test_launches_are_listed_in_order_and_counted_by_kind(tmp_path, capsys):
     (tmp_path / "log").write_text(LOG)
     assert main(["launches", str(tmp_path / "log")]) == 0
     assert capsys.readouterr().out == LISTED
 
 
-def test_what_is_no_log_of_a_training_is_refused_in_a_line(tmp_path, capsys):
+def test_incomplete_or_missing_log_is_an_error_in_one_line(tmp_path, capsys):
     (tmp_path / "log").write_text(LOG.partition("C capture 2")[0])
     for name, words in (("log", "1 captures, not the two"), ("none", "No such file")):
         assert main(["launches", str(tmp_path / name)]) == 2
@@ -59,15 +59,15 @@ def test_what_is_no_log_of_a_training_is_refused_in_a_line(tmp_path, capsys):
         assert words in error and error.count("\n") == 1
 
 
-@pytest.mark.nightly  # the compiler; make test-stand-in runs it
-def test_a_step_and_an_evaluation_take_no_more_launches_than_they_did(shared, tmp_path):
-    stand_in, log = shared("gpu_stand_in/run.py"), tmp_path / "log"
+@pytest.mark.nightly  # the compiler
+def test_number_of_launches_does_not_grow(shared, tmp_path):
+    simulator, log = shared("gpu_stand_in/run.py"), tmp_path / "log"
     if not shutil.which("gcc"):
-        pytest.skip("the stand-in needs gcc")
+        pytest.skip("the GPU simulator needs gcc")
     small_dataset(Recipe().batch_size, 10_000, 10).save(tmp_path / "images.npz")
     flags = f"--dataset npz --data-dir {tmp_path}/images.npz --backend fused --device cuda --dtype float16 --epochs 1"
     flags += f" --output {tmp_path}/x"
-    command = [sys.executable, stand_in, "--log", log, "-m", "cifar_fast.train", *flags.split()]
+    command = [sys.executable, simulator, "--log", log, "-m", "cifar_fast.train", *flags.split()]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]
     step, evaluation = map(len, logged(log))

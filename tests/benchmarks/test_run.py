@@ -1,4 +1,4 @@
-"""The run of the benchmarks: its rows, what it leaves, how it goes on, and the report."""
+"""The run of the benchmarks: its rows, its files, how it resumes, and the report."""
 
 import json
 import time
@@ -7,23 +7,24 @@ import pytest
 
 import benchmarks.run
 from benchmarks.__main__ import main
-from benchmarks.parts import Bench, Skip, Wrong, time_steps
+from benchmarks.parts import Bench, Skip, time_steps
 from benchmarks.report import RESULTS, pivot, write_report
 from benchmarks.rows import Row, ratio, rows_of
 from benchmarks.run import run
 from benchmarks.timing import interleave
 from cifar_fast import InputError, Recipe
 from cifar_fast.backends.select import resolve_backend
+from cifar_fast.diagnostics.kernel_cases import WrongResult
 from tests.helpers import NARROW, cells, small_dataset
 
 
-def test_a_row_shows_median_and_range_and_ratios_are_taken_turn_by_turn():
+def test_row_shows_median_and_range_and_ratios_pair_the_turns():
     a, b = (Row("steps", "step", side, "time", "s", values) for side, values in (("a", [1, 4, 2]), ("b", [2, 4, 1])))
     assert str(a) == "2 (1 to 4)" and str(Row("p", "c", "s", "m", "u", [12345.6])) == "12,346"
     assert ratio(a, b) == "1 (0.5 to 2)"
 
 
-def test_the_report_pivots_sides_and_metrics_and_compares_with_auto():
+def test_report_pivots_sides_and_metrics_and_compares_with_auto():
     rows = [
         Row("cpu", "step", "reference, restated", "time", "s", [4.0, 6.0]),
         Row("cpu", "step", "auto", "time", "s", [2.0, 2.0]),
@@ -35,7 +36,7 @@ def test_the_report_pivots_sides_and_metrics_and_compares_with_auto():
     assert lines[3][3:] == ["256 (256 to 256)", "1 (1 to 1)"]
 
 
-def test_sides_take_turns_and_the_first_round_does_not_count():
+def test_sides_take_turns_and_the_first_round_is_dropped():
     seen, times = [], iter(range(100))
     sides = {name: lambda name=name: seen.append(name) or next(times) for name in "ab"}
     assert interleave(sides, rounds=3) == {"a": [2, 4, 6], "b": [3, 5, 7]}
@@ -43,12 +44,9 @@ def test_sides_take_turns_and_the_first_round_does_not_count():
     assert len(interleave(sides, rounds=9, enough=lambda: True)["a"]) == 2
 
 
-# -- the run
-
-
 @pytest.fixture
 def parts(monkeypatch):
-    """Parts that take no time; gives them, to be changed, and how often each ran."""
+    """Replace the parts by parts that take no time. Return them, and the list of those that ran."""
     ran = []
 
     def part(name):
@@ -72,7 +70,7 @@ def start(tmp_path, only=("steps", "kernels"), minutes=5, settings=None):
     return code, json.loads((tmp_path / "results.json").read_text())
 
 
-def test_a_part_that_fails_or_cannot_run_is_told_and_the_rest_runs(tmp_path, parts, capsys):
+def test_parts_that_fail_or_cannot_run_are_reported_and_the_rest_runs(tmp_path, parts, capsys):
     made, _ = parts
 
     def cannot(bench):
@@ -80,19 +78,19 @@ def test_a_part_that_fails_or_cannot_run_is_told_and_the_rest_runs(tmp_path, par
         yield
 
     def fails(bench):
-        raise Wrong("y is off")
+        raise WrongResult("y is off")
         yield
 
     made |= {"trainings": cannot, "memory": fails}
     code, results = start(tmp_path, ["trainings", "memory", "steps"])
     assert code == 1 and results["parts"]["trainings"]["skipped"] == "no GPU"
-    assert results["parts"]["memory"]["failed"] == "Wrong: y is off" and results["parts"]["steps"]["rows"]
-    assert "memory: Wrong: y is off" in capsys.readouterr().out
+    assert results["parts"]["memory"]["failed"] == "WrongResult: y is off" and results["parts"]["steps"]["rows"]
+    assert "memory: WrongResult: y is off" in capsys.readouterr().out
     text = (tmp_path / "results.md").read_text()
-    assert "Not measured: trainings (no GPU); memory (Wrong: y is off)." in text and "## Steps" in text
+    assert "Not measured: trainings (no GPU); memory (WrongResult: y is off)." in text and "## Steps" in text
 
 
-def test_a_run_goes_on_where_it_was(tmp_path, parts):
+def test_run_resumes(tmp_path, parts):
     made, ran = parts
     made["steps"] = lambda bench: (_ for _ in ()).throw(RuntimeError("a cable"))
     assert start(tmp_path)[0] == 1
@@ -102,14 +100,14 @@ def test_a_run_goes_on_where_it_was(tmp_path, parts):
     assert {row.part for row in rows_of(results)} == {"ceilings", "parity", "steps", "kernels"}
 
 
-def test_nothing_is_measured_where_parity_fails(tmp_path, parts):
+def test_nothing_is_measured_if_parity_fails(tmp_path, parts):
     made, ran = parts
     made["parity"] = lambda bench: (_ for _ in ()).throw(RuntimeError("past the tolerance"))
     code, results = start(tmp_path)
     assert code == 1 and ran == ["ceilings"] and set(results["parts"]) == {"ceilings", "parity"}
 
 
-def test_kernels_keep_what_was_measured_before_a_failure_and_a_wrong_result_is_exit_code_1(tmp_path, parts):
+def test_kernels_keep_earlier_rows_after_a_failure_and_a_wrong_result_is_exit_code_1(tmp_path, parts):
     made, _ = parts
 
     def fails_later(bench):
@@ -125,25 +123,22 @@ def test_kernels_keep_what_was_measured_before_a_failure_and_a_wrong_result_is_e
     assert "pool, fused: wrong: y is off" in (tmp_path / "results.md").read_text()
 
 
-def test_a_data_directory_without_a_data_set_is_cifar10s(tmp_path, capsys):
+def test_data_flags_without_a_data_set_mean_cifar10(tmp_path, capsys):
     flags = f"--output {tmp_path}/out --data-url {tmp_path}/none.tar.gz --batch-size 20000"  # too large for synthetic
     assert main(["run", *flags.split()]) == 2
     assert "none.tar.gz" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_without_minutes_left_no_part_begins(tmp_path, parts, capsys):
+def test_no_part_begins_without_minutes_left(tmp_path, parts, capsys):
     _, ran = parts
     assert start(tmp_path, minutes=0)[0] == 0
     assert ran == ["ceilings", "parity"] and "no minutes left" in capsys.readouterr().out
 
 
-def test_results_of_other_settings_are_not_mixed_with_these(tmp_path, parts):
+def test_results_of_other_settings_are_refused(tmp_path, parts):
     start(tmp_path)
     with pytest.raises(InputError, match="results of another machine, version or setting"):
         start(tmp_path, settings={"dtype": "bfloat16"})
-
-
-# -- on a CPU, to the end
 
 
 def test_steps_of_a_backend_are_timed():
@@ -154,7 +149,7 @@ def test_steps_of_a_backend_are_timed():
 
 
 @pytest.mark.nightly  # a comparison and thirteen processes
-def test_the_command_measures_a_cpu_to_the_end(tmp_path):
+def test_command_measures_a_cpu(tmp_path):
     flags = f"run --device cpu --output {tmp_path} --widths {' '.join(map(str, NARROW))} --batch-size 64 --minutes 9"
     assert main(f"{flags} --only cpu steps sweeps trainings".split()) == 0
     rows = rows_of(json.loads((tmp_path / "results.json").read_text()))
@@ -162,7 +157,7 @@ def test_the_command_measures_a_cpu_to_the_end(tmp_path):
     assert (tmp_path / "steps.png").exists() and "## Steps" in (tmp_path / "results.md").read_text()
 
 
-def test_the_stored_reports_are_what_the_stored_rows_say(tmp_path):
+def test_stored_reports_match_the_stored_rows(tmp_path):
     files = sorted(RESULTS.glob("*/results.json"))
     assert files
     for file in files:

@@ -153,7 +153,7 @@ def test_profile_tells_where_a_steps_time_goes_and_trains_no_further(tmp_path, n
     monkeypatch.chdir(tmp_path)
     assert main(f"--dataset npz --data-dir {npz} --profile traces {NARROW}".split()) == 0
     shown = capsys.readouterr().out
-    assert "convolutions forward" in shown and "idle" in shown and "optimiser" in shown
+    assert "convolutions forward" in shown and "idle" in shown and "optimizer" in shown
     assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == ["profile.json", "trace.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["traces"]
 

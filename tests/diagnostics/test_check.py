@@ -1,4 +1,4 @@
-"""The check of a machine: a yes for each line where all is well, a no with its reason for what is broken."""
+"""The check of a machine: yes for each part that works, no with the reason for each part that is broken."""
 
 import functools
 import json
@@ -9,9 +9,7 @@ import pytest
 import torch
 
 import cifar_fast.cli.check
-import cifar_fast.kernels.augment
-import cifar_fast.kernels.batch_norm_celu
-import cifar_fast.kernels.record_step
+import cifar_fast.diagnostics.kernel_cases as kernel_cases
 from cifar_fast import Recipe
 from cifar_fast.backends.eager import Eager
 from cifar_fast.backends.select import BackendConfig
@@ -19,6 +17,7 @@ from cifar_fast.cli.main import main
 from cifar_fast.diagnostics.check import Check
 from cifar_fast.diagnostics.roofline import COPY_BYTES
 from cifar_fast.kernels import launch
+from cifar_fast.utils.progress import lines_to
 from tests.helpers import NARROW, compiler
 
 ROOT = Path(__file__).parents[2]
@@ -28,28 +27,28 @@ NORMS = [
     for shape in ("4x32x32", "8x32x32, pool")
     for direction in ("forward", "backward", "inference")
 ]
-KERNELS = ["augmentation", *NORMS, "loss", "bookkeeping"]
-STEP = ["set-up", "memory", "the same bits again", "time", "against eager", "auto takes"]
+KERNELS = ["augmentation", *NORMS, "loss and record"]
+STEP = ["set-up", "memory", "the same bits again", "time", "against eager", "auto selects"]
 WITHOUT_A_GPU = ["NVIDIA driver", "kernels compile"]
 
 
 def with_widths(monkeypatch, *widths):
-    """The command with a recipe that takes it seconds."""
+    """Give the command a recipe that takes seconds."""
     monkeypatch.setattr(cifar_fast.cli.check, "Recipe", functools.partial(Recipe, widths=widths))
 
 
 @pytest.fixture
 def narrow(monkeypatch, few_programs):
-    with_widths(monkeypatch, *(width * 4 for width in NARROW))  # of which the command takes a quarter on a CPU
+    with_widths(monkeypatch, *(width * 4 for width in NARROW))  # the command divides them by four on a CPU
     monkeypatch.setitem(COPY_BYTES, "cpu", 2**20)
 
 
 def check(folder, flags="--device cpu --dtype float32"):
-    """The exit code, and what is written of each line under its name."""
+    """Return the exit code, and the written results by name."""
     code = main(["check", *flags.split(), "--json", str(folder / "check.json")])
     report = json.loads((folder / "check.json").read_text())
-    assert report["fine"] == (code == 0)
-    return code, {line["name"]: line for line in report["lines"]}
+    assert report["passed"] == (code == 0)
+    return code, {result["name"]: result for result in report["results"]}
 
 
 def noes(lines):
@@ -58,7 +57,7 @@ def noes(lines):
 
 @pytest.mark.slow  # a whole check
 @without_a_gpu
-def test_without_a_gpu_all_that_auto_needs_is_a_yes(tmp_path, narrow, capsys):
+def test_every_needed_part_passes_without_a_gpu(tmp_path, narrow, capsys):
     code, lines = check(tmp_path, "--dtype float32")
     assert code == 0 and noes(lines) == WITHOUT_A_GPU
     shown = capsys.readouterr().out.splitlines()
@@ -66,19 +65,19 @@ def test_without_a_gpu_all_that_auto_needs_is_a_yes(tmp_path, narrow, capsys):
     for line in lines.values():
         assert f"{'yes' if line['ok'] else 'no'} " in shown.pop(0) and line["needed"] == line["ok"]
     assert all("auto does without" in lines[name]["text"] for name in noes(lines))
-    assert lines["auto takes"]["text"].startswith("eager, channels_last, float32: no CUDA GPU is here")
+    assert lines["auto selects"]["text"].startswith("eager, channels_last, float32: no CUDA GPU is here")
 
 
 @without_a_gpu
 @pytest.mark.nightly
-def test_as_a_person_types_it():
-    """In a process of its own, which nobody has told to interpret kernels."""
+def test_command_without_any_environment_variable():
+    """Run in a new process without TRITON_INTERPRET."""
     done = compiler("-m", "cifar_fast", "check")
     assert not done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if " no " in line[:40]] == [line for line in lines if "auto does without" in line]
     assert any(line.startswith("norm 16x32x32, forward ") for line in lines)
-    assert lines[-1].startswith("auto takes ") and "eager, channels_last" in lines[-1]
+    assert lines[-1].startswith("auto selects ") and "eager, channels_last" in lines[-1]
 
 
 def other_alpha(function):
@@ -97,7 +96,7 @@ def not_a_number(function):
     return given
 
 
-def late(function):
+def wrong_schedule(function):
     return lambda loss, correct, state: function(loss, correct, state._replace(schedule=state.schedule * 0.5))
 
 
@@ -110,24 +109,21 @@ def late(function):
             "batch_norm_celu",
             not_a_number,
             [name for name in NORMS if "backward" not in name],
-            "more than twice as large",
+            "y is finite where the exact result is not, or not finite where it is",
         ),
-        ("augment", no_labels, ["augmentation"], "labels: not what plain torch gives"),
-        ("record", late, ["bookkeeping"], "lr: not what plain torch gives"),
+        ("augment", no_labels, ["augmentation"], "labels differs from plain torch"),
+        ("record", wrong_schedule, ["loss and record"], "lr differs from plain torch"),
     ],
 )
-def test_a_kernel_that_computes_something_else_is_a_no_and_exit_code_1(
-    tmp_path, narrow, monkeypatch, kernel, mistake, named, words
-):
-    module = cifar_fast.kernels.record_step if kernel == "record" else sys.modules[f"cifar_fast.kernels.{kernel}"]
-    monkeypatch.setattr(module, kernel, mistake(getattr(module, kernel)))
+def test_wrong_kernel_fails(tmp_path, narrow, monkeypatch, kernel, mistake, named, words):
+    monkeypatch.setattr(kernel_cases, kernel, mistake(getattr(kernel_cases, kernel)))
     code, lines = check(tmp_path)
     assert code == 1 and [name for name in noes(lines) if name in KERNELS] == named
     assert all(words in lines[name]["text"] for name in named)
 
 
 @pytest.mark.slow  # a whole check
-def test_a_launch_that_fails_is_a_no_with_the_first_cause_in_a_line_and_the_rest_goes_on(tmp_path, narrow, monkeypatch):
+def test_failed_launch_shows_its_first_cause_and_the_check_continues(tmp_path, narrow, monkeypatch):
     def fails(*what):
         try:
             raise RuntimeError("an illegal memory access\nwas encountered")
@@ -141,7 +137,7 @@ def test_a_launch_that_fails_is_a_no_with_the_first_cause_in_a_line_and_the_rest
     assert list(lines)[-len(STEP) :] == STEP
 
 
-def test_without_triton_the_kernels_are_one_no_that_auto_does_without(tmp_path, narrow, monkeypatch):
+def test_kernels_are_skipped_without_triton(tmp_path, narrow, monkeypatch):
     monkeypatch.setitem(sys.modules, "cifar_fast.kernels.launch", None)
     code, lines = check(tmp_path)
     assert code == 0 and not set(KERNELS) & set(lines)
@@ -149,7 +145,7 @@ def test_without_triton_the_kernels_are_one_no_that_auto_does_without(tmp_path, 
 
 
 @pytest.mark.slow  # a whole check
-def test_a_step_that_gives_other_bits_the_next_time_is_a_no(tmp_path, narrow, monkeypatch):
+def test_step_that_is_not_reproducible_fails(tmp_path, narrow, monkeypatch):
     reset = Eager.reset
 
     def keeps_weights(self, model):
@@ -161,7 +157,7 @@ def test_a_step_that_gives_other_bits_the_next_time_is_a_no(tmp_path, narrow, mo
 
 
 @pytest.mark.slow  # a whole check
-def test_a_step_past_the_tolerance_of_the_comparison_is_a_no_that_names_the_layer(tmp_path, narrow, monkeypatch):
+def test_step_past_the_tolerance_fails_and_names_the_layer(tmp_path, narrow, monkeypatch):
     reset = Eager.reset
 
     def other_alpha(self, model):
@@ -176,36 +172,37 @@ def test_a_step_past_the_tolerance_of_the_comparison_is_a_no_that_names_the_laye
 
 
 @pytest.mark.slow  # a whole check
-def test_a_backend_that_cannot_be_set_up_is_a_no_and_the_next_one_is_checked(narrow, monkeypatch):
+def test_backend_that_cannot_be_set_up_fails_and_the_next_one_is_checked(narrow, monkeypatch):
     def broken(*what, **how):
         raise RuntimeError("no compiler\nwas found")
 
     monkeypatch.setattr(torch, "compile", broken)
-    plan = BackendConfig(("compiled", "eager"), torch.device("cpu"), torch.float32, torch.channels_last, "for a test")
-    said = []
-    found = Check(plan, plan, Recipe(widths=NARROW, batch_size=8), said.append)
-    found.run()
-    lines = {line.name: line for line in found.lines}
+    config = BackendConfig(("compiled", "eager"), torch.device("cpu"), torch.float32, torch.channels_last, "for a test")
+    logged = []
+    found = Check(config, config, Recipe(widths=NARROW, batch_size=8))
+    with lines_to(logged.append):
+        found.run()
+    lines = {result.name: result for result in found.results}
     failure = "the compiled backend cannot be set up here (RuntimeError: no compiler), eager instead"
-    assert not found.fine and not lines["set-up"].ok and lines["set-up"].text == failure
-    assert lines["time"].ok and lines["auto takes"].text.startswith("eager, channels_last, float32: for a test")
-    assert [line for line in said if line in map(str, found.lines)] == list(map(str, found.lines))
+    assert not found.passed and not lines["set-up"].ok and lines["set-up"].text == failure
+    assert lines["time"].ok and lines["auto selects"].text.startswith("eager, channels_last, float32: for a test")
+    assert [line for line in logged if line in map(str, found.results)] == list(map(str, found.results))
 
 
-def test_where_nothing_can_be_set_up_the_last_line_says_so(tmp_path, narrow, monkeypatch):
+def test_check_without_any_working_backend_says_so(tmp_path, narrow, monkeypatch):
     def broken(self, *what):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(Eager, "__init__", broken)
     code, lines = check(tmp_path)
     assert code == 1 and lines["set-up"]["text"] == "RuntimeError: no memory"
-    assert list(lines)[-1] == "auto takes" and "none can be set up here" in lines["auto takes"]["text"]
+    assert list(lines)[-1] == "auto selects" and "can be set up here" in lines["auto selects"]["text"]
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--json none/check.json", "--json none/check.json: must name a file in a folder that is there"),
+        ("--json none/check.json", "--json none/check.json: must name a file in an existing folder"),
         ("--json /proc/check.json", "--json /proc/check.json: "),
         ("--batch-size 7", "--batch-size must be at least 8"),
         ("--device tpu", "unknown device 'tpu'"),
@@ -213,17 +210,17 @@ def test_where_nothing_can_be_set_up_the_last_line_says_so(tmp_path, narrow, mon
         ("--steps 3", "unrecognized arguments"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2_before_the_work(capsys, flags, words):
+def test_bad_input_is_one_line_and_exit_code_2(capsys, flags, words):
     assert main(["check", *flags.split()]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: ") and words in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_every_line_is_a_yes_and_auto_takes_fused(tmp_path, monkeypatch):
-    """As wide in the last pool as the comparison's own test, and for its reason."""
+def test_every_part_passes_on_a_gpu_and_auto_selects_fused(tmp_path, monkeypatch):
+    """Use the width of the last pool that test_compare.py needs, for the same reason."""
     with_widths(monkeypatch, 4, 8, 8, 8, 16, 32, 32, 256)
     monkeypatch.setitem(COPY_BYTES, "cuda", 2**20)
     code, lines = check(tmp_path, "")
     assert code == 0 and not noes(lines) and set(KERNELS) < set(lines)
-    assert lines["auto takes"]["text"].startswith("fused, channels_last, float16: a GPU is here")
+    assert lines["auto selects"]["text"].startswith("fused, channels_last, float16: a GPU is here")

@@ -1,4 +1,4 @@
-"""The comparison in lockstep: green for what computes the same, red for each of several small mistakes."""
+"""The comparison in lockstep: it passes for equal computations and fails for each of several small mistakes."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from cifar_fast.backends.fused import Fused
 from cifar_fast.backends.select import resolve_backend
 from cifar_fast.cli.compare import main
 from cifar_fast.data.synthetic import textures
-from cifar_fast.diagnostics.compare import Row, past_tolerance
+from cifar_fast.diagnostics.compare import TensorDiff, failures
 from tests.helpers import save_npz, small_dataset
 
 NARROW = "--widths 4 8 8 8 16 32 32 32 --device cpu"
@@ -22,8 +22,8 @@ LAYERS = ["loss", *(f"{kind} {i}" for i in range(1, 9) for kind in ("conv", "nor
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
-    """64 of the embedded textures: in float16, noise makes a narrow model's features tie, and a max-pool's choice a
-    matter of luck.
+    """Save 64 of the embedded textures. Noise in float16 makes the features of a narrow model tie in a max-pool, and
+    chance decides which pixel it picks.
     """
     textures = load_dataset("synthetic")
     some = dict(train_images=textures.train_images[:64], train_labels=textures.train_labels[:64])
@@ -40,10 +40,10 @@ def compare(npz, flags):
     return main(f"--dataset npz --data-dir {npz} {NARROW} --batch-size 8 {flags}".split())
 
 
-@pytest.mark.nightly  # a compiler; on a stand-in for a GPU make test-stand-in does the same
+@pytest.mark.nightly  # a compiler
 @pytest.mark.parametrize(("dtype", "batch_size"), [("float32", 8), ("float16", 32)])
-def test_fused_is_eager_within_eagers_own_error_at_every_layer(tmp_path, npz, few_programs, capsys, dtype, batch_size):
-    """Compiled, under the interpreter; of 64 images the third batch of 32 is a second epoch's first."""
+def test_fused_matches_eager_in_every_layer(tmp_path, npz, few_programs, capsys, dtype, batch_size):
+    """Compile, with interpreted kernels. The third batch of 32 of the 64 images is in the second epoch."""
     file = tmp_path / "report.json"
     assert (
         compare(
@@ -60,7 +60,7 @@ def test_fused_is_eager_within_eagers_own_error_at_every_layer(tmp_path, npz, fe
         of_step = [row for row in rows if row["step"] == step]
         assert list(dict.fromkeys(row["layer"] for row in of_step)) == LAYERS
         assert len(of_step) == 1 + 8 * 2 + 8 * 6 + 2
-    assert all(0 < row["yardstick"] < 1 for row in rows if row["layer"] == "loss")
+    assert all(0 < row["eager_difference"] < 1 for row in rows if row["layer"] == "loss")
     assert any(row["difference"] > 0 for row in rows), "two backends that agree to the last bit are one backend"
     shown = capsys.readouterr().out
     assert "step 3" in shown and "67 of 67 tensors are within 3 times" in shown
@@ -151,10 +151,10 @@ MISTAKES = {
 @pytest.mark.parametrize(
     "mistake", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("eps", "draws"))) for name in MISTAKES]
 )
-def test_a_small_mistake_is_past_the_tolerance(npz, uncompiled, few_programs, monkeypatch, capsys, mistake):
+def test_small_mistake_fails(npz, uncompiled, few_programs, monkeypatch, capsys, mistake):
     make, named = MISTAKES[mistake]
     make(monkeypatch)
-    steps = 3 if "momentum" in mistake else 1  # at the first step momentum has nothing to do
+    steps = 3 if "momentum" in mistake else 1  # there is no momentum at the first step
     assert compare(npz, f"--steps {steps} --dtype float32") == 1
     verdict = capsys.readouterr().out.split("\n\n")[-1]
     assert any(
@@ -164,27 +164,27 @@ def test_a_small_mistake_is_past_the_tolerance(npz, uncompiled, few_programs, mo
     )
 
 
-def test_plans_of_two_dtypes_are_not_compared(small):
-    plans = [resolve_backend("eager", "cpu", dtype) for dtype in ("float32", "bfloat16")]
-    with pytest.raises(InputError, match="not of cpu in float32 against cpu in bfloat16"):
-        next(cifar_fast.diagnostics.compare.compare(Recipe(batch_size=8), small, *plans))
+def test_backends_with_two_dtypes_are_refused(small):
+    configs = [resolve_backend("eager", "cpu", dtype) for dtype in ("float32", "bfloat16")]
+    with pytest.raises(InputError, match="not on cpu in float32 against cpu in bfloat16"):
+        next(cifar_fast.diagnostics.compare.compare(Recipe(batch_size=8), small, *configs))
 
 
-def test_eager_against_itself_differs_by_nothing(npz, capsys, tmp_path):
+def test_eager_equals_itself(npz, capsys, tmp_path):
     assert compare(npz, f"--backend eager --steps 2 --dtype float32 --drift --json {tmp_path}/r.json") == 0
     assert all(row["difference"] == 0 for row in json.loads((tmp_path / "r.json").read_text())["rows"])
 
 
 def rows(*ratios, layer="conv 1", quantity="gradient of weight"):
-    return [Row(step + 1, layer, quantity, 0.1, 0.1, 0.1, 0.1, ratio) for step, ratio in enumerate(ratios)]
+    return [TensorDiff(step + 1, layer, quantity, 0.1, 0.1, 0.1, 0.1, ratio) for step, ratio in enumerate(ratios)]
 
 
-def test_one_step_may_pass_the_tolerance_in_a_gradient_and_none_in_the_statistics():
-    assert not past_tolerance(rows(1, 50, 1, 1), 3)
-    assert past_tolerance(rows(1, 50, 50, 50), 3) == [("conv 1", "gradient of weight", 50)]
-    assert past_tolerance(rows(1, 50, 1, 1, layer="norm 1", quantity="statistics, mean"), 3)
-    assert past_tolerance(rows(1, 50, 1, 1, layer="loss", quantity="of each image"), 3)
-    assert past_tolerance(rows(1, math.nan, 1, 1), 3) and past_tolerance(rows(1, math.inf, 1, 1), 3)
+def test_only_gradients_may_exceed_the_tolerance_at_a_single_step():
+    assert not failures(rows(1, 50, 1, 1), 3)
+    assert failures(rows(1, 50, 50, 50), 3) == [("conv 1", "gradient of weight", 50)]
+    assert failures(rows(1, 50, 1, 1, layer="norm 1", quantity="statistics, mean"), 3)
+    assert failures(rows(1, 50, 1, 1, layer="loss", quantity="of each image"), 3)
+    assert failures(rows(1, math.nan, 1, 1), 3) and failures(rows(1, math.inf, 1, 1), 3)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_bad_input_is_one_line_and_exit_code_2(npz, capsys, flags, words):
 
 
 @pytest.mark.parametrize("place", ["file/r.json", "none/r.json", "folder", "/proc/r.json"])
-def test_a_report_that_cannot_be_written_is_said_before_the_work(npz, capsys, tmp_path, place):
+def test_unwritable_report_is_an_error_before_the_work(npz, capsys, tmp_path, place):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     assert compare(npz, f"--backend eager --steps 1 --dtype float32 --json {tmp_path / place}") == 2
@@ -228,12 +228,14 @@ def test_a_report_that_cannot_be_written_is_said_before_the_work(npz, capsys, tm
         pytest.param("compiled", "float32", 10, marks=pytest.mark.slow),
     ],
 )
-def test_both_are_eager_on_a_gpu(tmp_path, backend, dtype, classes):
-    """Two epochs of two batches, of which images are left over. There are 16,384 windows in the last pool: of a
-    thousand so few tie that whether a side's gradient shows one is luck, and differs from machine to machine.
+def test_compiled_and_fused_match_eager_on_a_gpu(tmp_path, backend, dtype, classes):
+    """Train two epochs of two batches and a rest.
+
+    The last pool has 16,384 windows. So few of a thousand would tie that chance decides whether a gradient shows one,
+    and machines would differ.
     """
     given = small_dataset(150, 7, classes)
-    if classes <= 10:  # fewer ties in textures than in noise
+    if classes <= 10:  # textures have fewer ties than noise
         images, labels = textures(150, 0)
         given = dataclasses.replace(given, train_images=images, train_labels=labels % classes)
     npz = save_npz(tmp_path / "small.npz", given)
@@ -244,7 +246,7 @@ def test_both_are_eager_on_a_gpu(tmp_path, backend, dtype, classes):
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_fused_is_eager_on_a_gpu_at_full_width(tmp_path, dtype):
+def test_fused_matches_eager_on_a_gpu_at_full_width(tmp_path, dtype):
     dataset = save_npz(tmp_path / "small.npz", small_dataset(train=1024, test=6, classes=10))
     flags = f"--dataset npz --data-dir {dataset} --device cuda --batch-size 256 --steps 4 --dtype {dtype}"
     assert main(flags.split()) == 0

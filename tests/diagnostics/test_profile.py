@@ -25,7 +25,7 @@ from cifar_fast.diagnostics.profile import (
     LINES,
     NORM_BACKWARD,
     NORM_FORWARD,
-    OPTIMISER,
+    OPTIMIZER,
     OTHER,
     classify_kernel,
     classify_operator,
@@ -34,13 +34,14 @@ from cifar_fast.diagnostics.profile import (
     profile,
     table_rows,
 )
+from cifar_fast.utils.progress import lines_to
 from tests.helpers import NARROW, small_dataset
 
 CPU = torch.device("cpu")
 
 
 def make(backend=Eager, train=64, batch_size=16, device=CPU, dtype=torch.float32, widths=NARROW):
-    """A backend at the start of a run, and an epoch's draws for it."""
+    """Return a backend at the start of a run, and the draws of an epoch."""
     recipe, dataset = Recipe(epochs=1, batch_size=batch_size, widths=widths), small_dataset(train=train, test=4)
     made = backend(recipe, device_data(dataset, device), device, dtype, torch.channels_last)
     made.reset(CNN(recipe, dataset.num_classes))
@@ -53,9 +54,7 @@ def assert_sums_to_the_step(table):
     assert all(row.milliseconds >= 0 and row.line in LINES for row in table.rows)
 
 
-# -- names, as profiles of Volta, Ampere, Ada and Hopper GPUs show them
-
-
+# The names are from profiles of Volta, Ampere, Ada and Hopper GPUs.
 @pytest.mark.parametrize(
     ("line", "name"),
     [
@@ -98,10 +97,10 @@ def assert_sums_to_the_step(table):
         (CONV_UNKNOWN_PASS, "void cask__5x_cudnn::computeOffsetsKernel<false, false>(cask__5x_cudnn::ComputeOffsetsParams)"),
         (LAYOUT, "void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true, (cudnnKernelDataType_t)0>"),
         (LAYOUT, "void cudnn::engines_precompiled::nhwcToNchwKernel<float, float, float, true, false, (cudnnKernelDataType_t)0>"),
-        (OPTIMISER, "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<"
+        (OPTIMIZER, "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<"
          "at::native::(anonymous namespace)::FusedOptimizerTensorListMetadata<3>, "
          "at::native::(anonymous namespace)::FusedSgdMathFunctor<c10::Half, 3>, float const*, double>"),
-        (OPTIMISER, "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<"
+        (OPTIMIZER, "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<"
          "at::native::(anonymous namespace)::TensorListMetadata<2>, "
          "at::native::(anonymous namespace)::BinaryOpListAlphaFunctor<float, 2, 2, 0>, std::plus<float>, float>"),
         (OTHER, "triton_poi_fused_convolution_backward_native_batch_norm_backward_3"),
@@ -114,11 +113,11 @@ def assert_sums_to_the_step(table):
         (OTHER, "Memset (Device)"),
     ],
 )  # fmt: skip
-def test_a_kernels_name_tells_its_line(line, name):
+def test_kernel_name_decides_the_line(line, name):
     assert classify_kernel(name) == line
 
 
-def test_every_kernel_of_ours_has_a_line_of_ours():
+def test_our_kernels_have_our_lines():
     found = {AUGMENT: set(), NORM_FORWARD: set(), NORM_BACKWARD: set()}
     for module in ("augment", "batch_norm_celu"):
         for name in vars(
@@ -150,22 +149,19 @@ def test_every_kernel_of_ours_has_a_line_of_ours():
             NORM_BACKWARD,
             "autograd::engine::evaluate_function: GeneratedBackwardFor_cifar_fast_batch_norm_celu_defaultBackward",
         ),
-        (OPTIMISER, "Optimizer.step#SGD.step"),
-        (OPTIMISER, "aten::_fused_sgd_"),
-        (OPTIMISER, "aten::_foreach_add_"),
+        (OPTIMIZER, "Optimizer.step#SGD.step"),
+        (OPTIMIZER, "aten::_fused_sgd_"),
+        (OPTIMIZER, "aten::_foreach_add_"),
         (OTHER, "aten::add_"),
         (OTHER, "aten::native_batch_norm_backward"),
         (OTHER, "Torch-Compiled Region: 0/0"),
     ],
 )
-def test_an_operators_name_tells_its_line(line, name):
+def test_operator_name_decides_the_line(line, name):
     assert classify_operator(name) == line
 
 
-# -- arithmetic
-
-
-def test_time_that_intervals_share_is_covered_once():
+def test_overlapping_intervals_are_counted_once():
     assert covered([(8, 9), (0, 4), (1, 2), (3, 6)]) == 7
     assert covered([]) == 0
 
@@ -175,7 +171,7 @@ def kernel(name, start, end, annotation=False, device=DeviceType.CUDA):
     return SimpleNamespace(name=name, time_range=time_range, is_user_annotation=annotation, device_type=device)
 
 
-def test_overlapping_kernels_share_the_busy_time_and_annotations_take_none():
+def test_overlapping_kernels_share_the_busy_time_and_annotations_have_none():
     events = [
         kernel("augment_kernel", 0, 3000),
         kernel("sm90_xmma_fprop", 2000, 5000),
@@ -190,55 +186,53 @@ def test_overlapping_kernels_share_the_busy_time_and_annotations_take_none():
     assert (rows[AUGMENT].launches, rows[IDLE].launches) == (0.5, 0)
 
 
-def test_a_gpu_clock_that_runs_ahead_makes_no_negative_gap():
+def test_idle_time_is_not_negative_if_the_gpu_clock_is_fast():
     rows = table_rows(*kernel_work([kernel("augment_kernel", 0, 1001)]), wall=1000, steps=1)
     assert [(row.line, row.milliseconds) for row in rows] == [(AUGMENT, pytest.approx(1)), (IDLE, 0)]
 
 
-def test_a_profile_without_a_kernel_is_refused():
+def test_profile_without_a_kernel_is_an_error():
     with pytest.raises(InputError, match="saw no kernel"):
         kernel_work([kernel("aten::mm", 0, 1, device=DeviceType.CPU)])
 
 
-# -- profiles
-
-
-def test_an_eager_profile_has_each_line_once_and_sums_to_the_step(tmp_path):
+def test_eager_profile_has_each_line_once_and_sums_to_the_step(tmp_path):
     table = profile(*make(), tmp_path, steps=2)
     launches = {row.line: row.launches for row in table.rows}
-    assert list(launches) == [CONV_FORWARD, CONV_BACKWARD, OPTIMISER, OTHER, IDLE]
-    assert (launches[CONV_FORWARD], launches[CONV_BACKWARD], launches[OPTIMISER], launches[IDLE]) == (8, 8, 1, 0)
+    assert list(launches) == [CONV_FORWARD, CONV_BACKWARD, OPTIMIZER, OTHER, IDLE]
+    assert (launches[CONV_FORWARD], launches[CONV_BACKWARD], launches[OPTIMIZER], launches[IDLE]) == (8, 8, 1, 0)
     assert all(row.milliseconds > 0 for row in table.rows)
     assert_sums_to_the_step(table)
 
 
-def test_what_the_optimiser_calls_is_the_optimisers(tmp_path):
+def test_calls_of_the_optimizer_belong_to_the_optimizer(tmp_path):
     profile(*make(), tmp_path, steps=1)
     events = [
         event for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if event.get("ph") == "X"
     ]
     step = next(event for event in events if event["name"].startswith("Optimizer.step"))
     table = json.loads((tmp_path / "profile.json").read_text())
-    optimiser = next(row["milliseconds"] for row in table["rows"] if row["line"] == OPTIMISER)
-    assert 1000 * optimiser == pytest.approx(step["dur"], rel=0.01)
+    optimizer = next(row["milliseconds"] for row in table["rows"] if row["line"] == OPTIMIZER)
+    assert 1000 * optimizer == pytest.approx(step["dur"], rel=0.01)
 
 
 @pytest.mark.slow  # the interpreter
-def test_a_fused_profile_has_lines_for_our_kernels(tmp_path, monkeypatch, uncompiled, few_programs):
+def test_fused_profile_has_lines_for_our_kernels(tmp_path, monkeypatch, uncompiled, few_programs):
     if torch.cuda.is_available():
         pytest.skip("kernels run on the GPU here, see the test for it")
-    monkeypatch.setattr(cifar_fast.diagnostics.profile, "UNTRACED", 0)  # a step takes a second here
+    monkeypatch.setattr(cifar_fast.diagnostics.profile, "WARM_UP_STEPS", 0)  # a step takes a second here
     table = profile(*make(Fused, train=4, batch_size=2), tmp_path, steps=1)
     launches = {row.line: row.launches for row in table.rows}
     assert [
-        launches[line] for line in (CONV_FORWARD, CONV_BACKWARD, AUGMENT, NORM_FORWARD, NORM_BACKWARD, OPTIMISER)
-    ] == [8, 8, 1, 16, 8, 1]  # the norm forward: statistics, then the rest
+        launches[line] for line in (CONV_FORWARD, CONV_BACKWARD, AUGMENT, NORM_FORWARD, NORM_BACKWARD, OPTIMIZER)
+    ] == [8, 8, 1, 16, 8, 1]  # the forward pass of a norm has two operators: statistics, then the rest
     assert_sums_to_the_step(table)
 
 
-def test_the_files_hold_the_trace_and_the_table_that_is_logged(tmp_path):
+def test_files_contain_the_trace_and_the_logged_table(tmp_path):
     lines = []
-    table = profile(*make(), tmp_path / "a" / "b", steps=1, log=lines.append)
+    with lines_to(lines.append):
+        table = profile(*make(), tmp_path / "a" / "b", steps=1)
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["profile.json", "trace.json"]
     assert json.loads((tmp_path / "a" / "b" / "profile.json").read_text()) == asdict(table)
     assert (table.backend, table.dtype, table.batch_size, table.steps) == ("eager", "float32", 16, 1)
@@ -251,7 +245,7 @@ def test_the_files_hold_the_trace_and_the_table_that_is_logged(tmp_path):
     ]
 
 
-def test_two_steps_go_untraced_and_a_short_epoch_starts_again(tmp_path, monkeypatch):
+def test_two_steps_are_not_traced_and_a_short_epoch_starts_again(tmp_path, monkeypatch):
     backend, draws = make(train=48)  # three steps an epoch
     epochs, traced = [], []
     train_epoch = backend.train_epoch
@@ -268,17 +262,15 @@ def test_two_steps_go_untraced_and_a_short_epoch_starts_again(tmp_path, monkeypa
     assert epochs == [0, 1, 2]
 
 
-def test_a_directory_that_cannot_be_written_to_is_refused_before_any_step(tmp_path, monkeypatch):
+def test_unwritable_directory_is_an_error_before_any_step(tmp_path, monkeypatch):
     backend, draws = make()
     monkeypatch.setattr(backend, "train_epoch", lambda *args: pytest.fail("trained"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        InputError, match=r"--output .*file: cannot be written to \(File exists\); choose another folder"
-    ):
+    with pytest.raises(InputError, match=r"output .*file: cannot be written to \(File exists\); choose another folder"):
         profile(backend, draws, tmp_path / "file")
 
 
-def test_files_that_fail_leave_the_earlier_ones_whole(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_earlier_files(tmp_path, monkeypatch):
     made = make()
     (tmp_path / "trace.json").write_text("earlier")
 
@@ -292,7 +284,7 @@ def test_files_that_fail_leave_the_earlier_ones_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_fused_profile_on_a_gpu_tells_kernels_of_a_graph_apart(tmp_path):
+def test_fused_profile_on_a_gpu_separates_the_kernels_of_a_graph(tmp_path):
     backend, draws = make(
         Fused, train=512, batch_size=64, device=torch.device("cuda"), dtype=torch.float16, widths=Recipe().widths
     )
@@ -301,5 +293,5 @@ def test_a_fused_profile_on_a_gpu_tells_kernels_of_a_graph_apart(tmp_path):
     assert launches[AUGMENT] == 1
     assert launches[NORM_FORWARD] == launches[NORM_BACKWARD] == 8 * 3
     assert sum(launches.get(line, 0) for line in (CONV_FORWARD, CONV_DATA, CONV_WEIGHT, CONV_UNKNOWN_PASS)) >= 8 + 7 + 8
-    assert launches[OPTIMISER] >= 1
+    assert launches[OPTIMIZER] >= 1
     assert_sums_to_the_step(table)
