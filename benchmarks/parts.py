@@ -164,7 +164,7 @@ def cpu_side(recipe: Recipe, npz: str, side: str) -> dict[str, float]:
     augmentation = [wall(augment_epoch, device) for _ in range(3)]
     times = [wall(lambda: losses.append(step()), device) for _ in range(2 + CPU_STEPS)][2:]
     if not torch.stack(losses).isfinite().all():
-        raise kernel_cases.kernel_cases.WrongResult(f"{side}: the loss of a timed step is not finite")
+        raise kernel_cases.WrongResult(f"{side}: the loss of a timed step is not finite")
     return {"step": statistics.median(times), "augmentation of an epoch": statistics.median(augmentation)}
 
 
@@ -203,7 +203,7 @@ def check_backend(backend: Eager, dataset: Dataset) -> None:
     torch.manual_seed(1)
     draws = draw_epoch(n, device="cpu", recipe=recipe)
     if not torch.equal(augment(backend.train_images, draws, recipe, backend.memory_format), batch):
-        raise kernel_cases.kernel_cases.WrongResult("our batches are not the reference's")
+        raise kernel_cases.WrongResult("our batches are not the reference's")
     training = _reference_training(recipe, dataset)
     with torch.no_grad():
         expected, _ = training.network(batch[:size].float(), labels[:size])
@@ -211,7 +211,7 @@ def check_backend(backend: Eager, dataset: Dataset) -> None:
     losses, _ = next(backend.train_epoch(draws.slice(0, size)))
     error = ((losses - expected).norm() / expected.norm()).item()
     if not error <= LOSS_TOLERANCES[backend.dtype]:
-        raise kernel_cases.kernel_cases.WrongResult(f"the first losses are off the reference's by {error:.1e}")
+        raise kernel_cases.WrongResult(f"the first losses are off the reference's by {error:.1e}")
 
 
 def _reference_training(recipe: Recipe, dataset: Dataset) -> reference.Training:
@@ -236,7 +236,7 @@ def kernels(bench: Bench) -> Rows:
     if not bench.cuda:
         raise Skip("the kernels need a CUDA GPU")
     measured = {(row.case, row.side) for row in bench.done if row.part == "kernels" and row.values}
-    for implementation in kernel_cases.kernel_cases.IMPLEMENTATIONS:
+    for implementation in kernel_cases.IMPLEMENTATIONS:
         for case in kernel_cases.kernel_cases(bench.recipe, bench.config.dtype):
             if (case.name, implementation) not in measured:
                 if bench.late():  # the next run measures the rest
@@ -244,7 +244,7 @@ def kernels(bench: Bench) -> Rows:
                 yield from measure_kernel(case, implementation)
 
 
-def measure_kernel(case: kernel_cases.kernel_cases.TimedCase, implementation: str) -> list[Row]:
+def measure_kernel(case: kernel_cases.TimedCase, implementation: str) -> list[Row]:
     """Check ``implementation`` of ``case``, then time it on the current GPU. A wrong result is a row without values.
 
     A CUDA graph holds many calls. They alternate between input sets that together are twice as large as the L2 cache,
@@ -262,20 +262,20 @@ def measure_kernel(case: kernel_cases.kernel_cases.TimedCase, implementation: st
 
     try:
         with torch.cuda.stream(stream):
-            sets = [case.inputs(device) for _ in range(kernel_cases.kernel_cases.input_sets(case, cache))]
+            sets = [case.inputs(device) for _ in range(kernel_cases.input_sets(case, cache))]
             calls, expected = [case.call(implementation, given) for given in sets], case.expected(sets[0])
             kernel_cases.check(calls[0](), expected)
             for call in calls:
                 call()
             graph, outputs, count = capture(calls, stream)
             times = [seconds / count for seconds in replay_times(graph)]
-            kernel_cases.kernel_cases.check_replay(graph.replay, outputs[0], expected)
+            kernel_cases.check_replay(graph.replay, outputs[0], expected)
             launches = len(device_work(calls[0]))  # last, so that the profiler slows nothing that is timed
-    except kernel_cases.kernel_cases.WrongResult as error:
+    except kernel_cases.WrongResult as error:
         return [row(f"wrong: {error}", "", [])]
     finally:
         torch.cuda.current_stream().wait_stream(stream)
-    size = kernel_cases.kernel_cases.bytes_moved(case.launches())
+    size = kernel_cases.bytes_moved(case.launches())
     rows = [
         row("in a loop", "us", [seconds * 1e6 for seconds in times]),
         row("our bytes", "GB/s", [size / seconds / 1e9 for seconds in times]),
@@ -313,7 +313,7 @@ def time_steps(bench: Bench, sides: dict[str, Backend], rounds: int) -> dict[str
         losses: list[torch.Tensor] = []
         seconds = wall(lambda: losses.extend(loss for loss, _ in backend.train_epoch(draws)), bench.config.device)
         if not torch.stack(losses).isfinite().all():
-            raise kernel_cases.kernel_cases.WrongResult(f"a loss of the {name} backend is not finite")
+            raise kernel_cases.WrongResult(f"a loss of the {name} backend is not finite")
         return seconds / len(losses)
 
     return interleave({name: functools.partial(turn, name, side) for name, side in sides.items()}, rounds, bench.late)
