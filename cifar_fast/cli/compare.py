@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--against", choices=("eager", "compiled", "fused"), default="eager", help="the other backend (default: eager)"
     )
     group.add_argument("--steps", type=int, default=4, metavar="K", help="steps of training (default: 4)")
-    group.add_argument("--drift", action="store_true", help="do not copy the weights before each later step")
+    group.add_argument("--drift", action="store_true", help="copy weights and momentum before the first step only")
     group.add_argument(
         "--tolerance",
         type=float,

@@ -118,7 +118,7 @@ def rate(patch):
 
     def broken(self, *how):
         whole(self, *how)
-        self.state.schedule *= 1.001
+        self.state.schedule.mul_(1.001)
 
     patch.setattr(Fused, "__init__", broken)
 
