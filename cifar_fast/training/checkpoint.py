@@ -15,7 +15,7 @@ from cifar_fast.training.metrics import EpochRow
 from cifar_fast.utils.errors import InputError, out_of_memory
 
 FORMAT = 1
-"""Format of ``checkpoint.pt``. Raised when the meaning of its contents changes."""
+"""Version of the format of ``checkpoint.pt``, increased when the meaning of its contents changes."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Checkpoint:
     """The rows of a run so far, and the state that its next epoch depends on.
 
     Attributes:
-        rows: one for each epoch that has ended.
+        rows: one for each finished epoch.
         setup_seconds: set-up time of the run.
-        state: as :meth:`cifar_fast.backends.base.Backend.training_state` gives it.
-        generators: uint8 states of the generators of order, augmentation and a custom model.
+        state: the value of :meth:`cifar_fast.backends.base.Backend.training_state`.
+        generators: uint8 states of the generators for order, augmentation and a custom model.
     """
 
     rows: list[EpochRow]
@@ -35,19 +35,23 @@ class Checkpoint:
     generators: list[torch.Tensor] = field(repr=False)
 
     def save(self, path: Path) -> None:
-        """Write it to the file ``path``, as plain tensors and numbers."""
+        """Write the checkpoint to the file ``path`` as plain tensors and numbers."""
         torch.save({"format": FORMAT} | vars(self) | {"rows": [dataclasses.asdict(row) for row in self.rows]}, path)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Read it from the file ``path``. Damage raises as many kinds of errors as there are bytes."""
+        """Read a checkpoint from the file ``path``. A damaged file may raise any exception."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.pop("format") != FORMAT:
             raise ValueError("of another format")
         return cls(**saved | {"rows": [EpochRow(**row) for row in saved["rows"]]})
 
     def restore(self, backend: Backend, generators: Iterable[torch.Generator]) -> None:
-        """Bring ``backend``, after its ``reset``, and ``generators`` to the state of the checkpoint."""
+        """Load the state into ``backend``, which was reset before, and into ``generators``.
+
+        Raises:
+            InputError: the weights do not fit the model of ``backend``.
+        """
         try:
             backend.load_training_state(self.state)
         except RuntimeError as error:

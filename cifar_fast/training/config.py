@@ -15,7 +15,7 @@ Config = TypeVar("Config", bound="TrainConfig")
 
 
 def _field(default: Any, help: str, *, choices: tuple[str, ...] = (), may_change: bool = False) -> Any:
-    """A field with its help text. ``may_change``: a resumed training may have another value."""
+    """Return a field with its help text. ``may_change``: a resumed training may use another value."""
     metadata = {"help": help, "choices": choices, "may_change": may_change}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
@@ -26,11 +26,11 @@ def _field(default: Any, help: str, *, choices: tuple[str, ...] = (), may_change
 class TrainConfig:
     """All options of a training.
 
-    ``fit`` takes each as an argument, ``cifar-fast train`` as a flag, a sweep as a key of its file. The help text of a
-    field is the flag's. ``summary.json`` and ``training.json`` hold the values under the same names.
+    Each is an argument of ``fit``, a flag of ``cifar-fast train`` with the help text of the field, and a key of a
+    sweep's file. ``summary.json`` and ``training.json`` hold the values under the same names.
 
     Raises:
-        InputError: a value cannot work, whatever the data and the device.
+        InputError: a value is wrong for any data and any device.
     """
 
     recipe: Recipe = dataclasses.field(default=Recipe(), metadata={"help": "recipe to train", "may_change": False})
@@ -110,16 +110,23 @@ class TrainConfig:
         return TrainConfig(**dict(values) | {"recipe": Recipe(**values["recipe"])})
 
     def replace(self: Config, **changes: Any) -> Config:
+        """Return a copy with ``changes``."""
         return dataclasses.replace(self, **changes)
 
     def resuming(self: Config, earlier: TrainConfig) -> Config:
-        """Return this config with ``auto`` replaced by what ``earlier``, the config of the stopped training, has."""
+        """Return this config with ``auto``, and ``threads`` if None, replaced by the values of ``earlier``.
+
+        ``earlier`` is the config of the training that is resumed.
+        """
         names = ("backend", "device", "dtype", "memory_format")
         kept = {name: getattr(earlier, name) for name in names if getattr(self, name) == "auto"}
         return self.replace(**kept, threads=earlier.threads if self.threads is None else self.threads)
 
     def difference(self, earlier: TrainConfig) -> tuple[str, str, str] | None:
-        """Return the first option that a resumed training cannot change but has: name, earlier value, value now."""
+        """Return name, earlier value and value now of the first difference that a resumed training must not have.
+
+        The result is None if there is no such difference.
+        """
         pairs = [(name, getattr(earlier.recipe, name), getattr(self.recipe, name)) for name in vars(self.recipe)]
         for name in self.names():
             if not _metadata(name)["may_change"]:

@@ -12,9 +12,9 @@ from cifar_fast.model import parameter_dtype
 
 @torch.no_grad()
 def plain_logits(backend: Backend, images: np.ndarray, indices: np.ndarray | None = None) -> torch.Tensor:
-    """Return the logits ``[N, classes]`` of uint8 ``images`` ``[N, 32, 32, 3]``, or of those at ``indices``.
+    """Return the logits ``[N, classes]`` of uint8 ``images`` ``[N, 32, 32, 3]``, or only of the images at ``indices``.
 
-    They are computed by the plain model, with the weights and in the dtype of ``backend``, on its device.
+    The plain model computes them on the device of ``backend``, with its weights and in its dtype.
     """
     device, dtype, memory_format = backend.device, backend.dtype, backend.memory_format
     model = backend.new_model(torch.Generator()).to(parameter_dtype(dtype)).to(device).to(memory_format=memory_format)

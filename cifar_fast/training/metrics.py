@@ -1,4 +1,4 @@
-"""What training measures: a row for each epoch, a record of each run, and the interval of their mean."""
+"""Measurements of a training: a row for each epoch, a record of each run, the confidence interval of the mean."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One epoch of one run. Accuracies are in %, seconds count from the run's first step."""
+    """One epoch of one run. Accuracies are in %. Seconds are totals of the run so far."""
 
     run: int
     epoch: int
@@ -33,10 +33,10 @@ class Run:
 
     Attributes:
         run: index of the run, from 0.
-        seed, init_seed, order_seed, augment_seed: as :meth:`cifar_fast.utils.seeds.Seeds.for_run` gives them.
+        seed, init_seed, order_seed, augment_seed: the values of :meth:`cifar_fast.utils.seeds.Seeds.for_run`.
         test_accuracy: accuracy in % after the last epoch.
-        train_seconds, setup_seconds, evaluation_seconds: where the time went.
-        also_test: accuracy in % on other test sets, by their names.
+        train_seconds, setup_seconds, evaluation_seconds: time of training, set-up and evaluation.
+        also_test: accuracy in % on other test sets, by name.
         stopped: whether a callback ended the run early, by :class:`cifar_fast.StopTraining`.
     """
 
@@ -56,10 +56,10 @@ class Run:
 def confidence_interval_95(values: list[float], highest: float = 100.0) -> list[float] | None:
     """Return Student's 95 % interval ``[low, high]`` of the mean, clipped to 0 and ``highest``.
 
-    ``highest`` is by default the largest accuracy in %. Return None for fewer than two values.
+    The default of ``highest`` is the largest accuracy in %. The result is None for fewer than two values.
 
-    With t = sqrt(k) tan(angle), the density of Student's t with k degrees of freedom becomes cos(angle)^(k - 1). This
-    is summed up to a fraction of 0.95.
+    Substituting t = sqrt(k) tan(angle) turns the density of Student's t with k degrees of freedom into
+    cos(angle)^(k - 1), up to a factor. Summing it over the angles gives the quantile.
     """
     freedom = len(values) - 1
     if freedom < 1:

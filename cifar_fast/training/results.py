@@ -1,4 +1,4 @@
-"""The :class:`Result` of a training: its options, its runs and their summary; and how it is read from a folder."""
+"""The :class:`Result` of a training, and :class:`RunReader`, which reads it from a folder."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = 1
-"""Format of ``model.pt``. Raised when the meaning of its contents changes."""
+"""Version of the format of ``model.pt``, increased when the meaning of its contents changes."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run with its rows, and what it was trained by and on.
+    """A finished run with its rows, backend and environment.
 
-    ``environment`` is as :func:`cifar_fast.utils.device.environment` gives it. ``logits``, if they are kept, are
-    float16 ``[N, classes]`` of the test images, by the plain model.
+    ``environment`` is the value of :func:`cifar_fast.utils.device.environment`. ``logits`` holds the plain model's
+    logits of the test images, float16 ``[N, classes]``, or None if they were not kept.
     """
 
     run: Run
@@ -47,7 +47,7 @@ class RunResult:
     logits: torch.Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: all but the logits."""
+        """Return all values but the logits, for JSON."""
         return {
             "run": dataclasses.asdict(self.run),
             "rows": [dataclasses.asdict(row) for row in self.rows],
@@ -57,24 +57,24 @@ class RunResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunResult:
-        """Return the run that :meth:`to_dict` gave, without logits."""
+        """Return the run that :meth:`to_dict` stored, without logits."""
         rows = [EpochRow(**row) for row in values["rows"]]
         return cls(Run(**values["run"]), rows, values["backend"], values["environment"])
 
 
 @dataclass(frozen=True)
 class Result:
-    """All that :func:`cifar_fast.fit` did. A notebook shows it as a table of its runs with the curves.
+    """The options, runs and weights of a training. A notebook shows a table of the runs, and the curves.
 
     Attributes:
-        config: the options, with backend, device, dtype and memory format as they were used instead of ``auto``.
-        environment: as :func:`cifar_fast.utils.device.environment` gives it, of the first process.
-        auto: the reasons for what ``auto`` chose, and what failed before it.
-        dataset: as :meth:`cifar_fast.Dataset.metadata` gives it, and ``source``.
-        mean, std: of the training images' 0..255 values, per channel; the model's input is normalized with them.
-        notes: what the recipe changes about data or backend, a line each.
-        model: class name of a custom model, to which ``state_dict`` belongs; None for the recipe's network.
-        parameters: how many numbers are trained.
+        config: the options; ``auto`` is replaced by the backend, device, dtype and memory format that were used.
+        environment: the value of :func:`cifar_fast.utils.device.environment` on rank 0.
+        auto: a line with the reason for the choice of ``auto``, and a line for each backend that failed before.
+        dataset: the value of :meth:`cifar_fast.Dataset.metadata`, and ``source``.
+        mean, std: statistics of each channel of the training images, from 0 to 255. They normalize the model's input.
+        notes: a line for each effect of the recipe on data or backend.
+        model: class name of the custom model that ``state_dict`` belongs to; None for the recipe's network.
+        parameters: number of trained values.
         run_results: the finished runs, in order.
         state_dict: weights of the last run.
         unwritten: a line for each file that could not be written.
@@ -95,7 +95,7 @@ class Result:
 
     @classmethod
     def load(cls, folder: str | Path, weights: bool = True) -> Result:
-        """Read the runs in ``folder`` that have ended; ``weights`` reads those of the last run too.
+        """Read the finished runs in ``folder``, and the weights of the last run if ``weights``.
 
         Raises:
             InputError: the folder holds no training or no finished run, or a file cannot be read.
@@ -120,7 +120,7 @@ class Result:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that have no attribute of their own here, by their names."""
+        """The options without an attribute of their own, by name."""
         own = ("backend", "dtype", "memory_format")
         return {name: getattr(self.config, name) for name in self.config.names() if name not in own}
 
@@ -139,13 +139,13 @@ class Result:
         return [result.logits for result in self.run_results if result.logits is not None]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``training.json`` holds: all that was known before the first epoch."""
+        """Return the contents of ``training.json``: everything known before the first epoch."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-3]}
         return values | {"config": self.config.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Result:
-        """Return the result that :meth:`to_dict` gave, without runs."""
+        """Return the result that :meth:`to_dict` stored, without runs."""
         return cls(**values | {"config": TrainConfig.from_dict(values["config"])})
 
     def __repr__(self) -> str:
@@ -174,13 +174,13 @@ class Result:
         return curves_figure(self.rows, self.recipe, self.title())
 
     def title(self) -> str:
-        """Return one line that says what was trained, and where."""
+        """Return data set, backend, dtype, device and number of runs in one line."""
         runs = f"{len(self.runs)} runs" if len(self.runs) > 1 else "1 run"
         device = self.environment["device_name"]
         return f"{self.dataset['name']}, {self.backend} backend, {self.dtype}, {device}, {runs}"
 
     def checkpoint(self) -> dict[str, Any]:
-        """Return what ``model.pt`` holds: the weights, and all that is needed to use them."""
+        """Return the contents of ``model.pt``: the weights, and everything needed to use them."""
         return {
             "format": FORMAT,
             "model": self.model,
@@ -192,7 +192,7 @@ class Result:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Return what ``summary.json`` holds. A single run has no deviation and no interval: None."""
+        """Return the contents of ``summary.json``. Deviation and interval are None for a single run."""
         accuracies = [run.test_accuracy for run in self.runs]
         seconds = [run.train_seconds for run in self.runs]
         return {
@@ -236,7 +236,7 @@ class Result:
 
 
 class RunReader:
-    """Reads the folder of a training. ``name`` says in errors which folder it is."""
+    """Reader of the folder of a training. Errors call the folder ``name``."""
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
         self.path = Path(path).expanduser()
@@ -247,7 +247,7 @@ class RunReader:
         return self.path / f"run-{run}"
 
     def training(self) -> Result:
-        """Return what is known of the training before its first epoch: the result without runs and weights."""
+        """Return the result in ``training.json``, without runs and weights."""
         path = self.path / TRAINING
         try:
             return Result.from_dict(json.loads(path.read_text()))
@@ -255,14 +255,14 @@ class RunReader:
             raise InputError(
                 f"{self.name}: holds no {TRAINING}; there is nothing to resume, start with {option('output')}"
             ) from None
-        except Exception as error:  # damage raises as many kinds of errors as there are bytes
+        except Exception as error:  # a damaged file may raise any exception
             raise InputError(
                 f"{self.name}: {TRAINING} cannot be read ({first_line(error)}); start again with {option('output')} "
                 f"and {option('overwrite')}"
             ) from None
 
     def run_result(self, run: int, logits: bool = True) -> RunResult | None:
-        """Return the result of a run that has ended, else None; with its logits, if they were kept."""
+        """Return the result of a finished run, else None. ``logits``: also read its logits, if there are any."""
         path = self.of_run(run) / RUN_RESULT
         if not self.has_result(run):
             return None
@@ -274,7 +274,7 @@ class RunReader:
         return result
 
     def checkpoint(self, run: int) -> Checkpoint | None:
-        """Return the checkpoint of a run that has begun and not ended, else None."""
+        """Return the checkpoint of an unfinished run, or None if there is none."""
         path = self.of_run(run) / CHECKPOINT
         if not path.exists():
             return None
@@ -285,22 +285,22 @@ class RunReader:
     def _readable(self, path: Path) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # damage raises as many kinds of errors as there are bytes
+        except Exception as error:  # a damaged file may raise any exception
             name = path.relative_to(self.path)
             raise InputError(
                 f"{self.name}: {name} cannot be read ({first_line(error)}); remove that file to train the run again"
             ) from None
 
     def has_result(self, run: int) -> bool:
-        """Return whether a run has ended."""
+        """Return whether a run has finished."""
         return (self.of_run(run) / RUN_RESULT).exists()
 
     def missing(self, runs: int) -> list[int]:
-        """Return the indices of the runs that have no result yet."""
+        """Return the indices of the runs without a result."""
         return [run for run in range(runs) if not self.has_result(run)]
 
     def all_written(self, runs: int) -> bool:
-        """Return whether all ``runs`` have ended and the files made from them are there."""
+        """Return whether all ``runs`` have finished and the files made from them exist."""
         return not self.missing(runs) and (self.path / SUMMARY).exists() and (self.path / MODEL).exists()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -309,7 +309,7 @@ class RunReader:
             return torch.load(self.path / MODEL, map_location="cpu", weights_only=True)["state_dict"]
 
     def result(self, weights: bool = True) -> Result:
-        """Return the result of the runs that have ended, with the weights of the last one.
+        """Return the result of the finished runs, and the weights of the last one if ``weights``.
 
         Raises:
             InputError: the folder holds no training or no finished run, or a file cannot be read.

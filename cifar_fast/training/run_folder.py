@@ -1,13 +1,13 @@
-"""The folder of a training: a folder for each run, and the files that people read, made from them.
+"""The folder of a training: a folder for each run, and the files made from all runs.
 
-    training.json        options, data set and environment, from before the first epoch
-    run-0/checkpoint.pt  state of the run between two epochs, until the run has ended
-    run-0/result.json    rows and accuracies of the run, when it has ended; logits.npz beside it if asked for
-    metrics.jsonl        the rows of all runs, each as soon as it is there
+    training.json        options, data set and environment, written before the first epoch
+    run-0/checkpoint.pt  state of the run between two epochs, until the run has finished
+    run-0/result.json    rows and accuracies of the finished run; logits.npz beside it with ``save_logits``
+    metrics.jsonl        the rows of all runs, each written at the end of its epoch
     model.pt             weights of the last run
-    summary.json, curves.png, logits.npz    when all runs have ended
+    summary.json, curves.png, logits.npz    written when all runs have finished
 
-A run without ``result.json`` is missing: resuming a training and sharing it among processes both train what is missing.
+A run without ``result.json`` is missing. Resuming a training and sharing it among processes both train missing runs.
 """
 
 from __future__ import annotations
@@ -55,18 +55,19 @@ FILES = (TRAINING, SUMMARY, ROWS, MODEL, LOGITS, CURVES)
 class RunFolder(RunReader):
     """The folder that a training writes to.
 
-    As a context manager it belongs to this process: other trainings are refused. Each file is whole or absent. A file
-    that cannot be written is reported in a line, in ``failures`` too, and everything else is still written. A folder
-    made here is removed if nothing was written.
+    Inside a ``with`` block the folder belongs to this process, and other trainings are refused. Each file is whole or
+    absent. A file that cannot be written is reported in one line, and everything else is still written. A folder made
+    here is removed if nothing was written.
 
     Args:
-        overwrite: replace existing results, which are otherwise an error. They stay until the first new row is there.
+        overwrite: replace existing results, which are otherwise an error. They stay until the first row is written.
         new: make a new folder, with a number after its name if the name is taken.
         resume: continue the training in the folder.
 
     Attributes:
-        earlier: the training that is resumed, without its runs; else None.
-        tensorboard: gets the rows too, if it is set.
+        earlier: result of the training that is resumed, without its runs; else None.
+        failures: a line for each file that could not be written, by its name.
+        tensorboard: also gets the rows, if set.
     """
 
     def __init__(self, path: str | Path, overwrite: bool = False, *, new: bool = False, resume: bool = False) -> None:
@@ -107,7 +108,7 @@ class RunFolder(RunReader):
             with os_error_as_input_error(self.name):
                 self._make()
                 self._stack.enter_context(locked(self.path, self._refuse_busy))
-                tempfile.TemporaryFile(dir=self.path).close()  # shows now whether files can be made, not after an epoch
+                tempfile.TemporaryFile(dir=self.path).close()  # refuses now, not after an epoch
             for folder in (self.path, *self.path.glob("run-*")):
                 for name in (*FILES, CHECKPOINT, RUN_RESULT):
                     remove_temporary(folder / name)
@@ -115,7 +116,7 @@ class RunFolder(RunReader):
                 self.earlier = self.training()  # another process may have continued it
                 self.write_rows(self.earlier.config.runs)
             else:
-                self._refuse_results()  # of a command that has ended since
+                self._refuse_results()  # another command may have written some
                 self._stack.callback(self._forget_start)
         except BaseException:
             self.__exit__()
@@ -153,8 +154,6 @@ class RunFolder(RunReader):
         if not self._replaced and not (self.path / ROWS).exists():
             (self.path / TRAINING).unlink(missing_ok=True)
 
-    # Writing
-
     def has_result(self, run: int) -> bool:
         return not self._replaced and super().has_result(run)
 
@@ -173,7 +172,7 @@ class RunFolder(RunReader):
             self._write(self.path / TRAINING, lambda temporary: temporary.write_text(values))
 
     def replace_earlier(self) -> None:
-        """Delete the results that are to be replaced; ``training.json``, which names them, first."""
+        """Delete the earlier results, ``training.json`` first because it describes the others."""
         for path in self._replaced:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -185,10 +184,10 @@ class RunFolder(RunReader):
 
     @contextlib.contextmanager
     def run_lock(self, run: int) -> Iterator[None]:
-        """Own the folder of a run: a process of an earlier launch may still be at work there."""
+        """Lock the folder of a run, because a process of an earlier launch may still write to it."""
         folder = self.of_run(run)
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # a disk that is full, which the files will report
+            with contextlib.suppress(OSError):  # a full disk is reported when the files are written
                 folder.mkdir(exist_ok=True)
                 stack.callback(remove_empty, [folder])
                 stack.enter_context(locked(folder, self._refuse_busy))
@@ -211,12 +210,15 @@ class RunFolder(RunReader):
                 if file.write(lines) < len(lines):
                     raise OSError("No space left on device")
             except OSError:
-                file.truncate(size)  # no half line stays
+                file.truncate(size)  # leaves no half line
                 raise
         self._pending = []
 
     def write_rows(self, runs: int) -> None:
-        """Write ``metrics.jsonl`` from the folders of the runs; a row later than its checkpoint is trained again."""
+        """Write ``metrics.jsonl`` from the folders of the runs, without rows after the last checkpoint of a run.
+
+        Those epochs are trained again.
+        """
         rows: list[EpochRow] = []
         for run in range(runs):
             found = self.run_result(run, logits=False) or self.checkpoint(run)
@@ -235,9 +237,9 @@ class RunFolder(RunReader):
         self._write(self.of_run(run) / CHECKPOINT, checkpoint.save)
 
     def finish_run(self, result: Result, run: RunResult) -> None:
-        """Write what a run leaves. ``result.json`` comes last, and replaces the checkpoint.
+        """Write the files of a finished run. ``result.json`` is written last and replaces the checkpoint.
 
-        The last run also leaves ``model.pt``, out of ``result``.
+        The last run also writes ``model.pt``, from ``result``.
         """
         folder, number = self.of_run(run.run.run), run.run.run
         written = True
@@ -251,9 +253,9 @@ class RunFolder(RunReader):
             (folder / CHECKPOINT).unlink(missing_ok=True)
 
     def finish(self, result: Result, test_labels: np.ndarray) -> None:
-        """Write the files made from the runs, small ones first. ``result.unwritten`` gets what failed.
+        """Write the files made from the runs, small ones first. ``result.unwritten`` gets a line for each failure.
 
-        ``test_labels`` ``[N]`` go with the logits.
+        ``test_labels`` ``[N]`` are stored beside the logits.
         """
         self._write_rows(result.rows)
         self._write(
@@ -273,11 +275,11 @@ class RunFolder(RunReader):
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> bool:
         def whole() -> None:
-            path.parent.mkdir(exist_ok=True)  # of an earlier training's run it was deleted
+            path.parent.mkdir(exist_ok=True)  # replacing earlier results deleted it
             with atomic_write(path) as temporary:
                 write(temporary)
 
-        # Checkpoints fail alike, and the next one makes good for it.
+        # All checkpoints share one entry, because a later one replaces one that failed.
         return self._try(CHECKPOINT if path.name == CHECKPOINT else str(path.relative_to(self.path)), whole)
 
     def _try(self, name: str, write: Callable[[], object]) -> bool:

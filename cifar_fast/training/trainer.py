@@ -22,14 +22,14 @@ def train(
     after: EpochRow = EpochRow(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0),  # noqa: B008  (frozen)
     on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[EpochRow]:
-    """Train the epochs of a run that follow ``after``, and yield a row as each ends.
+    """Train the epochs of a run that follow ``after``, and yield a row at the end of each.
 
     Args:
-        backend: after its ``reset``, or a restored checkpoint.
+        backend: was reset, or restored from a checkpoint.
         order: generator of the permutation of each epoch.
-        augmentation: generator of the augmentation's draws; may be the same one.
-        clock: seconds, read when the device has done its work, as :func:`cifar_fast.utils.device.device_timer` gives.
-        after: row of the last epoch that ended, epoch 0 at the start of a run. The rows have its run index.
+        augmentation: generator of the draws for augmentation; may be ``order``.
+        clock: waits for the device and returns seconds, see :func:`cifar_fast.utils.device.device_timer`.
+        after: row of the last finished epoch, epoch 0 at the start of a run. New rows get its run index.
         on_step: called after each step.
 
     Raises:
@@ -56,14 +56,20 @@ def train(
         start = clock()
         test_correct = backend.evaluate()
         evaluation_seconds += clock() - start
-        # The mean of 100 for correct and 0 for wrong: the reference script's arithmetic, to its last bit.
+        # The reference script averages 100 for correct and 0 for wrong. Other arithmetic changes the last bit.
         accuracy, test_accuracy = ((100 * values).float().mean().item() for values in (correct, test_correct))
         mean_loss = losses.float().mean().item()
         yield EpochRow(after.run, epoch + 1, mean_loss, accuracy, test_accuracy, train_seconds, evaluation_seconds)
 
 
 def check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -> None:
-    """Raise :class:`Diverged` at the first step, a row of ``losses`` each, with a loss that is not finite."""
+    """Raise :class:`Diverged` for the first step with a loss that is not finite.
+
+    Args:
+        losses: ``[steps, B]``, a row for each of several consecutive steps.
+        first_step: number of the first of these steps, counted from 1 over the run.
+        steps_per_epoch: number of steps in an epoch.
+    """
     bad = ~losses.isfinite().all(dim=1)
     if bad.any():
         step = first_step + int(bad.int().argmax())
