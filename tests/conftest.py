@@ -28,6 +28,7 @@ from cifar_fast import Dataset
 from cifar_fast.data.sources import MIRRORS
 from cifar_fast.data.synthetic import PATTERNS, textures
 from cifar_fast.kernels.launch import using
+from cifar_fast.training import run_folder
 from tests.helpers import KINDS, SHARED, launch_table, published, save_npz, small_dataset
 
 
@@ -92,7 +93,7 @@ def npz(tmp_path_factory, tiny):
 def no_curves():
     """Leave curves.png empty, because drawing takes longer than training here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cifar_fast.training.run_folder.draw_curves", lambda rows, recipe, title, file: file.touch())
+        patch.setattr(run_folder, "draw_curves", lambda rows, recipe, title, file: file.touch())
         yield
 
 

@@ -1,4 +1,4 @@
-"""The command, as a person meets it."""
+"""``cifar-fast train`` at a terminal: its flags, its output, its errors."""
 
 import fcntl
 import json
@@ -11,6 +11,7 @@ import termios
 import time
 
 import pytest
+import torch
 
 from cifar_fast import Recipe
 from cifar_fast.cli.flags import recipe_of
@@ -20,14 +21,14 @@ from cifar_fast.train import main
 NARROW = "--widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu"
 
 
-def run(flags, **how):
-    return subprocess.run(
-        [sys.executable, "-m", "cifar_fast.train", *str(flags).split()], capture_output=True, text=True, **how
-    )
+def run(flags, **settings):
+    """Run the command in a process of its own."""
+    command = [sys.executable, "-m", "cifar_fast.train", *flags.split()]
+    return subprocess.run(command, capture_output=True, text=True, **settings)
 
 
-@pytest.mark.slow  # a process of its own
-def test_the_command_prints_plain_lines_and_writes_its_files(tmp_path, npz):
+@pytest.mark.slow  # starts a process
+def test_command_prints_plain_lines_and_writes_its_files(tmp_path, npz):
     done = run(f"--dataset npz --data-dir {npz} --runs 2 --output {tmp_path}/out {NARROW}")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -43,8 +44,8 @@ def test_the_command_prints_plain_lines_and_writes_its_files(tmp_path, npz):
     assert len(json.loads((tmp_path / "out/summary.json").read_text())["runs"]) == 2
 
 
-@pytest.mark.slow  # a process of its own
-def test_a_redirected_log_has_each_line_when_it_happens(tmp_path, npz):
+@pytest.mark.slow  # starts a process
+def test_redirected_output_has_each_line_at_once(tmp_path, npz):
     flags = f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW} --epochs 100000"
     with open(tmp_path / "log", "w") as log:
         training = subprocess.Popen([sys.executable, "-m", "cifar_fast.train", *flags.split()], stdout=log)
@@ -58,8 +59,8 @@ def test_a_redirected_log_has_each_line_when_it_happens(tmp_path, npz):
             training.wait()
 
 
-@pytest.mark.slow  # a process of its own
-def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path, npz):
+@pytest.mark.slow  # starts a process
+def test_closed_pipe_ends_the_command_quietly(tmp_path, npz):
     flags = f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW} --epochs 100000"
     command = f"{sys.executable} -m cifar_fast.train {flags} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
@@ -67,25 +68,26 @@ def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path, npz):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.nightly  # many processes
-def test_jobs_that_start_at_once_have_a_folder_each(tmp_path, npz):
-    """As jobs of an array do, which start in one second."""
-    code = (
-        f"import sys, cifar_fast.cli.train as cli; cli.default_output = lambda name: {str(tmp_path / 'runs/same')!r}; "
-    )
-    code += "sys.exit(cli.train())"
+@pytest.mark.nightly  # starts processes
+def test_jobs_that_start_together_have_a_folder_each(tmp_path, npz):
+    """The names of new folders contain the second in which a job starts. These jobs get one name."""
+    code = f"""
+import sys
+from cifar_fast.cli import train
+train.default_output = lambda dataset: {str(tmp_path / "runs/same")!r}
+sys.exit(train.main())
+"""
     flags = f"--dataset npz --data-dir {npz} {NARROW}"
     jobs = [subprocess.Popen([sys.executable, "-c", code, *flags.split(), "--seed", str(seed)]) for seed in range(2)]
     assert [job.wait() for job in jobs] == [0, 0]
-    seeds = [
-        json.loads((folder / "summary.json").read_text())["runs"][0]["seed"] for folder in (tmp_path / "runs").iterdir()
-    ]
+    folders = list((tmp_path / "runs").iterdir())
+    seeds = [json.loads((folder / "summary.json").read_text())["runs"][0]["seed"] for folder in folders]
     assert sorted(seeds) == [0, 1]
-    assert {len((folder / "metrics.jsonl").read_text().splitlines()) for folder in (tmp_path / "runs").iterdir()} == {2}
+    assert {len((folder / "metrics.jsonl").read_text().splitlines()) for folder in folders} == {2}
 
 
-@pytest.mark.nightly  # a process of its own
-def test_a_name_that_the_terminal_cannot_show_does_not_cost_the_results(tmp_path, npz):
+@pytest.mark.nightly  # starts a process
+def test_folder_name_that_the_terminal_cannot_show_is_escaped(tmp_path, npz):
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = run(f"--dataset npz --data-dir {npz} --output {tmp_path}/häuser {NARROW}", env=env)
     assert done.returncode == 0, done.stderr
@@ -93,8 +95,8 @@ def test_a_name_that_the_terminal_cannot_show_does_not_cost_the_results(tmp_path
     assert (tmp_path / "häuser/summary.json").exists()
 
 
-@pytest.mark.nightly  # a process of its own
-def test_a_backend_of_matplotlib_that_is_not_there_does_not_cost_the_curves(tmp_path, npz):
+@pytest.mark.nightly  # starts a process
+def test_curves_are_drawn_with_an_unknown_matplotlib_backend(tmp_path, npz):
     done = run(
         f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}", env=os.environ | {"MPLBACKEND": "not there"}
     )
@@ -102,25 +104,25 @@ def test_a_backend_of_matplotlib_that_is_not_there_does_not_cost_the_curves(tmp_
     assert (tmp_path / "out/curves.png").exists()
 
 
-def test_a_file_that_could_not_be_written_is_exit_code_1(tmp_path, npz, monkeypatch, capfd):
-    monkeypatch.setattr("torch.save", lambda *args: 1 / 0)
+def test_unwritten_file_gives_exit_code_1(tmp_path, npz, monkeypatch, capfd):
+    monkeypatch.setattr(torch, "save", lambda *args: 1 / 0)
     assert main(f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}".split()) == 1
-    shown = capfd.readouterr()
-    assert "\ntest accuracy " in shown.out
-    assert shown.err == f"error: {tmp_path}/out/model.pt could not be written (division by zero)\n"
+    output, error = capfd.readouterr()
+    assert "\ntest accuracy " in output
+    assert error == f"error: {tmp_path}/out/model.pt could not be written (division by zero)\n"
 
 
 @pytest.mark.parametrize("variable", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
-def test_a_compilers_cache_that_cannot_be_written_is_named(tmp_path, npz, monkeypatch, capfd, variable):
+def test_compiler_cache_that_cannot_be_written_is_named(tmp_path, npz, monkeypatch, capfd, variable):
     monkeypatch.setenv(variable, "/proc/none")
     assert main(f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}".split()) == 2
     error = capfd.readouterr().err
     assert error.startswith(f"error: ${variable} (/proc/none): cannot be written to") and error.count("\n") == 1
 
 
-@pytest.mark.nightly  # processes
-def test_torchvision_is_needed_only_by_what_it_reads(tmp_path, npz):
-    broken = "raise RuntimeError('operator torchvision::nms does not exist')"  # as one made for another torch
+@pytest.mark.nightly  # starts processes
+def test_torchvision_is_needed_only_for_its_data_sets(tmp_path, npz):
+    broken = "raise RuntimeError('operator torchvision::nms does not exist')"  # as if built for another torch
     (tmp_path / "path/torchvision").mkdir(parents=True)
     (tmp_path / "path/torchvision/__init__.py").write_text(broken)
     env = os.environ | {"PYTHONPATH": f"{tmp_path}/path:{os.getcwd()}"}
@@ -131,34 +133,34 @@ def test_torchvision_is_needed_only_by_what_it_reads(tmp_path, npz):
     assert "which cannot be imported" in done.stderr and "install the torchvision that goes with" in done.stderr
 
 
-@pytest.mark.slow  # a process of its own
-def test_on_a_terminal_a_bar_shows_the_steps(tmp_path, npz):
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+@pytest.mark.slow  # starts a process
+def test_terminal_shows_a_progress_bar_of_steps(tmp_path, npz):
+    reader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     flags = f"-m cifar_fast.train --dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}"
-    with subprocess.Popen([sys.executable, *flags.split()], stdout=subprocess.DEVNULL, stderr=theirs):
-        os.close(theirs)
-        shown = b""
+    with subprocess.Popen([sys.executable, *flags.split()], stdout=subprocess.DEVNULL, stderr=terminal):
+        os.close(terminal)
+        output = b""
         while True:
             try:
-                shown += os.read(ours, 4096)
+                output += os.read(reader, 4096)
             except OSError:  # the other end is closed
                 break
-    os.close(ours)
-    assert b"epoch 1/2" in shown and b"/1 [" in shown
+    os.close(reader)
+    assert b"epoch 1/2" in output and b"/1 [" in output
 
 
 @pytest.mark.slow  # whole trainings
-def test_profile_tells_where_a_steps_time_goes_and_trains_no_further(tmp_path, npz, monkeypatch, capsys):
+def test_profile_reports_the_time_of_a_step_and_does_not_train(tmp_path, npz, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(f"--dataset npz --data-dir {npz} --profile traces {NARROW}".split()) == 0
-    shown = capsys.readouterr().out
-    assert "convolutions forward" in shown and "idle" in shown and "optimizer" in shown
+    output = capsys.readouterr().out
+    assert "convolutions forward" in output and "idle" in output and "optimizer" in output
     assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == ["profile.json", "trace.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["traces"]
 
 
-def test_without_output_results_go_to_a_new_folder_under_runs(tmp_path, npz, monkeypatch):
+def test_results_go_to_a_new_folder_under_runs_by_default(tmp_path, npz, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(f"--dataset npz --data-dir {npz} {NARROW}".split()) == 0
     (folder,) = (tmp_path / "runs").iterdir()
@@ -180,7 +182,7 @@ def test_each_constant_of_the_recipe_is_a_flag_with_help(capsys):
     assert all(flag in text for flag in flags.split() if flag.startswith("--"))
 
 
-def test_a_recipe_file_is_the_start_and_flags_change_it(tmp_path, capsys):
+def test_flags_override_the_recipe_file(tmp_path, capsys):
     Recipe(epochs=5, cutout_size=6).save(tmp_path / "r.json")
     assert main(["--recipe", str(tmp_path / "r.json"), "--epochs", "7", "--print-recipe"]) == 0
     assert Recipe.from_json(capsys.readouterr().out) == Recipe(epochs=7, cutout_size=6)
@@ -214,7 +216,7 @@ def test_a_recipe_file_is_the_start_and_flags_change_it(tmp_path, capsys):
         ),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path, monkeypatch, capfd, flags, words):
+def test_bad_input_is_one_error_line_and_writes_nothing(tmp_path, monkeypatch, capfd, flags, words):
     work = tmp_path / "work"
     work.mkdir()
     (tmp_path / "file").touch()
@@ -227,7 +229,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path, monk
     assert not list(work.iterdir())
 
 
-def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1_and_leaves_nothing(tmp_path, monkeypatch, capfd):
+def test_diverged_run_is_one_error_line_and_writes_nothing(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     flags = "--dataset synthetic --widths 4 8 8 8 16 32 32 32 --lr-values 1e30 1e30 0 --output out"
     assert main(flags.split()) == 1
@@ -236,27 +238,27 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1_and_leaves_nothin
     assert not list(tmp_path.iterdir())
 
 
-def test_traceback_shows_where_an_error_came_from(npz, capfd):
+def test_traceback_flag_shows_the_traceback_of_an_error(npz, capfd):
     assert main(f"--dataset npz --data-dir {npz} --batch-size 97 --traceback".split()) == 2
     error = capfd.readouterr().err
     assert error.startswith("Traceback") and error.splitlines()[-1].startswith("error: ")
 
 
-def test_another_runs_results_are_refused_before_the_data_are_read(tmp_path, npz, capsys):
+def test_folder_with_results_is_refused_before_the_data_are_read(tmp_path, npz, capsys):
     (tmp_path / "summary.json").write_text("{}")
     assert main(f"--dataset npz --data-dir none.npz --output {tmp_path}".split()) == 2
     assert "already holds results" in capsys.readouterr().err
 
 
-@pytest.mark.slow  # a process of its own
-def test_as_a_process_bad_input_shows_no_traceback(tmp_path):
+@pytest.mark.slow  # starts a process
+def test_bad_input_shows_no_traceback_in_a_process(tmp_path):
     done = run("--dataset npz --data-dir none.npz", cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert done.returncode == 2
     assert done.stderr == "error: none.npz: no such file; --data-dir must name an .npz file\n"
     assert not list(tmp_path.iterdir())
 
 
-def test_importing_the_package_does_nothing_and_imports_nothing_heavy():
+def test_import_of_the_package_is_light_and_silent():
     code = "import sys, cifar_fast; print([name for name in ('torch', 'numpy', 'matplotlib') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
@@ -272,8 +274,8 @@ def test_every_public_name_exists():
 
 
 @pytest.mark.slow
-def test_the_demo_learns_the_embedded_set(tmp_path):
-    """What `make demo` runs, narrower and for one epoch."""
+def test_demo_learns_the_synthetic_data_set(tmp_path):
+    """`make demo` runs the same with wider layers and more epochs."""
     flags = "--dataset synthetic --widths 8 16 16 16 32 64 64 64 --epochs 1 --batch-size 128 --device cpu"
     done = run(f"{flags} --output {tmp_path}/demo")
     assert done.returncode == 0, done.stderr

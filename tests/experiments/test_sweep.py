@@ -1,4 +1,4 @@
-"""A sweep trains its variants in turn, goes on where it stopped, and refuses what does not fit."""
+"""A sweep trains its variants in turn, resumes after an interruption, and refuses wrong specifications."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from cifar_fast.cli.main import main
 from cifar_fast.utils.progress import lines_to
 from tests.helpers import HOW, contents, save_npz, small_dataset
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings, by the command and from Python
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings
 
 SPEC = """
 dataset = "npz"
@@ -43,7 +43,7 @@ SEEDED = HOW | {"seed": 3}
 
 @pytest.fixture
 def spec(tmp_path, npz):
-    """Writes the specification, each pair of ``changes`` replaced in it; gives its path."""
+    """A function that writes the specification with ``changes``, pairs of old and new text, and returns its path."""
 
     def write(*changes):
         text = SPEC.format(data=npz, output=tmp_path / "sweep")
@@ -57,56 +57,57 @@ def spec(tmp_path, npz):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, tiny, no_curves):
-    """What each variant leaves that is trained by itself, its runs in one go."""
-    folder = tmp_path_factory.mktemp("alone")
+def single_trainings(tmp_path_factory, tiny, no_curves):
+    """The contents of the results of each variant, trained by itself."""
+    folder = tmp_path_factory.mktemp("single")
     for name, recipe in RECIPES.items():
         fit(recipe, tiny, runs=2, output=folder / name, **SEEDED)
     return {name: contents(folder / name, "data_source") for name in RECIPES}
 
 
-def trained(folder):
+def sweep_contents(folder):
+    """Return the contents of the results of each variant in the sweep's ``folder``."""
     return {name: contents(folder / name, "data_source") for name in RECIPES}
 
 
 def epochs_in(lines):
-    """The variants in the order of the epochs that were trained."""
+    """Return the variant of each epoch that the log ``lines`` report."""
     return [line.split(":")[0] for line in lines if ": epoch " in line]
 
 
-def files_of(folder):
+def file_bytes(folder):
+    """Return the bytes of each file below ``folder``, by its path."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_each_variant_is_what_its_training_alone_is_and_runs_are_in_turn(tmp_path, spec, alone, capfd):
+def test_variants_take_turns_and_equal_single_trainings(tmp_path, spec, single_trainings, capfd):
     assert main(["sweep", spec()]) == 0
-    shown = capfd.readouterr().out.splitlines()
-    assert epochs_in(shown) == [name for _ in range(2) for name in RECIPES for _ in range(2)]
-    assert trained(tmp_path / "sweep") == alone
-    assert shown[-1].endswith(f"to see it: cifar-fast report {tmp_path}/sweep")
+    lines = capfd.readouterr().out.splitlines()
+    assert epochs_in(lines) == [name for _ in range(2) for name in RECIPES for _ in range(2)]
+    assert sweep_contents(tmp_path / "sweep") == single_trainings
+    assert lines[-1].endswith(f"to see it: cifar-fast report {tmp_path}/sweep")
 
 
-@pytest.mark.parametrize("epochs", [1, 5, 9])
-def test_a_sweep_that_was_stopped_goes_on_with_the_same_bits(tmp_path, spec, alone, capfd, monkeypatch, epochs):
-    """In the first epoch of all; in the third variant; in the second round."""
-    said = []
+@pytest.mark.parametrize("epochs", [1, 5, 9])  # in the first variant, in the third, in the second round
+def test_stopped_sweep_resumes_with_the_same_bits(tmp_path, spec, single_trainings, capfd, monkeypatch, epochs):
+    lines = []
 
     def stop(line):
-        said.append(line)
-        if len(epochs_in(said)) == epochs:
+        lines.append(line)
+        if len(epochs_in(lines)) == epochs:
             raise KeyboardInterrupt
 
     with lines_to(stop):
         assert main(["sweep", spec()]) == 130
     assert capfd.readouterr().err == f"interrupted; to resume: cifar-fast sweep {tmp_path}/spec.toml\n"
     assert main(["sweep", spec()]) == 0
-    again = epochs_in(capfd.readouterr().out.splitlines())
-    assert len(again) == 12 - epochs + 1, "the epoch alone whose checkpoint was not written is trained twice"
-    assert trained(tmp_path / "sweep") == alone
+    resumed = epochs_in(capfd.readouterr().out.splitlines())
+    assert len(resumed) == 12 - epochs + 1, "only the epoch without a checkpoint is trained twice"
+    assert sweep_contents(tmp_path / "sweep") == single_trainings
 
 
-@pytest.mark.slow  # processes of their own
-def test_a_sweep_that_was_killed_goes_on_with_the_same_bits(tmp_path, spec, alone):
+@pytest.mark.slow  # starts a process
+def test_killed_sweep_resumes_with_the_same_bits(tmp_path, spec, single_trainings):
     command = [sys.executable, "-m", "cifar_fast", "sweep", spec()]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -115,19 +116,19 @@ def test_a_sweep_that_was_killed_goes_on_with_the_same_bits(tmp_path, spec, alon
             break
     assert process.wait(timeout=60) == -signal.SIGKILL
     assert main(["sweep", spec()]) == 0
-    assert trained(tmp_path / "sweep") == alone
+    assert sweep_contents(tmp_path / "sweep") == single_trainings
 
 
-def test_of_a_sweep_that_has_ended_nothing_is_trained_again(tmp_path, spec, capfd):
+def test_finished_sweep_is_not_trained_again(tmp_path, spec, capfd):
     assert main(["sweep", spec()]) == 0
-    before = files_of(tmp_path / "sweep")
+    before = file_bytes(tmp_path / "sweep")
     capfd.readouterr()
     assert main(["sweep", spec()]) == 0
     assert epochs_in(capfd.readouterr().out.splitlines()) == []
-    assert files_of(tmp_path / "sweep") == before
+    assert file_bytes(tmp_path / "sweep") == before
 
 
-def test_runs_may_grow_and_variants_be_added(tmp_path, spec, alone, capfd):
+def test_later_sweep_may_add_runs_and_variants(tmp_path, spec, single_trainings, capfd):
     assert main(["sweep", spec(("runs = 2", "runs = 1"), ("[0.8, 0.85]", "0.9"))]) == 0
     assert main(["sweep", spec(("runs = 2", "runs = 1"), ("[0.8, 0.85]", "0.9\n[variants.other]"))]) == 0
     capfd.readouterr()
@@ -135,7 +136,7 @@ def test_runs_may_grow_and_variants_be_added(tmp_path, spec, alone, capfd):
     assert epochs_in(capfd.readouterr().out.splitlines()) == [
         name for name in ("baseline", "momentum", "other") for _ in range(2)
     ]
-    assert contents(tmp_path / "sweep/baseline", "data_source") == alone["baseline"]
+    assert contents(tmp_path / "sweep/baseline", "data_source") == single_trainings["baseline"]
     assert list(json.loads((tmp_path / "sweep/sweep.json").read_text())["variants"]) == [
         "baseline",
         "momentum",
@@ -157,30 +158,26 @@ def test_runs_may_grow_and_variants_be_added(tmp_path, spec, alone, capfd):
         (("tiny.npz", "other.npz"), "is not the data set that was trained on"),
     ],
 )
-def test_a_changed_specification_is_one_line_and_exit_code_2_and_changes_nothing(
-    tmp_path_factory, swept, npz, capfd, change, words
-):
-    folder, text = swept
+def test_changed_specification_is_refused_and_changes_nothing(tmp_path_factory, finished, npz, capfd, change, words):
+    folder, text = finished
     save_npz(npz.with_name("other.npz"), small_dataset(seed=1))
     assert change[0] in text
     (path := tmp_path_factory.mktemp("changed") / "spec.toml").write_text(text.replace(*change))
-    before = files_of(folder)
+    before = file_bytes(folder)
     capfd.readouterr()
     assert main(["sweep", str(path)]) == 2
-    shown = capfd.readouterr()
-    assert shown.err.startswith("error: ") and words in shown.err and shown.err.count("\n") == 1
-    assert epochs_in(shown.out.splitlines()) == [] and files_of(folder) == before
+    output, error = capfd.readouterr()
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert epochs_in(output.splitlines()) == [] and file_bytes(folder) == before
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory, npz):
-    """The folder of a sweep that has ended, and its specification."""
-    folder = tmp_path_factory.mktemp("swept") / "sweep"
+def finished(tmp_path_factory, npz, no_curves):
+    """The folder of a finished sweep, and its specification."""
+    folder = tmp_path_factory.mktemp("finished") / "sweep"
     text = SPEC.format(data=npz, output=folder)
     (path := folder.parent / "spec.toml").write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cifar_fast.training.run_folder.draw_curves", lambda rows, recipe, title, file: file.touch())
-        assert main(["sweep", str(path)]) == 0
+    assert main(["sweep", str(path)]) == 0
     return folder, text
 
 
@@ -207,20 +204,18 @@ def swept(tmp_path_factory, npz):
         (("runs = 2", "runs = "), "a sweep must be TOML: Invalid value (at line"),
     ],
 )
-def test_a_specification_that_is_wrong_is_one_line_and_exit_code_2_and_makes_nothing(
-    tmp_path, spec, capfd, change, words
-):
-    text = spec(change)
+def test_wrong_specification_is_refused_and_writes_nothing(tmp_path, spec, capfd, change, words):
+    path = spec(change)
     if change[0] == "[variants.momentum]":
-        text = spec(change, ("[variants.baseline]", ""))
+        path = spec(change, ("[variants.baseline]", ""))
     for flags in ([], ["--dry-run"]):
-        assert main(["sweep", text, *flags]) == 2
-        shown = capfd.readouterr()
-        assert shown.err.startswith("error: ") and words in shown.err and shown.err.count("\n") == 1
-        assert shown.out == "" and not (tmp_path / "sweep").exists()
+        assert main(["sweep", path, *flags]) == 2
+        output, error = capfd.readouterr()
+        assert error.startswith("error: ") and words in error and error.count("\n") == 1
+        assert output == "" and not (tmp_path / "sweep").exists()
 
 
-def test_a_specification_without_variants_or_that_is_not_there_is_refused(tmp_path, capfd):
+def test_missing_specification_and_missing_variants_are_refused(tmp_path, capfd):
     (tmp_path / "spec.toml").write_text("runs = 2\n")
     assert main(["sweep", f"{tmp_path}/spec.toml"]) == 2
     assert "states no variant; add a table [variants.NAME]" in capfd.readouterr().err
@@ -228,7 +223,7 @@ def test_a_specification_without_variants_or_that_is_not_there_is_refused(tmp_pa
     assert capfd.readouterr().err == f"error: cannot read the sweep {tmp_path}/none.toml: No such file or directory\n"
 
 
-def test_lists_of_values_make_a_variant_of_each_combination():
+def test_each_combination_of_listed_values_is_a_variant():
     text = """
     [variants.wide]
     widths = [[4, 8], [8, 16]]
@@ -247,7 +242,7 @@ def test_lists_of_values_make_a_variant_of_each_combination():
     assert sweep.variants == expected and sweep.output == "runs/wide"
 
 
-def test_a_dry_run_lists_variants_and_runs_and_where_they_stand(tmp_path, spec, capfd, monkeypatch):
+def test_dry_run_lists_variants_and_the_state_of_each_run(tmp_path, spec, capfd, monkeypatch):
     assert main(["sweep", spec(), "--dry-run"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == f"3 variants, 2 runs each, on npz, to {tmp_path}/sweep"
@@ -263,51 +258,52 @@ def test_a_dry_run_lists_variants_and_runs_and_where_they_stand(tmp_path, spec, 
 
     with lines_to(stop):
         assert main(["sweep", spec()]) == 130
-    before = files_of(tmp_path / "sweep")
+    before = file_bytes(tmp_path / "sweep")
     capfd.readouterr()
     assert main(["sweep", spec(), "--dry-run"]) == 0
-    stands = [line.partition(": ")[2] for line in capfd.readouterr().out.splitlines()[4:]]
-    assert stands == ["has ended", "will resume after epoch 1", "to do", "to do", "to do", "to do"]
-    assert files_of(tmp_path / "sweep") == before
+    states = [line.partition(": ")[2] for line in capfd.readouterr().out.splitlines()[4:]]
+    assert states == ["has ended", "will resume after epoch 1", "to do", "to do", "to do", "to do"]
+    assert file_bytes(tmp_path / "sweep") == before
 
 
-def test_what_was_left_to_auto_is_what_it_was_for_new_variants_too(tmp_path, spec):
-    fixed = ('"eager"', '"eager"\nmemory_format = "contiguous_format"')  # auto alone is channels_last
-    one = ("[variants.momentum]\nmomentum = [0.8, 0.85]", "")
-    assert main(["sweep", spec(fixed, one)]) == 0
+def test_new_variants_use_the_backend_and_threads_of_earlier_ones(tmp_path, spec):
+    named = ('"eager"', '"eager"\nmemory_format = "contiguous_format"')  # auto would choose channels_last
+    without_momentum = ("[variants.momentum]\nmomentum = [0.8, 0.85]", "")
+    assert main(["sweep", spec(named, without_momentum)]) == 0
     path = tmp_path / "sweep/baseline/training.json"
     training = json.loads(path.read_text())
     training["config"]["threads"] += 1
     path.write_text(json.dumps(training))
     assert main(["sweep", spec(('"eager"', '"auto"'))]) == 0
-    found = [json.loads((tmp_path / "sweep" / name / "summary.json").read_text()) for name in RECIPES]
-    assert [(one["backend"], one["memory_format"]) for one in found] == [("eager", "contiguous_format")] * 3
-    assert [one["environment"]["threads"] for one in found[1:]] == [training["config"]["threads"]] * 2
+    summaries = [json.loads((tmp_path / "sweep" / name / "summary.json").read_text()) for name in RECIPES]
+    used = [(summary["backend"], summary["memory_format"]) for summary in summaries]
+    assert used == [("eager", "contiguous_format")] * 3
+    assert [summary["environment"]["threads"] for summary in summaries[1:]] == [training["config"]["threads"]] * 2
 
 
-def test_a_variant_that_diverges_is_told_and_left_out(tmp_path, spec, alone, capfd):
+def test_diverged_variant_is_reported_and_left_out(tmp_path, spec, single_trainings, capfd):
     wild = "0.8\nlr_values = [1e30, 1e30, 0]\n[variants.last]"
     assert main(["sweep", spec(("[0.8, 0.85]", wild))]) == 1
     lines = capfd.readouterr().out.splitlines()
     assert sum("momentum: the loss is not finite" in line for line in lines) == 1
-    assert contents(tmp_path / "sweep/baseline", "data_source") == alone["baseline"]
+    assert contents(tmp_path / "sweep/baseline", "data_source") == single_trainings["baseline"]
     assert len(json.loads((tmp_path / "sweep/last/summary.json").read_text())["runs"]) == 2
 
 
-def test_what_is_compiled_is_set_up_once_for_each_variant(tmp_path, tiny, spec, uncompiled, capfd):
+def test_compiled_backend_is_built_once_for_each_variant(tmp_path, tiny, spec, uncompiled, capfd):
     assert main(["sweep", spec(('"eager"', '"compiled"'))]) == 0
     lines = capfd.readouterr().out.splitlines()
-    set_up = [line.split(":")[0] for line in lines if "setting up the compiled backend" in line]
-    assert set_up == list(RECIPES)
+    built = [line.split(":")[0] for line in lines if "setting up the compiled backend" in line]
+    assert built == list(RECIPES)
     recipe = RECIPES["momentum-0.8"]
-    again = fit(recipe, tiny, runs=2, **SEEDED | {"backend": "compiled"})
+    single = fit(recipe, tiny, runs=2, **SEEDED | {"backend": "compiled"})
     summary = json.loads((tmp_path / "sweep/momentum-0.8/summary.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "sweep/momentum-0.8/metrics.jsonl").read_text().splitlines()]
-    assert [row["train_loss"] for row in rows] == [row.train_loss for row in again.rows]
+    assert [row["train_loss"] for row in rows] == [row.train_loss for row in single.rows]
     assert summary["backend"] == "compiled"
 
 
-def test_before_a_run_has_left_something_nothing_stays(tmp_path, spec, monkeypatch):
+def test_interrupt_before_the_first_epoch_leaves_no_folder(tmp_path, spec, monkeypatch):
     def stop(line):
         if line.startswith("baseline: torch"):
             raise KeyboardInterrupt
@@ -317,32 +313,33 @@ def test_before_a_run_has_left_something_nothing_stays(tmp_path, spec, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["spec.toml"]
 
 
-def test_a_folder_in_which_a_sweep_is_at_work_is_refused(spec, capfd, monkeypatch):
+def test_second_sweep_in_the_same_folder_is_refused(spec, capfd, monkeypatch):
     codes = []
 
-    def second(line):
+    def start_second(line):
         if line.startswith("baseline: epoch  1") and not codes:
-            codes.append(None)
+            codes.append(None)  # the second sweep logs too
             codes.append(main(["sweep", path]))
 
     path = spec()
-    with lines_to(second):
+    with lines_to(start_second):
         assert main(["sweep", path]) == 0 and codes == [None, 2]
     error = capfd.readouterr().err
     assert "another sweep is at work there" in error and error.count("\n") == 1
 
 
 class Terminal(io.StringIO):
+    """A stream that looks like a terminal."""
+
     def isatty(self):
         return True
 
 
-def test_a_sweep_of_ones_own_in_python_is_silent_without_a_log(tmp_path, npz, alone, monkeypatch):
+def test_sweep_in_python_prints_nothing_without_a_log(tmp_path, npz, single_trainings, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    sweep = Sweep(
-        RECIPES, str(tmp_path / "sweep"), "npz", str(npz), runs=2, **{k: SEEDED[k] for k in SEEDED if k != "log"}
-    )
+    options = {name: value for name, value in SEEDED.items() if name != "log"}
+    sweep = Sweep(RECIPES, str(tmp_path / "sweep"), "npz", str(npz), runs=2, **options)
     results = fit_sweep(sweep, log=None)
     assert list(results) == list(RECIPES) and [len(result.runs) for result in results.values()] == [2, 2, 2]
-    assert trained(tmp_path / "sweep") == alone
-    assert sys.stderr.getvalue() == "", "no bar, which a terminal would show"
+    assert sweep_contents(tmp_path / "sweep") == single_trainings
+    assert sys.stderr.getvalue() == "", "a terminal shows no progress bar"

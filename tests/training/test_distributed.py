@@ -19,7 +19,7 @@ from cifar_fast.backends.select import BackendConfig, local_device
 from cifar_fast.cli.main import main as command
 from cifar_fast.train import main
 from cifar_fast.utils.progress import lines_to
-from tests.helpers import contents, files_in, files_of, stop_after
+from tests.helpers import HOW, ROOT, contents, files_in, files_of, stop_after
 
 RECIPE = Recipe(epochs=30, batch_size=16, widths=(4, 8))
 FLAGS = "--dataset npz --widths 4 8 --epochs 30 --batch-size 16 --device cpu --dtype float32 --backend eager --seed 3"
@@ -42,32 +42,27 @@ momentum = 0.8
 
 
 @pytest.fixture(scope="module")
-def no_curves_here():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "cifar_fast.training.run_folder.draw_curves", lambda rows, recipe, title, file: file.touch()
-        )  # which take longest
-        yield
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, npz, no_curves_here):
-    """The folder of three runs by one process."""
+def whole(tmp_path_factory, npz, no_curves):
+    """The folder of three runs that one process trained."""
     folder = tmp_path_factory.mktemp("whole") / "whole"
     assert main(f"{FLAGS} --data-dir {npz} --runs 3 --save-logits --output {folder}".split()) == 0
     return folder
 
 
 def torchrun(flags, processes=2, module="cifar_fast.train", restarts=0, cwd=None):
+    """Start ``module`` with ``flags`` under torchrun and return torchrun's process."""
     options = ["--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *options]
-    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen([*launcher, "-m", module, *flags.split()], env=environment, **how)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    settings = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment)
+    return subprocess.Popen([*launcher, "-m", module, *flags.split()], **settings)
 
 
 def ended(process):
-    """Exit code, and the lines of standard output and standard error that are ours and not torchrun's."""
+    """Wait for ``process`` and return its exit code, the lines of its output, and our lines of its standard error.
+
+    torchrun's own lines are left out.
+    """
     out, error = process.communicate(timeout=240)
     ours = [line for line in error.splitlines() if line.startswith(("error: ", "interrupted"))]
     assert "cifar_fast/" not in error, "a traceback of ours"
@@ -75,7 +70,7 @@ def ended(process):
 
 
 def kill_when(process, rank, file):
-    """Kill the process of that rank which torchrun has started, when ``file`` is there."""
+    """Wait until ``file`` exists, then kill the child of torchrun's ``process`` that has that rank."""
     while not file.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -86,7 +81,7 @@ def kill_when(process, rank, file):
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory, npz):
-    """The folder of three runs shared by two processes, of which the second is killed in its first run."""
+    """The folder of three runs that two processes shared until rank 1 was killed in its first run."""
     folder = tmp_path_factory.mktemp("original") / "shared"
     process = torchrun(f"{FLAGS} --data-dir {npz} --runs 3 --save-logits --output {folder}")
     kill_when(process, 1, folder / "run-1/checkpoint.pt")
@@ -97,15 +92,17 @@ def original(tmp_path_factory, npz):
 
 @pytest.fixture
 def killed(tmp_path, original):
+    """A copy of that folder."""
     return shutil.copytree(original, tmp_path / "shared")
 
 
 def epochs_in(lines):
+    """Return the epochs that the log ``lines`` report."""
     return [int(line.split()[1]) for line in lines if line.startswith("epoch ")]
 
 
-@pytest.mark.slow  # processes of their own
-def test_two_processes_write_what_one_writes(tmp_path, npz, whole):
+@pytest.mark.slow  # starts processes
+def test_two_processes_write_the_same_results_as_one(tmp_path, npz, whole):
     process = torchrun(f"{FLAGS} --data-dir {npz} --runs 3 --save-logits --output {tmp_path}/shared")
     code, lines, errors = ended(process)
     assert (code, errors) == (0, [])
@@ -115,30 +112,29 @@ def test_two_processes_write_what_one_writes(tmp_path, npz, whole):
     assert runs == ["run 1 of 3, seed 3", "run 3 of 3, seed 5"], "rank 0 prints only its own runs"
 
 
-@pytest.mark.slow  # processes of their own
-def test_single_process_resumes_after_a_rank_was_killed(killed, whole, capfd, no_curves_here):
+@pytest.mark.slow  # starts processes
+def test_single_process_resumes_after_a_rank_was_killed(killed, whole, capfd, no_curves):
     assert main(["--resume", str(killed)]) == 0
-    shown = capfd.readouterr().out
-    assert "resuming after epoch" in shown and len(epochs_in(shown.splitlines())) < 3 * 30
+    output = capfd.readouterr().out
+    assert "resuming after epoch" in output and len(epochs_in(output.splitlines())) < 3 * 30
     assert contents(killed) == contents(whole)
     assert (killed / "logits.npz").read_bytes() == (whole / "logits.npz").read_bytes()
 
 
-@pytest.mark.slow  # processes of their own
-def test_fit_resumes_a_shared_training_with_its_threads(killed, whole, tiny, no_curves_here, monkeypatch):
+@pytest.mark.slow  # starts processes
+def test_fit_resumes_a_shared_training_with_its_threads(killed, whole, tiny, no_curves, monkeypatch):
     monkeypatch.setattr(cifar_fast.training.fit, "DEFAULT_NUM_THREADS", 2)
-    how = dict(seed=3, backend="eager", device="cpu", dtype="float32", save_logits=True, log=None)
-    result = fit(RECIPE, tiny, resume=killed, runs=3, **how)
+    result = fit(RECIPE, tiny, resume=killed, runs=3, seed=3, save_logits=True, **HOW)
     assert contents(killed, "data_source") == contents(whole, "data_source") and len(result.rows) == 3 * 30
 
 
-@pytest.mark.slow  # processes of their own
-def test_shared_training_is_kept_without_overwrite(npz, killed, capfd, no_curves_here):
+@pytest.mark.slow  # starts processes
+def test_shared_training_is_kept_without_overwrite(npz, killed, capfd, no_curves):
     flags = f"{FLAGS} --epochs 1 --data-dir {npz} --output {killed}".split()
     assert main(flags) == 2
     assert "--resume to continue it, --overwrite to replace" in capfd.readouterr().err
-    for contradiction, words in {"--seed 4": "--seed was 3", "--runs 2": "--runs was 3"}.items():
-        assert main(["--resume", str(killed), *contradiction.split()]) == 2
+    for changed, words in {"--seed 4": "--seed was 3", "--runs 2": "--runs was 3"}.items():
+        assert main(["--resume", str(killed), *changed.split()]) == 2
         assert words in capfd.readouterr().err
     assert (killed / "run-1/checkpoint.pt").exists()
     assert main([*flags, "--overwrite"]) == 0
@@ -146,39 +142,39 @@ def test_shared_training_is_kept_without_overwrite(npz, killed, capfd, no_curves
 
 
 @pytest.mark.slow  # whole trainings
-def test_resume_by_command_after_fit_and_with_more_runs(tmp_path, tiny, npz, capfd, no_curves_here):
+def test_resume_by_command_after_fit_and_with_more_runs(tmp_path, tiny, npz, capfd, no_curves):
     recipe = Recipe(epochs=3, batch_size=16, widths=(4, 8))
-    how = dict(seed=3, backend="eager", device="cpu", dtype="float32")
+    options = HOW | {"seed": 3}
     folder, lines = tmp_path / "shared", []
     with pytest.raises(KeyboardInterrupt):
-        fit(recipe, tiny, runs=2, output=folder, log=stop_after((1, 3)), **how)
-    fit(recipe, tiny, runs=2, resume=folder, log=lines.append, **how)
+        fit(recipe, tiny, runs=2, output=folder, **options | {"log": stop_after((1, 3))})
+    fit(recipe, tiny, runs=2, resume=folder, **options | {"log": lines.append})
     assert "resuming after epoch 2" in lines
     with pytest.raises(KeyboardInterrupt):
-        fit(recipe, tiny, runs=4, resume=folder, log=stop_after((2, 2)), **how)
-    assert main(["--resume", str(folder), "--data-dir", str(npz)]) == 0, "which knows how many runs there are to be"
+        fit(recipe, tiny, runs=4, resume=folder, **options | {"log": stop_after((2, 2))})
+    assert main(["--resume", str(folder), "--data-dir", str(npz)]) == 0, "the folder knows the number of runs"
     assert epochs_in(capfd.readouterr().out.splitlines()) == [2, 3, 1, 2, 3]
-    fit(recipe, tiny, runs=4, output=tmp_path / "whole", log=None, **how)
+    fit(recipe, tiny, runs=4, output=tmp_path / "whole", **options)
     assert contents(folder, "data_source") == contents(tmp_path / "whole", "data_source")
 
 
 @pytest.mark.slow  # whole trainings
-def test_runs_by_different_backends_are_an_error(tmp_path, npz, capfd, monkeypatch, no_curves_here):
+def test_runs_by_different_backends_are_an_error(tmp_path, npz, capfd, monkeypatch, no_curves):
     flags = f"{FLAGS} --data-dir {npz} --epochs 2 --runs"
     folder = tmp_path / "shared"
     assert main(f"{flags} 1 --output {folder}".split()) == 0
     with lines_to(stop_after((2, 1))):
         assert main(["--resume", str(folder), "--runs", "3"]) == 130
     saved = json.loads((folder / "run-1/result.json").read_text())
-    saved["backend"] = "compiled"  # as if auto had not chosen the same in all processes
+    saved["backend"] = "compiled"  # as if auto had chosen another backend on that rank
     (folder / "run-1/result.json").write_text(json.dumps(saved))
     assert main(["--resume", str(folder)]) == 1
     error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {folder}: run 2 was trained by compiled, and others by eager; name a backend")
+    assert error.startswith(f"error: {folder}: run 2 was trained by compiled, and others by eager; name a --backend")
     assert len(json.loads((folder / "summary.json").read_text())["runs"]) == 1 and (folder / "run-2").exists()
 
 
-@pytest.mark.nightly  # processes of their own, several times
+@pytest.mark.nightly  # starts processes several times
 def test_rank_0_names_the_folder_and_replaces_earlier_results(tmp_path, npz):
     flags = f"{FLAGS} --data-dir {npz} --epochs 2 --runs"
     code, _, errors = ended(torchrun(f"{flags} 2", cwd=tmp_path))
@@ -191,14 +187,14 @@ def test_rank_0_names_the_folder_and_replaces_earlier_results(tmp_path, npz):
     assert files_in(folder) == files_of(1)
 
 
-@pytest.mark.nightly  # processes of their own, several times
-def test_resume_with_other_numbers_of_processes_and_more_runs(tmp_path, npz, no_curves_here):
-    """One process begins, two go on, of which the first is killed, and three do the rest, with another run."""
+@pytest.mark.nightly  # starts processes several times
+def test_resume_with_other_numbers_of_processes_and_more_runs(tmp_path, npz, no_curves):
+    """One process begins. Two resume until rank 0 is killed. Three finish, with one more run."""
     flags = f"{FLAGS} --data-dir {npz} --log tensorboard --runs"
     assert main(f"{flags} 5 --output {tmp_path}/whole".split()) == 0
     folder = tmp_path / "parts"
-    alone = [sys.executable, "-m", "cifar_fast.train", *f"{flags} 4 --output {folder}".split()]
-    process = subprocess.Popen(alone, stdout=subprocess.PIPE, text=True)
+    command_line = [sys.executable, "-m", "cifar_fast.train", *f"{flags} 4 --output {folder}".split()]
+    process = subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True)
     while not process.stdout.readline().startswith("run 2 of 4"):
         assert process.poll() is None
     process.stdout.readline()
@@ -214,35 +210,35 @@ def test_resume_with_other_numbers_of_processes_and_more_runs(tmp_path, npz, no_
     assert (code, errors, len(lines)) == (0, [], 1) and lines[0].startswith("nothing to do: ")
 
 
-@pytest.mark.nightly  # processes of their own, several times
-def test_shared_sweep_resumes_by_the_same_command(tmp_path, npz, no_curves_here, capfd):
-    def spec(folder):
+@pytest.mark.nightly  # starts processes several times
+def test_shared_sweep_resumes_by_the_same_command(tmp_path, npz, no_curves, capfd):
+    def sweep_of(folder):
         (tmp_path / f"{folder}.toml").write_text(SPEC.format(data=npz, output=tmp_path / folder, epochs=30))
         return f"sweep {tmp_path}/{folder}.toml"
 
     names = ("baseline", "momentum")
-    assert command(spec("whole").split()) == 0
-    process = torchrun(spec("restarted"), module="cifar_fast", restarts=1)
+    assert command(sweep_of("whole").split()) == 0
+    process = torchrun(sweep_of("restarted"), module="cifar_fast", restarts=1)
     kill_when(process, 1, tmp_path / "restarted/momentum/run-0/checkpoint.pt")
     code, lines, _ = ended(process)
     assert code == 0 and lines[-1].startswith("written to ")
-    process = torchrun(spec("killed"), module="cifar_fast")
+    process = torchrun(sweep_of("killed"), module="cifar_fast")
     kill_when(process, 1, tmp_path / "killed/momentum/run-0/checkpoint.pt")
     assert ended(process)[0] == 1
-    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
-    code, _, errors = ended(torchrun(spec("killed"), module="cifar_fast"))
+    shutil.copytree(tmp_path / "killed", tmp_path / "single")
+    code, _, errors = ended(torchrun(sweep_of("killed"), module="cifar_fast"))
     assert (code, errors) == (0, [])
     capfd.readouterr()
-    assert command([*spec("alone").split(), "--dry-run"]) == 0
+    assert command([*sweep_of("single").split(), "--dry-run"]) == 0
     assert "run 1 of momentum, seed 0: will resume after epoch" in capfd.readouterr().out
-    assert command(spec("alone").split()) == 0
-    for folder in ("restarted", "killed", "alone"):
+    assert command(sweep_of("single").split()) == 0
+    for folder in ("restarted", "killed", "single"):
         assert sorted(os.listdir(tmp_path / folder)) == ["baseline", "momentum", "sweep.json"]
         for name in names:
             assert contents(tmp_path / folder / name) == contents(tmp_path / "whole" / name)
 
 
-@pytest.mark.nightly  # processes of their own, several times
+@pytest.mark.nightly  # starts processes several times
 def test_bad_input_under_torchrun_is_one_line_and_writes_nothing(tmp_path, npz, whole):
     before = sorted(os.listdir(whole))
     flags = f"{FLAGS} --data-dir {npz}"
@@ -258,15 +254,15 @@ def test_bad_input_under_torchrun_is_one_line_and_writes_nothing(tmp_path, npz, 
     assert not os.listdir(tmp_path) and sorted(os.listdir(whole)) == before
 
 
-@pytest.mark.nightly  # processes of their own
+@pytest.mark.nightly  # starts processes
 def test_diverged_run_is_reported_with_its_rank(tmp_path, npz):
     wild = "--lr-values 1e30 1e30 0 --init-seed 0 --runs 2"
     code, _, errors = ended(torchrun(f"{FLAGS} {wild} --data-dir {npz} --output {tmp_path}/out"))
-    told = [line for line in errors if "the loss is not finite" in line]
-    assert code == 1 and told and all(line.startswith("error: rank ") for line in told)
+    reports = [line for line in errors if "the loss is not finite" in line]
+    assert code == 1 and reports and all(line.startswith("error: rank ") for line in reports)
 
 
-@pytest.mark.nightly  # processes of their own
+@pytest.mark.nightly  # starts processes
 def test_diverged_variant_is_reported_once_and_left_out(tmp_path, npz):
     text = SPEC.format(data=npz, output=tmp_path / "sweep", epochs=2) + "lr_values = [1e30, 1e30, 0]\n"
     (tmp_path / "spec.toml").write_text(text)
@@ -275,40 +271,40 @@ def test_diverged_variant_is_reported_once_and_left_out(tmp_path, npz):
     assert len(json.loads((tmp_path / "sweep/baseline/summary.json").read_text())["runs"]) == 2
 
 
-def by_hand(flags, rank, port, program=("-m", "cifar_fast.train")):
-    """A process of two, as torchrun would start it."""
+def start_rank(flags, rank, port, program=("-m", "cifar_fast.train")):
+    """Start one of two ranks as torchrun would start it."""
     world = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     environment = os.environ | {name: str(value) for name, value in world.items()}
-    return subprocess.Popen([sys.executable, *program, *flags.split()], env=environment, **how)
+    settings = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen([sys.executable, *program, *flags.split()], **settings)
 
 
-def both_by_hand(flags, begun):
-    """The two processes of a launch, when the file ``begun`` is there."""
+def start_both_ranks(flags, file):
+    """Start both ranks, wait until ``file`` exists, and return the processes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    both = by_hand(flags, 0, port), by_hand(flags, 1, port)
-    while not begun.exists():
+    both = start_rank(flags, 0, port), start_rank(flags, 1, port)
+    while not file.exists():
         assert all(process.poll() is None for process in both)
         time.sleep(0.01)
     return both
 
 
-@pytest.mark.nightly  # processes of their own
+@pytest.mark.nightly  # starts processes
 def test_rank_that_waits_for_a_dead_rank_ends_with_an_error(tmp_path, npz):
-    """Where nothing else ends it, as on another machine; it waits because there is but one run."""
+    """Rank 1 has nothing to train, since there is one run. On another machine nothing else would end it."""
     flags = f"{FLAGS} --data-dir {npz} --epochs 100000 --output {tmp_path}/out"
-    first, second = both_by_hand(flags, tmp_path / "out/run-0/checkpoint.pt")
+    first, second = start_both_ranks(flags, tmp_path / "out/run-0/checkpoint.pt")
     first.kill()
     first.communicate()
     _, error = second.communicate(timeout=20)
     assert (second.returncode, error) == (1, "error: rank 1: another process has ended before its runs had\n")
 
 
-@pytest.mark.nightly  # processes of their own
+@pytest.mark.nightly  # starts processes
 def test_signal_ends_a_rank_that_waits(tmp_path, npz):
     flags = f"{FLAGS} --data-dir {npz} --runs 2 --output {tmp_path}/out"
-    first, second = both_by_hand(flags, tmp_path / "out/run-1/checkpoint.pt")
+    first, second = start_both_ranks(flags, tmp_path / "out/run-1/checkpoint.pt")
     second.send_signal(signal.SIGSTOP)
     assert any(line.startswith("epoch 30") for line in first.stdout)
     time.sleep(1)
@@ -321,41 +317,38 @@ def test_signal_ends_a_rank_that_waits(tmp_path, npz):
 
 def test_more_processes_than_gpus_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    plan = BackendConfig(("eager",), torch.device("cuda"), torch.float32, torch.channels_last, "")
-    assert local_device(plan, 8, 1, "auto").device == torch.device("cuda", 1)
-    assert local_device(plan, 8, 1, "cuda:0") is plan and local_device(plan, 1, 0, "auto") is plan
+    config = BackendConfig(("eager",), torch.device("cuda"), torch.float32, torch.channels_last, "")
+    assert local_device(config, 8, 1, "auto").device == torch.device("cuda", 1)
+    assert local_device(config, 8, 1, "cuda:0") is config and local_device(config, 1, 0, "auto") is config
     with pytest.raises(InputError, match="more processes than GPUs, 2 on this machine; start at most 2 processes"):
-        local_device(plan, 8, 2, "cuda")
+        local_device(config, 8, 2, "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.nightly  # processes of their own
+@pytest.mark.nightly  # starts processes
 def test_each_process_uses_its_own_gpu(tmp_path, npz):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     flags = f"{FLAGS} --data-dir {npz} --epochs 2 --runs 3 --device cuda"
-    environment = {}
-    for folder, start in {"one": main, "two": None}.items():
-        arguments = f"{flags} --output {tmp_path}/{folder}"
-        assert (start(arguments.split()) if start else ended(torchrun(arguments))[0]) == 0
-        environment[folder] = json.loads((tmp_path / folder / "summary.json").read_text())["environment"]
-    assert environment["two"]["device"] == "cuda:0"
+    assert main(f"{flags} --output {tmp_path}/one".split()) == 0
+    assert ended(torchrun(f"{flags} --output {tmp_path}/two"))[0] == 0
+    assert json.loads((tmp_path / "two/summary.json").read_text())["environment"]["device"] == "cuda:0"
     assert contents(tmp_path / "two")[1] == contents(tmp_path / "one")[1]
 
 
-@pytest.mark.nightly  # processes of their own, in which what the kernels compute is emulated
+@pytest.mark.nightly  # starts processes that emulate the kernels
 def test_two_processes_on_a_simulator_of_two_gpus(tmp_path, npz, shared):
-    stand_in = [shared("gpu_stand_in/run.py"), "--values", "--devices", "2", "--log"]
+    simulator = str(shared("gpu_stand_in/run.py"))
     if not shutil.which("gcc"):
-        pytest.skip("the stand-in needs gcc")
+        pytest.skip("the simulator needs gcc")
 
     def on_gpus(log):
-        return [*map(str, stand_in), str(tmp_path / log), "-m", "cifar_fast.train"]
+        return [simulator, "--values", "--devices", "2", "--log", str(tmp_path / log), "-m", "cifar_fast.train"]
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     flags = f"{FLAGS} --device auto --data-dir {npz} --epochs 2 --runs 2 --output {tmp_path}"
-    both = [by_hand(f"{flags}/two", rank, port, on_gpus(f"{rank}.log")) for rank in range(2)]
+    both = [start_rank(f"{flags}/two", rank, port, on_gpus(f"{rank}.log")) for rank in range(2)]
     assert [process.wait() for process in both] == [0, 0], [process.communicate() for process in both]
     assert json.loads((tmp_path / "two/run-1/result.json").read_text())["environment"]["device"] == "cuda:1"
     done = subprocess.run(

@@ -1,3 +1,5 @@
+"""The result of a training, its files, and how writing fails."""
+
 import contextlib
 import dataclasses
 import html
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cifar_fast import CNN, Diverged, InputError, Recipe, fit
@@ -24,7 +27,7 @@ from tests.helpers import HOW, NARROW, files_in, files_of
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
 
 
-def test_the_files_of_a_training(tmp_path, small):
+def test_training_writes_its_files(tmp_path, small):
     output = tmp_path / "a" / "b"
     result = fit(RECIPE, small, runs=3, seed=2, output=output, **HOW)
     assert files_in(output) == files_of(3)
@@ -69,7 +72,7 @@ def test_the_files_of_a_training(tmp_path, small):
     assert saved["format"] == 1
 
 
-def test_a_notebook_shows_a_row_for_each_run_and_the_curves(tmp_path, small):
+def test_notebook_shows_a_row_for_each_run_and_the_curves(tmp_path, small):
     np.savez(tmp_path / "test.npz", images=small.test_images, labels=small.test_labels)
     also_test = {"<shifted>": tmp_path / "test.npz"}
     result = fit(RECIPE, small, runs=2, seed=7, also_test=also_test, output=tmp_path / "out", **HOW)
@@ -84,7 +87,7 @@ def test_a_notebook_shows_a_row_for_each_run_and_the_curves(tmp_path, small):
     assert b64decode(png) == (tmp_path / "out/curves.png").read_bytes()
 
 
-def test_a_results_figure_has_the_curves_and_can_be_saved(small):
+def test_figure_has_the_curves_and_can_be_saved(small):
     result = fit(RECIPE, small, runs=2, **HOW)
     figure = result.figure()
     loss, accuracy, rate = figure.axes
@@ -98,14 +101,14 @@ def test_a_results_figure_has_the_curves_and_can_be_saved(small):
     assert "<svg" in svg.getvalue()
 
 
-@pytest.mark.slow  # a process of its own
-def test_drawing_leaves_matplotlibs_state_alone():
+@pytest.mark.slow  # starts a process
+def test_drawing_does_not_change_the_state_of_matplotlib():
     code = """
 import sys, matplotlib
 from tests.training.test_results import HOW, RECIPE, fit
 from tests.helpers import small_dataset
 matplotlib.rcParams["lines.linewidth"] = 7
-before = list(dict.items(matplotlib.rcParams))  # as it is: reading the backend would settle it
+before = list(dict.items(matplotlib.rcParams))  # rcParams.items() would choose a backend
 result = fit(RECIPE, small_dataset(), **HOW)
 result.figure(), result._repr_html_()
 print(list(dict.items(matplotlib.rcParams)) == before, "matplotlib.pyplot" in sys.modules)
@@ -114,11 +117,11 @@ print(list(dict.items(matplotlib.rcParams)) == before, "matplotlib.pyplot" in sy
     assert done.stdout == "True False\n", done.stderr
 
 
-def test_a_result_prints_in_one_short_line(small):
+def test_result_prints_in_one_line(small):
     result = fit(RECIPE, small, runs=2, **HOW)
     mean = statistics.mean(run.test_accuracy for run in result.runs)
-    where = result.environment["device_name"]
-    assert repr(result) == f"<Result: npz, eager backend, float32, {where}, 2 runs, test accuracy {mean:.2f} %>"
+    device = result.environment["device_name"]
+    assert repr(result) == f"<Result: npz, eager backend, float32, {device}, 2 runs, test accuracy {mean:.2f} %>"
 
 
 def test_one_run_has_no_deviation_and_no_interval(small):
@@ -128,14 +131,14 @@ def test_one_run_has_no_deviation_and_no_interval(small):
 
 
 @pytest.mark.parametrize(("n", "quantile"), [(2, 12.7062), (3, 4.3027), (10, 2.2622), (40, 2.0227)])
-def test_the_interval_is_students(n, quantile):
-    """The quantiles are those of the tables."""
+def test_confidence_interval_matches_tables_of_students_t(n, quantile):
+    """The quantiles come from published tables of Student's t."""
     values = [50.0 + 0.15 * math.sin(i) for i in range(n)]
     low, high = confidence_interval_95(values)
     assert (high - low) / 2 == pytest.approx(quantile * statistics.stdev(values) / n**0.5, rel=1e-3)
 
 
-def test_results_that_are_there_are_kept_unless_told(tmp_path, small):
+def test_existing_results_are_kept_without_overwrite(tmp_path, small):
     fit(RECIPE, small, output=tmp_path / "out", **HOW)
     before = (tmp_path / "out/metrics.jsonl").read_text()
     with pytest.raises(InputError, match=r"already holds results .*overwrite"):
@@ -145,7 +148,7 @@ def test_results_that_are_there_are_kept_unless_told(tmp_path, small):
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_diverging_run_leaves_no_folder_behind(tmp_path, small):
+def test_diverged_run_leaves_no_folder(tmp_path, small):
     wild = Recipe(epochs=2, batch_size=32, widths=NARROW, lr_values=(1e30, 1e30, 0))
     with pytest.raises(Diverged, match="not finite"):
         fit(wild, small, output=tmp_path / "a" / "b", **HOW)
@@ -153,38 +156,39 @@ def test_a_diverging_run_leaves_no_folder_behind(tmp_path, small):
 
 
 @pytest.mark.parametrize("accuracies", [[100.0, 90.0], [0.0, 10.0]])
-def test_the_interval_ends_where_accuracies_end(accuracies):
+def test_confidence_interval_stays_between_0_and_100(accuracies):
     low, high = confidence_interval_95(accuracies)
     assert 0 <= low < high <= 100
 
 
-FULL = OSError(28, "No space left on device")
-ZIP = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nand more lines")
+DISK_FULL = OSError(28, "No space left on device")
+TORCH_DISK_FULL = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nand more lines")
 
 
 @pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize(
-    ("target", "error", "lost"),
+    ("writer", "error", "lost"),
     [
-        ("torch.save", ZIP, "model.pt"),
-        ("torch.save", FULL, "model.pt"),
-        ("matplotlib.figure.Figure.savefig", ValueError("no such backend"), "curves.png"),
-        ("matplotlib.figure.Figure.savefig", ImportError("no PNG here"), "curves.png"),
-        ("cifar_fast.training.results.Result.summary", TypeError("not JSON"), "summary.json"),
+        ((torch, "save"), TORCH_DISK_FULL, "model.pt"),
+        ((torch, "save"), DISK_FULL, "model.pt"),
+        ((Figure, "savefig"), ValueError("no such backend"), "curves.png"),
+        ((Figure, "savefig"), ImportError("no PNG here"), "curves.png"),
+        ((json, "dumps"), TypeError("not JSON"), "summary.json"),
     ],
 )
-def test_a_file_that_cannot_be_written_takes_nothing_with_it(tmp_path, small, monkeypatch, target, error, lost):
-    def fail(*args, **kwargs):
+def test_file_that_cannot_be_written_costs_no_other_file(tmp_path, small, monkeypatch, writer, error, lost):
+    write = getattr(*writer)
+
+    def fail(*args, **options):
+        if lost == "summary.json" and "test_accuracy_mean" not in args[0]:  # json.dumps writes other files too
+            return write(*args, **options)
         raise error
 
     lines = []
-    if lost == "summary.json":
-        monkeypatch.setattr(json, "dumps", failing_for_summary(error))
-    else:
-        monkeypatch.setattr(target, fail)
+    monkeypatch.setattr(*writer, fail)
     result = fit(RECIPE, small, output=tmp_path / "out", runs=2, **HOW | {"log": lines.append})
     expected = {*files_of(2)} - {lost}
-    if lost == "model.pt":  # the last run counts as missing, so that a resume writes its weights
+    if lost == "model.pt":  # the last run counts as missing, and a resume writes its weights
         expected.remove("run-1/result.json")
     assert {*files_in(tmp_path / "out")} == expected
     (line,) = result.unwritten
@@ -192,44 +196,30 @@ def test_a_file_that_cannot_be_written_takes_nothing_with_it(tmp_path, small, mo
     assert line in lines and any(line.startswith("test accuracy") for line in lines)
 
 
-def failing_for_summary(error):
-    """Return a json.dumps that fails for a summary."""
-    dumps = json.dumps
-
-    def dump(value, **options):
-        if "test_accuracy_mean" in value:
-            raise error
-        return dumps(value, **options)
-
-    return dump
-
-
 @pytest.mark.slow  # whole trainings
-def test_rows_that_could_not_be_written_are_there_when_there_is_room_again(tmp_path, small, monkeypatch):
-    lines, opened = [], open
-
-    def full(path, *args, **kwargs):
-        if str(path).endswith("metrics.jsonl"):
-            raise FULL
-        return opened(path, *args, **kwargs)
+def test_rows_that_could_not_be_written_are_written_later(tmp_path, small):
+    """A folder named metrics.jsonl blocks the second row of each run."""
+    lines, file, moved = [], tmp_path / "out/metrics.jsonl", tmp_path / "moved.jsonl"
 
     def log(line):
         lines.append(line)
-        with contextlib.suppress(AttributeError):
-            monkeypatch.delattr("cifar_fast.training.run_folder.open")
-        if "epoch  1" in line:  # of the first run: its second row finds no room, the next one does
-            monkeypatch.setattr("cifar_fast.training.run_folder.open", full, raising=False)
+        if moved.exists():
+            file.rmdir()
+            moved.rename(file)
+        if "epoch  1" in line:
+            file.rename(moved)
+            file.mkdir()
 
     result = fit(RECIPE, small, runs=2, output=tmp_path / "out", **HOW | {"log": log})
-    assert sum("metrics.jsonl could not be written" in line for line in lines) == 2  # an epoch of each run
+    assert sum("metrics.jsonl could not be written" in line for line in lines) == 2
     assert result.unwritten == []
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [(row["run"], row["epoch"]) for row in rows] == [(0, 1), (0, 2), (1, 1), (1, 2)]
 
 
-@pytest.mark.nightly  # processes
-def test_a_disk_that_fills_up_in_a_row_leaves_no_half_line(tmp_path, small):
-    """/dev/full cannot hold a folder, so the limit on a file's size stands for the full disk."""
+@pytest.mark.nightly  # starts a process
+def test_full_disk_leaves_no_half_line(tmp_path, small):
+    """The limit on the size of a file simulates a full disk, because /dev/full cannot hold a folder."""
     resource = pytest.importorskip("resource")
     code = f"""
 import resource, signal
@@ -249,7 +239,7 @@ print(len(result.rows), *result.unwritten, sep="\\n")
     assert text.endswith("\n") and all(json.loads(line) for line in text.splitlines())
 
 
-def test_earlier_results_are_there_until_the_first_new_row_is(tmp_path, small):
+def test_earlier_results_stay_until_the_first_new_row(tmp_path, small):
     output = tmp_path / "out"
     fit(RECIPE, small, output=output, **HOW)
     before = {name: (output / name).read_bytes() for name in files_in(output)}
@@ -270,44 +260,44 @@ def test_earlier_results_are_there_until_the_first_new_row_is(tmp_path, small):
 
 @pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_two_runs_told_one_folder_never_mix(tmp_path, small, overwrite):
-    refused = []
+def test_second_training_in_the_same_folder_is_refused(tmp_path, small, overwrite):
+    errors = []
 
-    def second(line):
-        if line.startswith("torch"):  # the first is at work, and has written nothing yet
+    def start_second(line):
+        if line.startswith("torch"):  # the first training has begun and has written nothing yet
             with pytest.raises(InputError, match=r"output .*: another run is writing its results there") as caught:
                 fit(RECIPE, small, output=tmp_path / "out", overwrite=overwrite, **HOW)
-            refused.append(caught.value)
+            errors.append(caught.value)
 
-    fit(RECIPE, small, output=tmp_path / "out", overwrite=overwrite, **HOW | {"log": second})
-    assert len(refused) == 1
+    fit(RECIPE, small, output=tmp_path / "out", overwrite=overwrite, **HOW | {"log": start_second})
+    assert len(errors) == 1
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_results_that_came_in_the_meantime_are_kept(tmp_path, small):
-    late = RunFolder(tmp_path / "out")
+def test_results_written_since_the_check_are_kept(tmp_path, small):
+    folder = RunFolder(tmp_path / "out")
     fit(RECIPE, small, output=tmp_path / "out", **HOW)
-    with pytest.raises(InputError, match="already holds results"), late:
+    with pytest.raises(InputError, match="already holds results"), folder:
         pass
 
 
-def test_a_new_folder_is_one_runs_own(tmp_path):
+def test_new_folder_gets_a_number_if_the_name_is_taken(tmp_path):
     with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(RunFolder(tmp_path / "runs" / "x", new=True)) for _ in range(3)]
-        assert [output.path.name for output in outputs] == ["x", "x-2", "x-3"]
+        folders = [stack.enter_context(RunFolder(tmp_path / "runs" / "x", new=True)) for _ in range(3)]
+        assert [folder.path.name for folder in folders] == ["x", "x-2", "x-3"]
     assert not (tmp_path / "runs").exists()
 
 
-def test_numbers_of_numpy_do_for_seed_and_runs(tmp_path, small):
-    named = dataclasses.replace(small, name=Path("a/name"))  # and what has a text does for a name
-    result = fit(RECIPE, named, output=tmp_path / "out", seed=np.int64(3), runs=np.int32(1), **HOW)
+def test_seed_and_runs_accept_numpy_integers(tmp_path, small):
+    dataset = dataclasses.replace(small, name=Path("a/name"))  # a name may be any object that has a text
+    result = fit(RECIPE, dataset, output=tmp_path / "out", seed=np.int64(3), runs=np.int32(1), **HOW)
     assert not result.unwritten
     assert json.loads((tmp_path / "out/summary.json").read_text())["runs"][0]["seed"] == 3
     with pytest.raises(InputError, match=r"seed must be a whole number, not 1\.0"):
         fit(RECIPE, small, seed=1.0, **HOW)
 
 
-def test_a_log_that_lacks_a_letter_gets_it_escaped(tmp_path, small):
+def test_log_without_a_letter_gets_it_escaped(tmp_path, small):
     lines = []
 
     def ascii_only(line):
@@ -319,19 +309,19 @@ def test_a_log_that_lacks_a_letter_gets_it_escaped(tmp_path, small):
     assert any("also tested on \\xe4" in line for line in lines)
 
 
-def test_rows_can_be_read_while_the_run_goes_on(tmp_path, small):
-    seen = []
-    how = HOW | {
-        "log": lambda line: (
-            seen.append(len((tmp_path / "out/metrics.jsonl").read_text().splitlines())) if "epoch" in line else None
-        )
-    }
-    fit(RECIPE, small, output=tmp_path / "out", **how)
-    assert seen == [1, 2]
+def test_rows_can_be_read_during_the_run(tmp_path, small):
+    counts = []
+
+    def log(line):
+        if "epoch" in line:
+            counts.append(len((tmp_path / "out/metrics.jsonl").read_text().splitlines()))
+
+    fit(RECIPE, small, output=tmp_path / "out", **HOW | {"log": log})
+    assert counts == [1, 2]
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path, place):
+def test_folder_that_cannot_be_written_is_refused(tmp_path, place):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="output"), RunFolder(tmp_path / place):
         pass

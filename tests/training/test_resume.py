@@ -1,4 +1,4 @@
-"""A training that was stopped at any moment goes on, and ends with the bits of one that was not."""
+"""A training that was stopped at any moment resumes, and ends with the bits of an uninterrupted one."""
 
 import json
 import random
@@ -17,44 +17,45 @@ from cifar_fast.backends.fused import Fused
 from cifar_fast.cli.flags import interruptible
 from cifar_fast.data.tensors import device_data
 from cifar_fast.train import main
+from cifar_fast.training import trainer
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.fit import Training
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.progress import lines_to
 from tests.helpers import DEVICE, HOW, contents, files_in, files_of, save_npz, small_dataset, stop_after
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings, by the command and from Python
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings
 
 RECIPE = Recipe(epochs=3, batch_size=16, widths=(4, 8, 8, 16))
 FLAGS = "--dataset npz --widths 4 8 8 16 --epochs 3 --batch-size 16 --device cpu --dtype float32 --seed 3"
 FUSED = Recipe(epochs=2, batch_size=4, widths=(4, 8, 8, 16))
 
 
-def stopped_and_resumed(recipe, dataset, folder, stops, **how):
-    log = stop_after(*stops)
-    how |= {"log": log}
-    place = "output"
+def stopped_and_resumed(recipe, dataset, folder, stops, **options):
+    """Train, stop at each of ``stops``, resume each time, and return the result. See :func:`stop_after`."""
+    options["log"] = stop_after(*stops)
+    argument = "output"
     for _ in stops:
         with pytest.raises(KeyboardInterrupt):
-            fit(recipe, dataset, **{place: folder}, **how)
-        place = "resume"
-    return fit(recipe, dataset, resume=folder, **how)
+            fit(recipe, dataset, **{argument: folder}, **options)
+        argument = "resume"
+    return fit(recipe, dataset, resume=folder, **options)
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
 def test_resumed_training_has_the_bits_of_an_uninterrupted_one(tmp_path, tiny, uncompiled, backend, dtype):
-    how = HOW | dict(backend=backend, dtype=dtype, runs=2, seed=4)
-    fit(RECIPE, tiny, output=tmp_path / "whole", **how)
-    stopped_and_resumed(RECIPE, tiny, tmp_path / "parts", [(0, 1), (0, 3), (1, 3)], **how)
+    options = HOW | dict(backend=backend, dtype=dtype, runs=2, seed=4)
+    fit(RECIPE, tiny, output=tmp_path / "whole", **options)
+    stopped_and_resumed(RECIPE, tiny, tmp_path / "parts", [(0, 1), (0, 3), (1, 3)], **options)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow  # the interpreter
 def test_resumed_fused_training_has_the_bits_of_an_uninterrupted_one(tmp_path, uncompiled, few_programs):
-    dataset, how = small_dataset(train=8, test=4), HOW | dict(backend="fused", device=DEVICE.type)
-    fit(FUSED, dataset, output=tmp_path / "whole", **how)
-    stopped_and_resumed(FUSED, dataset, tmp_path / "parts", [(0, 2)], **how)
+    dataset, options = small_dataset(train=8, test=4), HOW | dict(backend="fused", device=DEVICE.type)
+    fit(FUSED, dataset, output=tmp_path / "whole", **options)
+    stopped_and_resumed(FUSED, dataset, tmp_path / "parts", [(0, 2)], **options)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
@@ -75,32 +76,32 @@ def test_restored_state_keeps_the_addresses_that_the_graph_captured(uncompiled, 
 
 @pytest.mark.nightly
 def test_resumed_compiled_training_has_the_bits_of_an_uninterrupted_one(tmp_path, tiny):
-    how = HOW | dict(backend="compiled", runs=2)
-    fit(RECIPE, tiny, output=tmp_path / "whole", **how)
-    stopped_and_resumed(RECIPE, tiny, tmp_path / "parts", [(0, 3), (1, 2)], **how)
+    options = HOW | dict(backend="compiled", runs=2)
+    fit(RECIPE, tiny, output=tmp_path / "whole", **options)
+    stopped_and_resumed(RECIPE, tiny, tmp_path / "parts", [(0, 3), (1, 2)], **options)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 def test_resume_with_separate_seeds_and_extra_test_sets(tmp_path, tiny):
     np.savez(tmp_path / "test.npz", images=tiny.test_images, labels=tiny.test_labels)
-    how = HOW | dict(runs=2, order_seed=9, also_test={"again": tmp_path / "test.npz"})
-    fit(RECIPE, tiny, output=tmp_path / "whole", **how)
-    stopped_and_resumed(RECIPE, tiny, tmp_path / "parts", [(0, 3), (1, 1)], **how)
+    options = HOW | dict(runs=2, order_seed=9, also_test={"again": tmp_path / "test.npz"})
+    fit(RECIPE, tiny, output=tmp_path / "whole", **options)
+    stopped_and_resumed(RECIPE, tiny, tmp_path / "parts", [(0, 3), (1, 1)], **options)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("every", [0, 2])
 def test_fewer_checkpoints_repeat_epochs_with_the_same_bits(tmp_path, tiny, every):
-    how = HOW | dict(runs=2, checkpoint_every=every)
-    fit(RECIPE, tiny, output=tmp_path / "whole", **how)
+    options = HOW | dict(runs=2, checkpoint_every=every)
+    fit(RECIPE, tiny, output=tmp_path / "whole", **options)
     lines = []
-    stops = stop_after((0, 2), (1, 3))
-    for place in ("output", "resume"):
+    stop = stop_after((0, 2), (1, 3))
+    for argument in ("output", "resume"):
         with pytest.raises(KeyboardInterrupt):
-            fit(RECIPE, tiny, **{place: tmp_path / "parts"}, **how | {"log": stops})
+            fit(RECIPE, tiny, **{argument: tmp_path / "parts"}, **options | {"log": stop})
     rows = (tmp_path / "parts/metrics.jsonl").read_text().splitlines()
-    assert len(rows) == 6, "a row is there before its checkpoint"
-    fit(RECIPE, tiny, resume=tmp_path / "parts", **how | {"log": lines.append})
+    assert len(rows) == 6, "a row is written before its checkpoint"
+    fit(RECIPE, tiny, resume=tmp_path / "parts", **options | {"log": lines.append})
     assert [line.split()[1] for line in lines if line.startswith("epoch")] == (["3"] if every else ["1", "2", "3"])
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
@@ -113,10 +114,8 @@ def test_seconds_continue_after_resume(tmp_path, tiny):
     assert evaluation == sorted(evaluation) and len(set(evaluation)) == 3
 
 
-# -- the command
-
-
 def train(npz, flags):
+    """Run the command and return its exit code."""
     return main(f"{FLAGS} --data-dir {npz} {flags}".split())
 
 
@@ -131,13 +130,14 @@ def original(tmp_path_factory, npz):
 
 @pytest.fixture
 def stopped(tmp_path, original):
+    """A copy of that folder."""
     return shutil.copytree(original, tmp_path / "parts")
 
 
 def test_resume_needs_no_other_flags(tmp_path, npz, stopped, capfd):
     assert main(["--resume", str(stopped)]) == 0
-    shown = capfd.readouterr().out
-    assert "run 2 of 2, seed 4\nresuming after epoch 1\nepoch  2" in shown and "run 1 of 2" not in shown
+    output = capfd.readouterr().out
+    assert "run 2 of 2, seed 4\nresuming after epoch 1\nepoch  2" in output and "run 1 of 2" not in output
     assert train(npz, f"--backend eager --runs 2 --output {tmp_path}/whole") == 0
     assert contents(stopped) == contents(tmp_path / "whole")
 
@@ -146,16 +146,16 @@ def test_resume_needs_no_other_flags(tmp_path, npz, stopped, capfd):
 def test_interrupt_prints_how_to_resume_if_there_is_a_checkpoint(tmp_path, npz, monkeypatch, capfd, epochs):
     drawn = []
 
-    def draw(*args, **how):
+    def draw(*args, **options):
         if len(drawn) == epochs:
             raise KeyboardInterrupt
-        drawn.append(draw_epoch(*args, **how))
+        drawn.append(draw_epoch(*args, **options))
         return drawn[-1]
 
-    monkeypatch.setattr("cifar_fast.training.trainer.draw_epoch", draw)
+    monkeypatch.setattr(trainer, "draw_epoch", draw)
     assert train(npz, f"--output {tmp_path}/out") == 130
-    how = f"interrupted; to resume: cifar-fast train --resume {tmp_path}/out\n"
-    assert capfd.readouterr().err == (how if epochs else "interrupted before there was anything to resume\n")
+    hint = f"interrupted; to resume: cifar-fast train --resume {tmp_path}/out\n"
+    assert capfd.readouterr().err == (hint if epochs else "interrupted before there was anything to resume\n")
     assert (tmp_path / "out").exists() == bool(epochs)
 
 
@@ -181,18 +181,15 @@ def test_resume_of_a_finished_training_does_nothing(tmp_path, npz, stopped, capf
     before = {name: (stopped / name).read_bytes() for name in files_in(stopped)}
     capfd.readouterr()
     assert main(["--resume", str(stopped)]) == 0
-    shown = capfd.readouterr()
-    assert shown.out.startswith("nothing to do: ") and (shown.out.count("\n"), shown.err) == (1, "")
+    output, error = capfd.readouterr()
+    assert output.startswith("nothing to do: ") and (output.count("\n"), error) == (1, "")
     assert {name: (stopped / name).read_bytes() for name in files_in(stopped)} == before
     assert main(["--resume", str(stopped), "--seed", "5"]) == 2
 
 
 def test_result_is_read_back_equal(tmp_path, tiny):
     result = fit(RECIPE, tiny, output=tmp_path / "out", runs=2, **HOW)
-    for again in (
-        Result.load(tmp_path / "out"),
-        fit(RECIPE, tiny, resume=tmp_path / "out", runs=2, **HOW),
-    ):
+    for again in (Result.load(tmp_path / "out"), fit(RECIPE, tiny, resume=tmp_path / "out", runs=2, **HOW)):
         assert (again.rows, again.runs, again.recipe) == (result.rows, result.runs, result.recipe)
         assert json.dumps(again.summary()) == json.dumps(result.summary())
         assert all(torch.equal(again.state_dict[name], tensor) for name, tensor in result.state_dict.items())
@@ -278,10 +275,10 @@ def test_stopped_training_is_kept_without_overwrite(npz, stopped, capfd):
 
 
 def test_folder_in_use_is_an_error(tmp_path, tiny):
-    """Of a new training and of one that goes on."""
+    """A second process is refused while the first trains and while the first resumes."""
     refused = []
 
-    def second(line):
+    def start_second(line):
         if line.startswith("epoch  2"):
             with pytest.raises(InputError, match=r"resume .*: another run is writing its results there"):
                 fit(RECIPE, tiny, resume=tmp_path / "out", **HOW)
@@ -290,8 +287,8 @@ def test_folder_in_use_is_an_error(tmp_path, tiny):
 
     stop = stop_after((0, 3))
     with pytest.raises(KeyboardInterrupt):
-        fit(RECIPE, tiny, output=tmp_path / "out", **HOW | {"log": second})
-    fit(RECIPE, tiny, resume=tmp_path / "out", **HOW | {"log": second})
+        fit(RECIPE, tiny, output=tmp_path / "out", **HOW | {"log": start_second})
+    fit(RECIPE, tiny, resume=tmp_path / "out", **HOW | {"log": start_second})
     assert len(refused) == 1 and len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -313,12 +310,12 @@ def test_resume_of_a_gpu_run_with_fewer_gpus(stopped, monkeypatch, gpus, device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     folder = RunFolder(stopped, resume=True)
-    asked = folder.earlier.config.replace(backend="auto", device="auto", dtype="auto", memory_format="auto")
-    assert Training(asked, folder).device == torch.device(device)
+    config = folder.earlier.config.replace(backend="auto", device="auto", dtype="auto", memory_format="auto")
+    assert Training(config, folder).device == torch.device(device)
 
 
 def test_resume_uses_the_same_number_of_threads(tmp_path, tiny):
-    """Sums over a batch are cut between threads, so that the last bits depend on them."""
+    """Threads split the sums over a batch, so the last bits depend on their number."""
     recipe = Recipe(epochs=2, batch_size=32, widths=(4,))
     with pytest.raises(KeyboardInterrupt):
         fit(recipe, tiny, output=tmp_path / "out", threads=2, **HOW | {"log": stop_after((0, 2))})
@@ -335,13 +332,13 @@ def test_temporary_files_of_a_killed_process_are_removed(stopped):
 def test_checkpoint_stays_if_the_weights_cannot_be_written(tmp_path, tiny, monkeypatch):
     save = torch.save
 
-    def full(what, path):
+    def fail_for_weights(value, path):
         if "model.pt" in str(path):
             raise OSError(28, "No space left on device")
-        save(what, path)
+        save(value, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
+        patch.setattr(torch, "save", fail_for_weights)
         result = fit(RECIPE, tiny, output=tmp_path / "out", **HOW)
     assert len(result.unwritten) == 1 and (tmp_path / "out/run-0/checkpoint.pt").exists()
     fit(RECIPE, tiny, resume=tmp_path / "out", **HOW)
@@ -369,7 +366,7 @@ def test_command_restores_signal_handlers(tmp_path, npz):
 def test_first_signal_waits_for_the_step_and_second_does_not():
     with interruptible() as on_step:
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)  # no step that could end
+            signal.raise_signal(signal.SIGINT)  # no step is under way
         on_step()
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
@@ -378,15 +375,13 @@ def test_first_signal_waits_for_the_step_and_second_does_not():
             signal.raise_signal(signal.SIGINT)
 
 
-# -- processes
-
-
 def start(flags):
+    """Start the command in a process of its own."""
     command = [sys.executable, "-m", "cifar_fast.train", *flags.split()]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow  # processes of their own
+@pytest.mark.slow  # starts a process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_the_command_after_its_step(tmp_path, npz, number):
     process = start(f"{FLAGS} --data-dir {npz} --output {tmp_path}/out --epochs 100000")
@@ -402,12 +397,13 @@ def test_signal_ends_the_command_after_its_step(tmp_path, npz, number):
 
 
 def whole_and_killed(tmp_path, npz, kills, seed):
-    """The contents of a training's folder, and of that of the same one killed at random moments and resumed."""
+    """Train once without interruption and once with kills at random moments. Return the contents of both folders."""
     flags = f"{FLAGS} --data-dir {npz} --backend eager --epochs 8 --runs 3"
     process = start(f"{flags} --output {tmp_path}/whole")
-    begun = time.monotonic() if process.stdout.readline() else 0  # what comes before it is imports
+    process.stdout.readline()  # printed after the imports
+    start_time = time.monotonic()
     assert process.communicate(timeout=120)[1] == ""
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start_time
     moments, command = random.Random(seed), f"{flags} --output {tmp_path}/parts"
     for _ in range(kills):
         process = start(command)
@@ -421,13 +417,13 @@ def whole_and_killed(tmp_path, npz, kills, seed):
     return contents(tmp_path / "whole"), contents(tmp_path / "parts")
 
 
-@pytest.mark.nightly  # a process a kill
+@pytest.mark.nightly  # starts a process for each kill
 def test_three_kills_at_random_moments_change_no_bit(tmp_path, npz):
     whole, parts = whole_and_killed(tmp_path, npz, kills=3, seed=0)
     assert parts == whole
 
 
 @pytest.mark.nightly
-def test_twenty_kills_at_random_moments_cost_no_bit(tmp_path, npz):
+def test_twenty_kills_at_random_moments_change_no_bit(tmp_path, npz):
     whole, parts = whole_and_killed(tmp_path, npz, kills=20, seed=1)
     assert parts == whole

@@ -1,3 +1,5 @@
+"""The loop of a run, its results in memory, and errors of options, compilers and memory."""
+
 import dataclasses
 import shutil
 
@@ -14,25 +16,25 @@ from tests.helpers import HOW, NARROW, fit_with, small_dataset
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
 
 
-def train(dataset, **how):
-    return fit(how.pop("recipe", RECIPE), dataset, **HOW | how)
+def train(dataset, recipe=RECIPE, **options):
+    return fit(recipe, dataset, **HOW | options)
 
 
 def untimed(rows):
     return [dataclasses.replace(row, run=0, train_seconds=0, evaluation_seconds=0) for row in rows]
 
 
-def test_run_i_is_the_single_run_with_seed_s_plus_i(small):
+def test_run_i_equals_a_single_run_with_seed_plus_i(small):
     both = train(small, seed=4, runs=2)
     assert [run.seed for run in both.runs] == [4, 5]
     for i in range(2):
-        alone = train(small, seed=4 + i)
-        assert untimed(alone.rows) == untimed(row for row in both.rows if row.run == i)
-    assert all(torch.equal(alone.state_dict[name], tensor) for name, tensor in both.state_dict.items())
+        single = train(small, seed=4 + i)
+        assert untimed(single.rows) == untimed(row for row in both.rows if row.run == i)
+    assert all(torch.equal(single.state_dict[name], tensor) for name, tensor in both.state_dict.items())
     assert both.rows[0].train_loss != both.rows[2].train_loss
 
 
-def test_the_result_tells_of_rows_runs_and_data(small):
+def test_result_holds_rows_runs_and_data_set(small):
     result = train(small, runs=2)
     assert [(row.run, row.epoch) for row in result.rows] == [(0, 1), (0, 2), (1, 1), (1, 2)]
     for run in result.runs:
@@ -44,7 +46,7 @@ def test_the_result_tells_of_rows_runs_and_data(small):
     assert (result.dataset["train_images"], result.dataset["test_images"]) == (96, 40)
 
 
-def test_the_weights_load_into_the_plain_model_and_score_what_the_run_scored(small):
+def test_weights_give_the_reported_accuracy(small):
     result = train(small, backend="eager", dtype="float32")
     model = CNN(RECIPE, small.num_classes)
     model.load_state_dict(result.state_dict)
@@ -57,7 +59,7 @@ def test_the_weights_load_into_the_plain_model_and_score_what_the_run_scored(sma
     assert accuracy == pytest.approx(result.runs[0].test_accuracy)
 
 
-@pytest.mark.slow  # bfloat16, which this kind of CPU may lack
+@pytest.mark.slow  # a CPU without bfloat16 instructions takes seconds
 def test_bfloat16_keeps_float32_weights_and_trains(small):
     result = train(small, dtype="bfloat16", recipe=dataclasses.replace(RECIPE, epochs=6))
     assert {tensor.dtype for tensor in result.state_dict.values()} == {torch.float32, torch.int64}
@@ -66,7 +68,7 @@ def test_bfloat16_keeps_float32_weights_and_trains(small):
     assert result.rows[0].train_loss == pytest.approx(exact.rows[0].train_loss, rel=0.02)
 
 
-def test_the_images_left_over_are_dropped_and_the_last_test_batch_is_not():
+def test_epoch_drops_leftover_images_and_evaluation_does_not():
     dataset = small_dataset(train=100, test=40)
     cpu = torch.device("cpu")
     backend = Eager(RECIPE, device_data(dataset, cpu), cpu, torch.float32, torch.contiguous_format)
@@ -76,14 +78,14 @@ def test_the_images_left_over_are_dropped_and_the_last_test_batch_is_not():
     assert backend.evaluate().shape == (40,)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small):
+def test_diverged_run_is_an_error_that_names_the_step(small):
     wild = Recipe(epochs=2, batch_size=32, widths=NARROW, lr_values=(1e30, 1e30, 0))
     with pytest.raises(Diverged, match=r"the loss is not finite at step \d+ \(epoch 1\); try smaller lr_values"):
         train(small, recipe=wild)
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("options", "words"),
     [
         (dict(runs=0), "runs must be at least 1"),
         (dict(seed=-1), "seed must lie between 0"),
@@ -96,18 +98,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(small):
         (dict(recipe=Recipe()), "96 training images are fewer than one batch of 512; give a smaller batch_size"),
     ],
 )
-def test_a_training_that_cannot_work_is_refused(small, how, words):
+def test_invalid_argument_is_refused(small, options, words):
     with pytest.raises(InputError, match=words):
-        train(small, **how)
+        train(small, **options)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here")
-def test_a_gpu_that_is_not_here_is_refused(small):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_missing_gpu_is_refused(small):
     with pytest.raises(InputError, match=r"^device cuda: this torch finds no CUDA GPU"):
         train(small, device="cuda")
 
 
-def test_auto_on_a_cpu_says_what_it_picked_and_why(small):
+def test_auto_on_a_cpu_logs_its_choice_and_the_reason(small):
     lines = []
     result = fit(RECIPE, small, device="cpu", log=lines.append)
     assert result.dtype == ("bfloat16" if cpu_has_bfloat16() else "float32")
@@ -115,41 +117,38 @@ def test_auto_on_a_cpu_says_what_it_picked_and_why(small):
     assert "bfloat16" in lines[1] and "eager was measured faster" in lines[1]
 
 
-def test_images_of_one_color_cannot_be_normalized(small):
+def test_images_of_one_color_are_refused(small):
     black = dataclasses.replace(small, train_images=small.train_images * 0)
     with pytest.raises(InputError, match="the same value everywhere"):
         train(black)
 
 
-# -- compiled
-
-
 @pytest.fixture(scope="module")
 def compiler():
-    """Skips where torch.compile has no C++ compiler to call; with one there, its failure is a failure."""
+    """Skip the test if torch.compile finds no C++ compiler."""
     if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
-        pytest.skip("no C++ compiler here, which torch.compile needs on a CPU")
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
 
 
-@pytest.mark.nightly  # test_cifar.py has a shorter one
-def test_compiled_trains_as_eager_does_and_its_set_up_leaves_no_trace(small, compiler):
-    """Compiled arithmetic differs in its last bits, which each step makes larger: tight after one epoch, loose after
-    two.
+@pytest.mark.nightly  # compiles for minutes; test_cifar.py has a shorter test
+def test_compiled_backend_trains_like_eager(small, compiler):
+    """Compiled arithmetic differs in its last bits, and each step makes the difference larger.
+
+    The tolerance is therefore small for the first epoch and larger for the second.
     """
-    recipe = dataclasses.replace(
-        RECIPE, batch_size=30, lr_values=(0.1, 0.2, 0)
-    )  # 10 test images in the last, short batch
+    # A batch size of 30 leaves a short last batch of 10 test images.
+    recipe = dataclasses.replace(RECIPE, batch_size=30, lr_values=(0.1, 0.2, 0))
     eager = train(small, recipe=recipe, runs=2)
     compiled = train(small, recipe=recipe, runs=2, backend="compiled")
-    for mine, its in zip(compiled.rows, eager.rows, strict=True):
-        assert mine.train_loss == pytest.approx(its.train_loss, rel=1e-4 if its.epoch == 1 else 1e-2)
-    mine, its = (
+    for row, expected in zip(compiled.rows, eager.rows, strict=True):
+        assert row.train_loss == pytest.approx(expected.train_loss, rel=1e-4 if expected.epoch == 1 else 1e-2)
+    weights, expected = (
         torch.cat([tensor.double().flatten() for tensor in result.state_dict.values()]) for result in (compiled, eager)
     )
-    assert (mine - its).norm() <= 0.02 * its.norm()
+    assert (weights - expected).norm() <= 0.02 * expected.norm()
 
 
-def test_setting_up_the_compiled_backend_changes_no_weight_statistic_or_generator(small, uncompiled):
+def test_building_the_compiled_backend_changes_no_state(small, uncompiled):
     torch.manual_seed(0)
     model = CNN(RECIPE, small.num_classes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -163,11 +162,11 @@ def test_setting_up_the_compiled_backend_changes_no_weight_statistic_or_generato
     assert not backend.optimizer.state
 
 
-def test_a_compiler_that_is_missing_is_said(monkeypatch, small):
-    def broken(*args, **how):
+def test_missing_compiler_is_an_error_with_the_reason(monkeypatch, small):
+    def fail(*args, **options):
         raise RuntimeError("no compiler\nwas found")
 
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", fail)
     with pytest.raises(
         InputError,
         match=r"the compiled backend cannot be set up here \(RuntimeError: no compiler\); choose another backend",
@@ -175,37 +174,38 @@ def test_a_compiler_that_is_missing_is_said(monkeypatch, small):
         train(small, backend="compiled")
 
 
-@pytest.mark.parametrize("where", ["set-up", "training"])
+@pytest.mark.parametrize("phase", ["set-up", "training"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
-def test_out_of_memory_names_the_batch_size(monkeypatch, small, where, error):
-    def fail(*args, **how):
+def test_out_of_memory_names_the_batch_size(monkeypatch, small, phase, error):
+    def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(Eager, "__init__" if where == "set-up" else "train_epoch", fail)
+    monkeypatch.setattr(Eager, "__init__" if phase == "set-up" else "train_epoch", fail)
     with pytest.raises(InputError, match=r"out of memory.* at (--batch-size|batch_size) 32") as caught:
         train(small)
     assert "\n" not in str(caught.value)
 
 
-def test_the_first_cause_is_told_and_the_traceback_can_be_had(monkeypatch, small, caplog):
-    """The compiler raises an error of its own that hides the reason in its second line."""
+def test_fallback_reports_the_first_cause_and_logs_the_traceback(monkeypatch, small, caplog):
+    """The compiler wraps the cause in an error whose first line does not name it."""
 
     class CompilerFailed(RuntimeError):
-        inner_exception = ValueError("a type that it lacks\nand more")
+        inner_exception = ValueError("an unsupported type\nand more")
 
-    def broken(*args, **how):
-        raise CompilerFailed("backend='inductor' raised:\nValueError: a type that it lacks")
+    def failing_compile(*args, **options):
+        raise CompilerFailed("backend='inductor' raised:\nValueError: an unsupported type")
 
-    monkeypatch.setattr(torch, "compile", broken)
-    plan = BackendConfig(("compiled", "eager"), torch.device("cpu"), torch.float32, torch.channels_last, "")
+    monkeypatch.setattr(torch, "compile", failing_compile)
+    backend_config = BackendConfig(("compiled", "eager"), torch.device("cpu"), torch.float32, torch.channels_last, "")
     with caplog.at_level("DEBUG", "cifar_fast"):
-        result = fit_with(plan, RECIPE, small)
-    said = "the compiled backend cannot be set up here (ValueError: a type that it lacks)"
-    assert result.auto == [f"{said}, eager instead"]
-    assert said in caplog.text and "in broken" in caplog.text
+        result = fit_with(backend_config, RECIPE, small)
+    reason = "the compiled backend cannot be set up here (ValueError: an unsupported type)"
+    assert result.auto == [f"{reason}, eager instead"]
+    assert reason in caplog.text and "in failing_compile" in caplog.text
 
 
 SLOW = [("fused", "bfloat16"), ("fused", "float32")]
+"""Backends and dtypes that take seconds."""
 
 
 @pytest.mark.gpu
