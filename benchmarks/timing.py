@@ -1,4 +1,4 @@
-"""Timers: the wall clock, CUDA graphs over rotating inputs, and sides that take turns."""
+"""Timers: CUDA graphs over rotating inputs, and sides that take turns."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from cifar_fast.utils.device import device_timer
+from cifar_fast.diagnostics.profile import gpu_events
 
 LAUNCHES = 50
 """Minimum number of calls in a graph, enough to hide the host."""
@@ -37,14 +36,6 @@ def interleave(
         if turn >= 1 and enough():
             break
     return values
-
-
-def wall(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of ``call``, including the work of the device."""
-    clock = device_timer(device)
-    start = clock()
-    call()
-    return clock() - start
 
 
 def capture(
@@ -83,9 +74,7 @@ def device_work(call: Callable[[], object]) -> list[str]:
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize()
-    # An annotation spans kernels that have events of their own.
-    work = [event for event in trace.events() if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    return [event.name for event in sorted(work, key=lambda event: event.time_range.start)]
+    return [event.name for event in sorted(gpu_events(trace.events()), key=lambda event: event.time_range.start)]
 
 
 def child(arguments: Sequence[str]) -> str:

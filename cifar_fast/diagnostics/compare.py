@@ -100,13 +100,7 @@ def compare(
 
 
 def _compare(
-    recipe: Recipe,
-    dataset: Dataset,
-    first: BackendConfig,
-    second: BackendConfig,
-    seed: int,
-    steps: int,
-    drift: bool,
+    recipe: Recipe, dataset: Dataset, first: BackendConfig, second: BackendConfig, seed: int, steps: int, drift: bool
 ) -> Iterator[list[TensorDiff]]:
     device, dtype = first.device, first.dtype
     if (second.device, second.dtype) != (device, dtype):
