@@ -130,12 +130,7 @@ def cpu(bench: Bench) -> Rows:
         if bench.reference_script and bench.recipe.widths == Recipe().widths:  # the script has no other widths
             script = functools.partial(_script, bench.reference_script, npz, bench.recipe)
             sides = {"reference script": script} | sides
-        measured: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-        for turn in range(3):
-            for name, side in sides.items():
-                measured[name].append(side())
-            if turn and bench.late():
-                break
+        measured = interleave(sides, rounds=3, enough=bench.late, warm_up=0)  # each side warms up in its process
     for case in ("step", "augmentation of an epoch"):
         for name, turns in measured.items():
             yield Row("cpu", case, name, "time", "s", [turn[case] for turn in turns])

@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -18,17 +18,18 @@ LAUNCHES = 50
 REPLAYS = 15
 WARM_UP = 3
 """Runs that are not timed, while clocks rise and caches fill."""
+T = TypeVar("T")
 
 
 def interleave(
-    sides: Mapping[str, Callable[[], float]], rounds: int, enough: Callable[[], bool] = lambda: False
-) -> dict[str, list[float]]:
+    sides: Mapping[str, Callable[[], T]], rounds: int, enough: Callable[[], bool] = lambda: False, warm_up: int = 1
+) -> dict[str, list[T]]:
     """Return the values of each side in each round. The sides take turns, so slow drift affects all of them alike.
 
-    A first round is dropped. After two more rounds ``enough`` may end the loop.
+    The first ``warm_up`` rounds are dropped. After two more rounds ``enough`` may end the loop.
     """
-    values: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(-1, rounds):
+    values: dict[str, list[T]] = {name: [] for name in sides}
+    for turn in range(-warm_up, rounds):
         for name, side in sides.items():
             value = side()
             if turn >= 0:

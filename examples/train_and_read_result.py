@@ -2,6 +2,8 @@
 
     python examples/train_and_read_result.py            # the embedded data set, a narrow network: a minute on two cores
     python examples/train_and_read_result.py --small    # a few seconds
+
+It prints a line per epoch, the summary, and a prediction for one test image.
 """
 
 import argparse
