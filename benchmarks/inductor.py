@@ -49,7 +49,7 @@ def count_inductor_launches(case: str) -> Iterator[list[Counted]]:
         choices = [
             count_compiled(
                 made.kernel,
-                prod(GridExpr.from_meta(self.inductor_meta, made.config).eval_slow(given)),
+                programs=prod(GridExpr.from_meta(self.inductor_meta, made.config).eval_slow(given)),
                 section="inductor",
                 case=case,
                 kernel=self.fn.__name__,

@@ -35,9 +35,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -236,24 +235,14 @@ def _width(instruction: str) -> int:
     return int(found[1]) // 8 if found else 4
 
 
-def count_compiled(made: Any, programs: int, written: int = 0, **facts: Any) -> Counted:
+def count_compiled(made: Any, written: int = 0, **facts: Any) -> Counted:
     """Count the instructions of a kernel that Triton ``made``, whose launch stores ``written`` bytes, 0 if unknown."""
-    cubin, warps = made.asm["cubin"], made.metadata.num_warps
-    threads = programs * warps * WARP
+    cubin, warps, shared = made.asm["cubin"], made.metadata.num_warps, made.metadata.shared
     registers, spills = resources(cubin)
-    return Counted(
-        **facts,
-        programs=programs,
-        warps=warps,
-        instructions=issued(
-            inspect_code(triton.knobs.nvidia.nvdisasm, "--print-code", cubin),
-            facts["bytes"] / threads,
-            written / threads,
-        ),
-        registers=registers,
-        spills=spills,
-        shared=made.metadata.shared,
-    )
+    listing = inspect_code(triton.knobs.nvidia.nvdisasm, "--print-code", cubin)
+    threads = facts["programs"] * warps * WARP
+    counts = issued(listing, facts["bytes"] / threads, written / threads)
+    return Counted(**facts, warps=warps, instructions=counts, registers=registers, spills=spills, shared=shared)
 
 
 def count_launch(
@@ -264,8 +253,8 @@ def count_launch(
     tensors = {name: one for name, one in launch.arguments.items() if isinstance(one, torch.Tensor)}
     return count_compiled(
         compiled_kernel(launch, arch),
-        prod(launch.grid),
         launch.bytes_written,
+        programs=math.prod(launch.grid),
         section=section,
         case=case,
         kernel=launch.kernel.__name__.removesuffix("_kernel"),
@@ -279,28 +268,25 @@ def count_launch(
 
 def reuse(launch: Launch, before: Launch) -> tuple[int, int]:
     """Return the bytes that ``launch`` reads of tensors of ``before``, and the bytes of all tensors of the two."""
-    read, earlier, later = (
-        {id(tensor): tensor.nbytes for tensor in tensors if tensor is not None}
-        for tensors in (
-            launch.reads.values(),
-            (*before.reads.values(), *before.writes.values()),
-            (*launch.reads.values(), *launch.writes.values()),
-        )
-    )
-    return sum(read[key] for key in read.keys() & earlier.keys()), sum((earlier | later).values())
+
+    def sizes(tensors: dict[str, torch.Tensor | None]) -> dict[int, int]:
+        return {id(tensor): tensor.nbytes for tensor in tensors.values() if tensor is not None}
+
+    read, earlier = sizes(launch.reads), sizes(before.reads) | sizes(before.writes)
+    every = earlier | read | sizes(launch.writes)
+    return sum(read[key] for key in read.keys() & earlier.keys()), sum(every.values())
 
 
-def recipe_launches(recipe: Recipe, dtype: torch.dtype) -> list[tuple[str, str, int, Launch, Launch | None]]:
-    """Return section, case, count, launch, and the first pass before a second one, of each distinct launch."""
-    work: list[tuple[str, str, int, Launch, Launch | None]] = []
+def recipe_launches(recipe: Recipe, dtype: torch.dtype) -> Iterator[tuple[str, str, int, Launch, Launch | None]]:
+    """Yield section, case, count, launch, and the first pass before a second one, of each distinct launch."""
     for single in (Augmentation(recipe, dtype, PADDED_CHANNELS), Head(recipe, dtype)):
-        work += [("step", single.name, 1, launch, None) for launch in single.launches()]
+        for launch in single.launches():
+            yield "step", single.name, 1, launch, None
     norms = norm_cases(recipe, dtype)
     for case in sorted(norms, key=lambda case: DIRECTIONS.index(case.direction)):
         launches = case.launches()  # in training a pass, a merge and a second pass
         for i, launch in enumerate(launches):
-            work.append((case.section, case.name, norms[case], launch, launches[0] if i == 2 else None))
-    return work
+            yield case.section, case.name, norms[case], launch, launches[0] if i == 2 else None
 
 
 def count_all(recipe: Recipe, dtype: torch.dtype, arch: str) -> list[Counted]:

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import reference
 from benchmarks.rows import Row, floor_rows
-from benchmarks.timing import capture, child, device_work, interleave, replay_times, wall
+from benchmarks.timing import capture, child, device_work, interleave, replay_times
 from cifar_fast import Dataset, Recipe, draw_epoch, load_dataset
 from cifar_fast.backends.base import Backend
 from cifar_fast.backends.eager import Eager
@@ -28,7 +28,7 @@ from cifar_fast.data.augment import augment
 from cifar_fast.data.tensors import device_data
 from cifar_fast.diagnostics import kernel_cases
 from cifar_fast.diagnostics.profile import profile
-from cifar_fast.diagnostics.roofline import Pass, copy_bandwidth, layer_costs, matmul_flops, roofline_times
+from cifar_fast.diagnostics.roofline import Pass, copy_bandwidth, layer_costs, matmul_flops, roofline_times, wall
 from cifar_fast.training.trainer import train
 from cifar_fast.utils.device import device_timer, fused_unavailable_reason, tune_malloc
 from cifar_fast.utils.seeds import make_generators
@@ -130,12 +130,7 @@ def cpu(bench: Bench) -> Rows:
         if bench.reference_script and bench.recipe.widths == Recipe().widths:  # the script has no other widths
             script = functools.partial(_script, bench.reference_script, npz, bench.recipe)
             sides = {"reference script": script} | sides
-        measured: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-        for turn in range(3):
-            for name, side in sides.items():
-                measured[name].append(side())
-            if turn and bench.late():
-                break
+        measured = interleave(sides, rounds=3, enough=bench.late, warm_up=0)  # each side warms up in its process
     for case in ("step", "augmentation of an epoch"):
         for name, turns in measured.items():
             yield Row("cpu", case, name, "time", "s", [turn[case] for turn in turns])
@@ -215,10 +210,8 @@ def check_backend(backend: Eager, dataset: Dataset) -> None:
 
 
 def _reference_training(recipe: Recipe, dataset: Dataset) -> reference.Training:
-    network: dict[str, Any] = dict(widths=recipe.widths, classes=dataset.num_classes)
-    return reference.Training(
-        seed=0, epochs=recipe.epochs, batch_size=recipe.batch_size, dtype=torch.float32, **network
-    )
+    settings: dict[str, Any] = dict(epochs=recipe.epochs, batch_size=recipe.batch_size, widths=recipe.widths)
+    return reference.Training(seed=0, dtype=torch.float32, classes=dataset.num_classes, **settings)
 
 
 def _script(script: Path, npz: Path, recipe: Recipe) -> dict[str, float]:

@@ -45,12 +45,8 @@ def report(results: dict[str, Any]) -> str:
     rows = rows_of(results)
     for name in dict.fromkeys(row.part for row in rows):
         blocks += [f"## {name.capitalize()}", pivot([row for row in rows if row.part == name])]
-    missing = [
-        f"{name} ({part.get('skipped') or part.get('failed')})"
-        for name, part in results["parts"].items()
-        if "skipped" in part or "failed" in part
-    ]
-    if missing:
+    reasons = {name: part.get("skipped") or part.get("failed") for name, part in results["parts"].items()}
+    if missing := [f"{name} ({reason})" for name, reason in reasons.items() if reason]:
         blocks.append(f"Not measured: {'; '.join(missing)}.")
     return "\n\n".join(blocks)
 

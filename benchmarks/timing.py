@@ -1,4 +1,4 @@
-"""Timers: the wall clock, CUDA graphs over rotating inputs, and sides that take turns."""
+"""Timers: CUDA graphs over rotating inputs, and sides that take turns."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from cifar_fast.utils.device import device_timer
+from cifar_fast.diagnostics.profile import gpu_events
 
 LAUNCHES = 50
 """Minimum number of calls in a graph, enough to hide the host."""
 REPLAYS = 15
 WARM_UP = 3
 """Runs that are not timed, while clocks rise and caches fill."""
+T = TypeVar("T")
 
 
 def interleave(
-    sides: Mapping[str, Callable[[], float]], rounds: int, enough: Callable[[], bool] = lambda: False
-) -> dict[str, list[float]]:
+    sides: Mapping[str, Callable[[], T]], rounds: int, enough: Callable[[], bool] = lambda: False, warm_up: int = 1
+) -> dict[str, list[T]]:
     """Return the values of each side in each round. The sides take turns, so slow drift affects all of them alike.
 
-    A first round is dropped. After two more rounds ``enough`` may end the loop.
+    The first ``warm_up`` rounds are dropped. After two more rounds ``enough`` may end the loop.
     """
-    values: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(-1, rounds):
+    values: dict[str, list[T]] = {name: [] for name in sides}
+    for turn in range(-warm_up, rounds):
         for name, side in sides.items():
             value = side()
             if turn >= 0:
@@ -37,14 +37,6 @@ def interleave(
         if turn >= 1 and enough():
             break
     return values
-
-
-def wall(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of ``call``, including the work of the device."""
-    clock = device_timer(device)
-    start = clock()
-    call()
-    return clock() - start
 
 
 def capture(
@@ -83,9 +75,7 @@ def device_work(call: Callable[[], object]) -> list[str]:
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize()
-    # An annotation spans kernels that have events of their own.
-    work = [event for event in trace.events() if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    return [event.name for event in sorted(work, key=lambda event: event.time_range.start)]
+    return [event.name for event in sorted(gpu_events(trace.events()), key=lambda event: event.time_range.start)]
 
 
 def child(arguments: Sequence[str]) -> str:

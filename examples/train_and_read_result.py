@@ -1,7 +1,9 @@
 """Train from Python and read the result: rows of epochs, runs, the summary, the weights.
 
-python examples/train_and_read_result.py            # the embedded data set, a narrow network: a minute on two cores
-python examples/train_and_read_result.py --small    # a few seconds
+    python examples/train_and_read_result.py            # the embedded data set, a narrow network: a minute on two cores
+    python examples/train_and_read_result.py --small    # a few seconds
+
+It prints a line per epoch, the summary, and a prediction for one test image.
 """
 
 import argparse

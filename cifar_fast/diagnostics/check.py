@@ -25,7 +25,7 @@ from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.synthetic import PATTERNS, textures
 from cifar_fast.data.tensors import device_data
 from cifar_fast.diagnostics.compare import Comparison, compare
-from cifar_fast.diagnostics.roofline import copy_bandwidth, layer_costs, matmul_flops, roofline_times
+from cifar_fast.diagnostics.roofline import copy_bandwidth, layer_costs, matmul_flops, roofline_times, wall
 from cifar_fast.recipe import Recipe
 from cifar_fast.utils.device import device_guard, device_timer, environment, fused_unavailable_reason, short_name
 from cifar_fast.utils.errors import InputError, first_cause, first_line, option
@@ -127,11 +127,12 @@ class Check:
 
     def set_up(self, dataset: Dataset) -> str:
         """Build the backend that ``auto`` selects here."""
-        clock = device_timer(self.config.device)
+        device = self.config.device
+        clock = device_timer(device)
         start = clock()
-        if self.config.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.config.device)
-        self.backend, self.failures = build_backend(self.config, self.recipe, device_data(dataset, self.config.device))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.backend, self.failures = build_backend(self.config, self.recipe, device_data(dataset, device))
         if self.failures:
             raise Failed("; ".join(self.failures))
         return f"the {self.backend.name} backend, in {clock() - start:.0f} s"
@@ -210,24 +211,19 @@ def compile_kernels(recipe: Recipe, dtype: torch.dtype, device: torch.device) ->
     if interpreted():
         skip("no GPU to compile for: below they run in Triton's interpreter")
     cases = [*kernel_cases(recipe, dtype), Head(recipe, dtype)]
-    clock = device_timer(device)
-    start = clock()
-    compile_only([launch for case in cases for launch in case.launches()], device)
-    return f"{len(cases)} shapes, in {clock() - start:.0f} s"
+    launches = [launch for case in cases for launch in case.launches()]
+    return f"{len(cases)} shapes, in {wall(lambda: compile_only(launches, device), device):.0f} s"
 
 
 def run_epoch(backend: Backend) -> tuple[float, list[torch.Tensor]]:
     """Train an epoch from fresh weights with fixed seeds; return seconds per step, and the losses and the weights."""
     weights, generator = make_generators(0, backend.device)
     backend.reset(backend.new_model(weights))
-    draws = draw_epoch(
-        len(backend.data.train_images), device=backend.device, recipe=backend.recipe, generator=generator
-    )
-    clock = device_timer(backend.device)
-    start = clock()
-    losses = [loss for loss, _ in backend.train_epoch(draws)]
-    seconds = (clock() - start) / STEPS
-    return seconds, [tensor.clone() for tensor in (*losses, *backend.state_dict().values())]
+    n = len(backend.data.train_images)
+    draws = draw_epoch(n, device=backend.device, recipe=backend.recipe, generator=generator)
+    losses: list[torch.Tensor] = []
+    seconds = wall(lambda: losses.extend(loss for loss, _ in backend.train_epoch(draws)), backend.device)
+    return seconds / STEPS, [tensor.clone() for tensor in (*losses, *backend.state_dict().values())]
 
 
 def repeat(backend: Backend, times: list[float]) -> str:

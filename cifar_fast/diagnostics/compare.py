@@ -100,24 +100,15 @@ def compare(
 
 
 def _compare(
-    recipe: Recipe,
-    dataset: Dataset,
-    first: BackendConfig,
-    second: BackendConfig,
-    seed: int,
-    steps: int,
-    drift: bool,
+    recipe: Recipe, dataset: Dataset, first: BackendConfig, second: BackendConfig, seed: int, steps: int, drift: bool
 ) -> Iterator[list[TensorDiff]]:
     device, dtype = first.device, first.dtype
     if (second.device, second.dtype) != (device, dtype):
-        raise InputError(
-            f"two backends can be compared on one device and in one dtype, not on {device} in {short_name(dtype)} "
-            f"against {second.device} in {short_name(second.dtype)}"
-        )
+        backends = " against ".join(f"{config.device} in {short_name(config.dtype)}" for config in (first, second))
+        raise InputError(f"two backends can be compared on one device and in one dtype, not on {backends}")
     dataset = dataset.for_recipe(recipe)
     dataset.check_trainable(recipe.batch_size)
-    steps_per_epoch = dataset.steps_per_epoch(recipe.batch_size)
-    n = len(dataset.train_images)
+    steps_per_epoch, n = dataset.steps_per_epoch(recipe.batch_size), len(dataset.train_images)
     # No side evaluates, so two test images are enough.
     dataset = dataclasses.replace(dataset, test_images=dataset.test_images[:2], test_labels=dataset.test_labels[:2])
     data = device_data(dataset, device)
@@ -230,12 +221,9 @@ class Comparison:
     rows: list[TensorDiff] = field(default_factory=list)
 
     def heading(self) -> str:
-        facts = environment(self.first.device)
+        facts, dtype = environment(self.first.device), short_name(self.first.dtype)
         sides = f"{self.first.backends[0]} against {self.second.backends[0]}"
-        return (
-            f"torch {facts['torch']}, {facts['device_name']}, {sides}, {short_name(self.first.dtype)}; "
-            "relative differences"
-        )
+        return f"torch {facts['torch']}, {facts['device_name']}, {sides}, {dtype}; relative differences"
 
     def add(self, step: list[TensorDiff]) -> str:
         """Add the rows of a step and return them as a table."""
@@ -260,10 +248,9 @@ class Comparison:
         """Return a line for each tensor that fails, and a last line with their number."""
         steps, failed = self.rows[-1].step, failures(self.rows, self.tolerance)
         tensors = len(self.rows) // steps
+        passed = tensors - len(failed)
         lines = [f"{layer}, {quantity}: {ratio:.1f} times eager's own difference" for layer, quantity, ratio in failed]
-        within = (
-            f"{tensors - len(failed)} of {tensors} tensors are within {self.tolerance:g} times eager's own difference"
-        )
+        within = f"{passed} of {tensors} tensors are within {self.tolerance:g} times eager's own difference"
         return "\n".join(["", *lines, f"{within}, over {steps} steps"])
 
 

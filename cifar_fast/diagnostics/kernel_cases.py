@@ -3,6 +3,10 @@
 The error of a result against float64 may be about twice the error of plain torch in the same dtype. Outputs that are
 only copied or counted must be those of plain torch bit for bit. ``cifar-fast check``, the tests and the benchmarks all
 use this check. The benchmarks time no result that fails it.
+
+Every case has four methods. ``launches()`` returns our launches, on meta tensors. ``inputs(device)`` returns random
+tensors by name. ``call(implementation, given)`` returns a function that computes the outputs, by name and in new
+memory, and can be called again. ``expected(given)`` returns the outputs of plain torch.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch.nn.functional as F
 
 from cifar_fast.backends.base import copy_code_object
 from cifar_fast.backends.fused import PADDED_CHANNELS
+from cifar_fast.data.augment import draw_epoch
 from cifar_fast.kernels.augment import augment, augment_reference
 from cifar_fast.kernels.augment import example_launches as augment_launches
 from cifar_fast.kernels.batch_norm_celu import batch_norm_celu, batch_norm_celu_reference
@@ -39,7 +44,6 @@ STEPS = 4
 Tensors = dict[str, torch.Tensor]
 Function = Callable[..., Any]
 Call = Callable[[], Tensors]
-"""Runs a case on one set of inputs. Returns the outputs by name, in new memory."""
 
 
 class WrongResult(Exception):
@@ -88,11 +92,9 @@ def check(outputs: Tensors, expected: Expected) -> str:
         if not finite.any():
             continue
         exact = exact[finite]
+        sides = [side.detach()[finite].double() for side in (result, *(one[name] for one in expected.eager))]
         for size in (lambda tensor: tensor.abs().max(), torch.Tensor.norm):
-            error, *errors = (
-                float(size(side.detach()[finite].double() - exact))
-                for side in (result, *(one[name] for one in expected.eager))
-            )
+            error, *errors = (float(size(side - exact)) for side in sides)
             own = max(value if math.isfinite(value) else math.inf for value in errors)
             scale = float(size(exact))
             limit = 2 * own + expected.ulps * torch.finfo(eager.dtype).eps * scale
@@ -147,20 +149,16 @@ class Augmentation:
         return dict(padding=recipe.crop_padding, cutout_size=recipe.cutout_size, out_channels=self.out_channels)
 
     def launches(self) -> list[Launch]:
-        """Return our launches, on meta tensors."""
         size = self.recipe.batch_size
         return augment_launches(n=self.images, batch_size=size, size=IMAGE_SIZE, dtype=self.dtype, **self.settings)
 
     def inputs(self, device: torch.device) -> Tensors:
-        """Return random bytes and the draws of two batches."""
-        options = (self.images, (self.recipe.crop_padding + 1) ** 2, 2, (IMAGE_SIZE + 1 - self.recipe.cutout_size) ** 2)
-        n = 2 * self.recipe.batch_size
         return {
             "images": torch.randint(256, (self.images, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, device=device),
             "labels": torch.randint(10, (self.images,), device=device),
             "table": torch.randn(3, 256, device=device).to(self.dtype),
             "step": torch.ones(1, dtype=torch.int64, device=device),
-            "draws": torch.stack([torch.randint(below, (n,), device=device) for below in options]),
+            "draws": draw_epoch(self.images, device=device, recipe=self.recipe).tensor,
         }
 
     def plain(self) -> Function:
@@ -178,7 +176,7 @@ class Augmentation:
             arguments: dict[str, Any] = given | self.settings | {"batch_size": size}
             return lambda: dict(zip(("images", "labels"), cast(Any, augment(**arguments))))
         function = compiled(self) if implementation == "compiled" else self.plain()
-        batch = given["draws"][:, size:]
+        batch = given["draws"][:, size : 2 * size]
         return lambda: function(given["images"], batch, given["table"], given["labels"])
 
     def expected(self, given: Tensors) -> Expected:
@@ -215,13 +213,11 @@ class Norm:
         return dict(alpha=self.alpha, pool=self.block.pool)
 
     def launches(self) -> list[Launch]:
-        """Return our launches of this direction, on meta tensors."""
         shape = self.batch_size, self.block.c_out, self.block.size, self.block.size
         dtypes: dict[str, Any] = dict(dtype=self.dtype, parameter_dtype=parameter_dtype(self.dtype))
         return norm_launches(shape, direction=self.direction, **dtypes, **self.settings)
 
     def inputs(self, device: torch.device) -> Tensors:
-        """Return random tensors."""
         block = self.block
 
         def activations(size: int, mean: float) -> torch.Tensor:
@@ -238,9 +234,14 @@ class Norm:
             given["dy"] = activations(block.out_size, 0)  # of mean 0: the sums over it must fit float16
         return given
 
-    def plain(self, operator: Function = batch_norm_celu_reference) -> Function:
-        """Return ``operator`` as a function of tensors alone."""
-        training, settings = self.direction != "inference", self.settings
+    def plain(self, implementation: str = "eager") -> Function:
+        """Return an implementation, which may also be "formula", as a function of tensors alone."""
+        operators: dict[str, Function] = {
+            "fused": batch_norm_celu,
+            "eager": batch_norm_celu_reference,
+            "formula": norm_formula,
+        }
+        operator, training, settings = operators[implementation], self.direction != "inference", self.settings
 
         def function(*tensors: torch.Tensor | None) -> torch.Tensor:
             return operator(*tensors, training=training, **settings)
@@ -249,18 +250,7 @@ class Norm:
 
     def call(self, implementation: str, given: Tensors) -> Call:
         """The forward pass before a backward pass is not part of the call."""
-        operator = batch_norm_celu if implementation == "fused" else batch_norm_celu_reference
-        return self._call(compiled(self) if implementation == "compiled" else self.plain(operator), given)
-
-    def expected(self, given: Tensors) -> Expected:
-        eager, formula = self.plain(), self.plain(norm_formula)
-        exact = self._call(formula, {name: tensor.double() for name, tensor in given.items()})()
-        if self.dtype != torch.float32:
-            return Expected([self._call(eager, given)()], exact)
-        # The order of a sum over a batch decides more than the last bit of float32.
-        return Expected([self._call(plain, given)() for plain in (eager, formula)], exact, ulps=4)
-
-    def _call(self, function: Function, given: Tensors) -> Call:
+        function = compiled(self) if implementation == "compiled" else self.plain(implementation)
         requires_grad = self.direction != "inference"
         learned = [given[name].detach().requires_grad_(requires_grad) for name in ("x", "weight", "bias")]
         running = {name: given[name] for name in ("running_mean", "running_var") if name in given}
@@ -285,6 +275,14 @@ class Norm:
 
         return backward
 
+    def expected(self, given: Tensors) -> Expected:
+        exact = self.call("formula", {name: tensor.double() for name, tensor in given.items()})()
+        eager = self.call("eager", given)()
+        if self.dtype != torch.float32:
+            return Expected([eager], exact)
+        # The order of a sum over a batch decides more than the last bit of float32.
+        return Expected([eager, self.call("formula", given)()], exact, ulps=4)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -301,36 +299,35 @@ class Head:
         return dict(label_smoothing=self.recipe.label_smoothing, scale=self.recipe.output_scale)
 
     def launches(self) -> list[Launch]:
-        """Return our launches, on meta tensors."""
         size = self.recipe.batch_size
         loss = cross_entropy_launches(size, self.classes, dtype=self.dtype, **self.settings)
         return loss + record_launches(size, dtype=loss_dtype(self.dtype))
 
     def inputs(self, device: torch.device) -> Tensors:
-        """Return random logits ``[STEPS + 1, B, classes]`` and labels."""
+        """Return logits ``[STEPS + 1, B, classes]`` and labels."""
         shape = STEPS + 1, self.recipe.batch_size
         logits = 8 * torch.randn(*shape, self.classes, device=device)
         return {"x": logits.to(self.dtype), "labels": torch.randint(self.classes, shape, device=device)}
 
     def call(self, implementation: str, given: Tensors) -> Call:
+        loss_operator, record_operator = cross_entropy_reference, record_reference
         if implementation == "fused":
-            return functools.partial(self._run, cross_entropy, record, **given)
-        return functools.partial(self._run, cross_entropy_reference, record_reference, **given)
+            loss_operator, record_operator = cross_entropy, record
+
+        def steps() -> Tensors:
+            results = [loss_operator(*step, **self.settings) for step in zip(given["x"], given["labels"])]
+            losses, correct, dx = map(torch.stack, zip(*results))
+            schedule = torch.linspace(1, 2, 2 * STEPS, device=dx.device)
+            state = StepState.initial(schedule, STEPS, self.recipe.batch_size, losses.dtype)
+            for step in zip(losses, correct):
+                record_operator(*step, state)
+            return state._asdict() | {"dx": dx}
+
+        return steps
 
     def expected(self, given: Tensors) -> Expected:
         eager, exact = (self.call("eager", given | {"x": x})() for x in (given["x"], given["x"].double()))
         return Expected([eager], {name: exact[name] for name in ("losses", "dx")})
-
-    def _run(
-        self, loss_operator: Function, record_operator: Function, x: torch.Tensor, labels: torch.Tensor
-    ) -> Tensors:
-        results = [loss_operator(*step, **self.settings) for step in zip(x, labels)]
-        losses, correct, dx = map(torch.stack, zip(*results))
-        schedule = torch.linspace(1, 2, 2 * STEPS, device=x.device)
-        state = StepState.initial(schedule, STEPS, x.shape[1], losses.dtype)
-        for step in zip(losses, correct):
-            record_operator(*step, state)
-        return state._asdict() | {"dx": dx}
 
 
 TimedCase = Augmentation | Norm

@@ -104,14 +104,11 @@ class Table:
 
     def __str__(self) -> str:
         rows = [*self.rows, Row("step", self.step_milliseconds, 1.0, sum(row.launches for row in self.rows))]
-        return "\n".join(
-            [
-                f"{self.steps} steps of {self.batch_size} images, {self.backend}, {self.dtype}, "
-                f"{self.environment['device_name']}",
-                f"{'':46} {'ms/step':>9} {'share':>8} {'launches':>9}",
-                *(f"{row.line:46} {row.milliseconds:9.3f} {row.share:8.1%} {row.launches:9.1f}" for row in rows),
-            ]
-        )
+        facts = f"{self.backend}, {self.dtype}, {self.environment['device_name']}"
+        lines = [f"{self.steps} steps of {self.batch_size} images, {facts}"]
+        lines.append(f"{'':46} {'ms/step':>9} {'share':>8} {'launches':>9}")
+        lines += [f"{row.line:46} {row.milliseconds:9.3f} {row.share:8.1%} {row.launches:9.1f}" for row in rows]
+        return "\n".join(lines)
 
 
 def classify_kernel(name: str) -> str:
@@ -179,10 +176,15 @@ Work = list[tuple[str, float, bool]]
 """Line, microseconds, and whether this counts as a launch."""
 
 
+def gpu_events(events: Iterable[FunctionEvent]) -> list[FunctionEvent]:
+    """Return the kernels, copies and fills on a GPU."""
+    # An annotation spans kernels that have events of their own.
+    return [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+
+
 def kernel_work(events: Iterable[FunctionEvent]) -> tuple[Work, float]:
     """Return the work of the GPU, and the microseconds in which any kernel ran."""
-    # An annotation spans kernels that have events of their own.
-    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    kernels = gpu_events(events)
     if not kernels:
         raise InputError(
             "the profiler saw no kernel on the GPU; it needs CUPTI and permission to use the GPU's counters"

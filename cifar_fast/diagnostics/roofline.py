@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -133,9 +134,12 @@ def matmul_flops(
 def _timed(call: Callable[[int], object], device: torch.device, runs: tuple[int, int] | None) -> list[float]:
     """Return the seconds of each timed run of ``call``, which takes the number of the run."""
     warm_up, counted = runs or RUNS[device.type]
-    clock, seconds = device_timer(device), []
-    for i in range(warm_up + counted):
-        start = clock()
-        call(i)
-        seconds.append(clock() - start)
-    return seconds[warm_up:]
+    return [wall(partial(call, i), device) for i in range(warm_up + counted)][warm_up:]
+
+
+def wall(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of ``call``, including the work of the device."""
+    clock = device_timer(device)
+    start = clock()
+    call()
+    return clock() - start
