@@ -105,20 +105,18 @@ def run_on_rank(world: World, argv: list[str] | None) -> int:
         # All that can be refused is refused before the data, which may take long to come.
         config = config_of(args)
 
-        from cifar_fast.training.fit import Hooks, Training, train_all
+        from cifar_fast.training.fit import Training, train_all
         from cifar_fast.training.run_folder import RunFolder
         from cifar_fast.utils.device import tune_malloc
 
         if not args.resume:
             folder = RunFolder(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
         training = Training(config, folder, world=world)
-        if training.complete():
-            training.finished()
+        if training.finished():
             return 0
     if training.device.type == "cpu":
         tune_malloc()
     with interruptible() as on_step:
-        training.hooks = Hooks(on_step)
         try:
             dataset = world.rank0_first(lambda: read_dataset(args.dataset, args.data_dir, args.data_url))
             with world.all_or_none():

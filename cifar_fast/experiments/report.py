@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import statistics
 import warnings
@@ -17,10 +16,10 @@ import numpy as np
 
 from cifar_fast.experiments.sweep import SWEEP, changes, variants_in
 from cifar_fast.training.metrics import confidence_interval_95
-from cifar_fast.training.plots import default_style
+from cifar_fast.training.plots import default_style, save_figure
 from cifar_fast.training.results import Result, RunReader
 from cifar_fast.utils.errors import InputError, option
-from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error
+from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,30 +164,26 @@ class Report:
         folder = Path(folder).expanduser()
         figures = f"\n![{self.label} by variant]({VARIANTS_FIGURE})\n\n![Over the epochs]({CURVES_FIGURE})\n"
         files: dict[str, Callable[[Path], object]] = {
-            VARIANTS_FIGURE: lambda temporary: _save(self.variants_figure(), temporary),
-            CURVES_FIGURE: lambda temporary: _save(self.curves_figure(), temporary),
+            VARIANTS_FIGURE: lambda temporary: save_figure(self.variants_figure(), temporary, dpi=200),
+            CURVES_FIGURE: lambda temporary: save_figure(self.curves_figure(), temporary, dpi=200),
             "report.md": lambda temporary: temporary.write_text(f"# {self.label}\n\n{self.markdown()}{figures}"),
-            "report.json": lambda temporary: temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n"),
         }
-        with os_error_as_input_error(f"{option('output')} {folder}"):
+        what = f"{option('output')} {folder}"
+        with os_error_as_input_error(what):
             folder.mkdir(parents=True, exist_ok=True)
             for name, write in files.items():
                 with atomic_write(folder / name) as temporary:
                     write(temporary)
+        write_json(folder / "report.json", self.to_dict(), what, "choose another folder")
 
 
+@default_style()
 def _figure(draw: Callable[[Axes], None], width: float) -> Figure:
-    with default_style():
-        from matplotlib.figure import Figure  # pyplot would start a window system and keep global state
+    from matplotlib.figure import Figure  # pyplot would start a window system and keep global state
 
-        figure = Figure(figsize=(width, 4.2), layout="constrained")
-        draw(figure.subplots())
-        return figure
-
-
-def _save(figure: Figure, temporary: Path) -> None:
-    with default_style():
-        figure.savefig(temporary, dpi=200, format="png")
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    draw(figure.subplots())
+    return figure
 
 
 def _number(value: float | None, digits: int, sign: str = "") -> str:
@@ -321,13 +316,9 @@ def read_results(folders: list[str | Path]) -> tuple[dict[str, Result], list[str
             if is_sweep and not any(training.glob(f"run-*/{RUN_RESULT}")):
                 skipped.append(f"{training.name} has no finished run and is left out")
                 continue
-            found[training] = _read(training)
+            if not (training / TRAINING).exists():
+                raise InputError(f"{training}: holds no {TRAINING}; choose the folder of a training, or of a sweep")
+            found[training] = RunReader(training).result(weights=False)
     names = [folder.resolve().name for folder in found]
     keys = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, found)]
     return dict(zip(keys, found.values())), skipped
-
-
-def _read(folder: Path) -> Result:
-    if not (folder / TRAINING).exists():
-        raise InputError(f"{folder}: holds no {TRAINING}; choose the folder of a training, or of a sweep")
-    return RunReader(folder).result(weights=False)

@@ -18,7 +18,7 @@ from cifar_fast.backends.select import BackendCache
 from cifar_fast.data.sources import check_named, read_dataset
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.fit import Hooks, Training, train_all
+from cifar_fast.training.fit import Training, train_all
 from cifar_fast.training.results import Result
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.distributed import World
@@ -120,11 +120,6 @@ class Sweep(TrainConfig):
         options = {option_name: getattr(self, option_name) for option_name in self.names()}
         return TrainConfig(recipe=self.variants[name], **options)
 
-    def save(self) -> None:
-        """Write it to ``sweep.json`` in its folder."""
-        with atomic_write(self.path / SWEEP) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n")
-
 
 def changes(recipe: Recipe, base: Recipe) -> str:
     """Return what ``recipe`` changes of ``base``, such as "epochs 4, widths 8 16"."""
@@ -216,7 +211,7 @@ def fit_sweep(
 def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None]) -> dict[str, Result]:
     """Train as :func:`fit_sweep` does, with lines on the logger alone."""
     with world.all_or_none():
-        trainings = trainings_of(sweep, Hooks(on_step), world)
+        trainings = trainings_of(sweep, world)
     dataset = world.rank0_first(lambda: read_dataset(sweep.dataset, sweep.data_dir, sweep.data_url))
     with world.all_or_none():
         for training in trainings:
@@ -229,7 +224,7 @@ def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None]) -> dict
     return dict(zip(left, results))
 
 
-def trainings_of(sweep: Sweep, hooks: Hooks = Hooks(), world: World = World()) -> list[Training]:  # noqa: B008  (frozen)
+def trainings_of(sweep: Sweep, world: World = World()) -> list[Training]:  # noqa: B008  (frozen)
     """Return the training of each variant, with what is already there. There may be more runs and variants now.
 
     Raises:
@@ -253,7 +248,7 @@ def trainings_of(sweep: Sweep, hooks: Hooks = Hooks(), world: World = World()) -
             raise InputError(f"{folder.name}: dataset was {folder.earlier.dataset['name']}, not {sweep.dataset}")
         if begun and not folder.earlier:  # so that new variants are trained as the others were
             config = config.resuming(begun.config)
-        trainings.append(Training(config, folder, hooks=hooks, backends=backends, name=name, world=world))
+        trainings.append(Training(config, folder, backends=backends, world=world))
     return trainings
 
 
@@ -310,7 +305,8 @@ def sweep_lock(sweep: Sweep) -> Iterator[None]:
             stack.enter_context(made_folder(folder))
             stack.enter_context(locked(folder, refuse))
             remove_temporary(folder / SWEEP)
-            sweep.save()
+            with atomic_write(folder / SWEEP) as temporary:
+                temporary.write_text(json.dumps(dataclasses.asdict(sweep), indent=2, default=str) + "\n")
         try:
             yield
         finally:

@@ -141,12 +141,13 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return what ``training.json`` holds: all that was known before the first epoch."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-3]}
-        return values | {"config": self.config.to_dict()}
+        return values | {"config": dataclasses.asdict(self.config)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Result:
         """Return the result that :meth:`to_dict` gave, without runs."""
-        return cls(**values | {"config": TrainConfig.from_dict(values["config"])})
+        options = values["config"] | {"recipe": Recipe(**values["config"]["recipe"])}
+        return cls(**values | {"config": TrainConfig(**options)})
 
     def __repr__(self) -> str:
         return f"<Result: {self.title()}, test accuracy {self.summary()['test_accuracy_mean']:.2f} %>"
