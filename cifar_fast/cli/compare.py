@@ -6,14 +6,13 @@ import argparse
 from pathlib import Path
 
 from cifar_fast.cli.flags import (
-    Parser,
     add_run_flags,
     check_json,
+    command_parser,
     interpret_without_gpu,
     print_line,
     recipe_of,
     run_command,
-    sentence,
 )
 from cifar_fast.data.sources import read_dataset
 from cifar_fast.utils.errors import InputError
@@ -27,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="cifar-fast compare", description=sentence(SUMMARY))
+    parser = command_parser("compare", SUMMARY)
     add_run_flags(parser)
     parser.set_defaults(backend="fused")
     group = parser.add_argument_group("the comparison")

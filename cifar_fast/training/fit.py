@@ -186,16 +186,14 @@ class Training:
                 "with the model that was trained, by fit(..., model=, resume=)"
             )
         if changed := self.config.difference(earlier.config):
-            option_name, before, now = changed
+            name, before, now = changed
             raise InputError(
-                f"{where}: {option(option_name)} was {before}, not {now}; leave it out, or start another training "
-                f"with {option('output')}"
+                f"{where}: {option(name)} was {before}, not {now}; leave it out, or start another training with "
+                f"{option('output')}"
             )
-        if self.config.runs < earlier.config.runs:
-            raise InputError(
-                f"{where}: {option('runs')} was {earlier.config.runs}, and may grow, but not shrink to "
-                f"{self.config.runs}"
-            )
+        runs, fewer = earlier.config.runs, self.config.runs
+        if fewer < runs:
+            raise InputError(f"{where}: {option('runs')} was {runs}, and may grow, but not shrink to {fewer}")
 
     @property
     def device(self) -> torch.device:
@@ -355,28 +353,25 @@ class Training:
         Raises:
             MissingRuns: a run is missing, or was trained by another backend.
         """
-        runs: list[RunResult] = []
-        where = self.folder.path if self.folder else "memory"
-        result = self.result or (self.folder.training() if self.folder else None)
+        folder, runs = self.folder, []
+        result = self.result or (folder.training() if folder else None)
         assert result is not None
         for number in range(self.config.runs):
-            found = self._runs.get(number) or (self.folder.run_result(number) if self.folder else None)
+            found = self._runs.get(number) or (folder.run_result(number) if folder else None)
+            where = f"{folder.path if folder else 'memory'}: run {number + 1}"
             if found is None:
-                raise MissingRuns(
-                    f"{where}: run {number + 1} is missing, it could not be written; start again with "
-                    f"{option('resume')}"
-                )
+                raise MissingRuns(f"{where} is missing, it could not be written; start again with {option('resume')}")
             if found.backend != result.backend:
                 raise MissingRuns(
-                    f"{where}: run {number + 1} was trained by {found.backend}, and others by {result.backend}; name a "
+                    f"{where} was trained by {found.backend}, and others by {result.backend}; name a "
                     f"{option('backend')}, and start again"
                 )
             runs.append(found)
-        state_dict = result.state_dict or (self.folder.state_dict() if self.folder else {})
+        state_dict = result.state_dict or (folder.state_dict() if folder else {})
         result = dataclasses.replace(result, run_results=runs, state_dict=state_dict)
         LOGGER.info(result.summary_line())
-        if self.folder:
-            self.folder.finish(result, self.dataset.test_labels)
+        if folder:
+            folder.finish(result, self.dataset.test_labels)
         return result
 
 
