@@ -172,8 +172,8 @@ def add_config_flags(group: Any, names: tuple[str, ...]) -> None:
 
 def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
     """Add the flag of a field of :class:`Recipe` or :class:`TrainConfig`, with ``default`` if it is left out."""
-    value, settings = field.default, dict[str, Any]()
-    shown = str(value)
+    value, shown = field.default, str(field.default)
+    settings: dict[str, Any] = {}
     if isinstance(value, bool):
         settings["action"] = argparse.BooleanOptionalAction
     elif isinstance(value, str):

@@ -91,18 +91,18 @@ class Sweep(TrainConfig):
             require_type(name, value, dict if name == "also_test" else types[name])
         for name, value in spec.get("also_test", {}).items():
             require_type(f"also_test.{name}", value, str)
-        refuse_unknown(base, recipe_fields(), "in [recipe]")
+        fields = list(vars(Recipe()))
+        refuse_unknown(base, fields, "in [recipe]")
         common = changed_recipe("recipe", Recipe(), base)
         variants: dict[str, Recipe] = {}
         for name, table in tables.items():
             where = f"variants.{name}"
             require_type(where, table, dict)
-            refuse_unknown(table, recipe_fields(), f"in [{where}]")
+            refuse_unknown(table, fields, f"in [{where}]")
             for full_name, values in expand(name, table):
                 if not re.fullmatch(r"\w[\w.+=,-]*", full_name):
-                    raise InputError(
-                        f"{where}: {full_name!r} cannot name a folder; use letters, digits and . + = , - _"
-                    )
+                    rule = "use letters, digits and . + = , - _"
+                    raise InputError(f"{where}: {full_name!r} cannot name a folder; {rule}")
                 if full_name in variants:
                     raise InputError(f"{where}: there are two variants {full_name}; give each another name or value")
                 variants[full_name] = changed_recipe(where, common, values)
@@ -126,10 +126,6 @@ def changes(recipe: Recipe, base: Recipe) -> str:
     values = {name: value for name, value in vars(recipe).items() if value != getattr(base, name)}
     shown = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
     return ", ".join(f"{name} {value}" for name, value in shown.items())
-
-
-def recipe_fields() -> list[str]:
-    return [field.name for field in dataclasses.fields(Recipe)]
 
 
 def refuse_unknown(table: Mapping[str, Any], known: list[str], where: str) -> None:
@@ -163,19 +159,15 @@ def expand(name: str, table: Mapping[str, Any]) -> Iterable[tuple[str, dict[str,
     ``[variants.m]`` with ``momentum = [0.8, 0.85]`` makes m-0.8 and m-0.85. A value that is a list itself, such as
     widths, has commas between its numbers.
     """
-    several = {key: value for key, value in table.items() if is_several(key, value)}
-    for key, value in several.items():
-        if not value:
-            raise InputError(f"variants.{name}: {key} is an empty list; give it a value")
+    several = {}
+    for key, value in table.items():
+        is_list = isinstance(getattr(Recipe, key), tuple)  # several values are then a list of lists
+        if isinstance(value, list) and (not is_list or all(isinstance(item, list) for item in value)):
+            if not value:
+                raise InputError(f"variants.{name}: {key} is an empty list; give it a value")
+            several[key] = value
     for values in itertools.product(*several.values()):
         yield "-".join((name, *map(in_name, values))), dict(table) | dict(zip(several, values))
-
-
-def is_several(key: str, value: Any) -> bool:
-    """Return whether ``value`` is a list of values of the recipe's field ``key``, which may be lists themselves."""
-    if isinstance(getattr(Recipe, key), tuple):
-        return isinstance(value, list) and all(isinstance(item, list) for item in value)
-    return isinstance(value, list)
 
 
 def in_name(value: Any) -> str:
@@ -287,9 +279,8 @@ def variants_in(folder: Path) -> list[str]:
     try:
         return list(json.loads((folder / SWEEP).read_text())["variants"])
     except Exception as error:  # damage raises as many kinds of errors as there are bytes
-        raise InputError(
-            f"{folder / SWEEP}: cannot be read ({first_line(error)}); remove it, and sweep again"
-        ) from None
+        what = f"{folder / SWEEP}: cannot be read ({first_line(error)})"
+        raise InputError(f"{what}; remove it, and sweep again") from None
 
 
 @contextlib.contextmanager

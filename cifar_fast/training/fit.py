@@ -80,15 +80,15 @@ def fit(
         backend: auto, eager, compiled, fused.
         device: auto, cpu, cuda, cuda:N.
         dtype: auto, float16, bfloat16, float32.
-        memory_format: auto, contiguous_format (NCHW, as the reference script), channels_last. auto is the first for
-            eager by name, the second for all others.
+        memory_format: auto, contiguous_format (NCHW), channels_last. auto is the first for eager by name, else the
+            second.
         init_seed, order_seed, augment_seed: seeds of the initial weights, the order and the augmentation alone, the
             same in each run; see :class:`cifar_fast.utils.seeds.Seeds`.
         output: folder for the results; None writes nothing. See :mod:`cifar_fast.training.run_folder`.
         overwrite: replace the results that ``output`` holds.
         resume: folder of the same call that was stopped, instead of ``output``. The training continues from its
-            checkpoints and ends with the same bits. ``runs`` may grow. ``auto`` is what it was. A finished training is
-            read.
+            checkpoints and ends with the same bits. ``runs`` may grow. ``auto`` keeps its meaning. A finished training
+            is read.
         checkpoint_every: epochs between checkpoints. Each run writes one at its end; with 0 only that one.
         also_test: names and paths of other test sets, see :func:`cifar_fast.data.eval_sets.read_eval_sets`.
         save_logits: keep the logits of the test images in ``Result.logits``, and in logits.npz.
@@ -449,11 +449,7 @@ def train_all(
 
 
 def settle_backend(config: TrainConfig) -> BackendConfig:
-    """Return what ``auto`` means here for ``config``.
-
-    Raises:
-        InputError: the combination cannot work here.
-    """
+    """Return what ``auto`` means here for ``config``. Raise :class:`InputError` for what cannot work here."""
     found = resolve_backend(config.backend, config.device, config.dtype, config.memory_format)
     if found.dtype == torch.float16 and found.device.type == "cpu":
         raise InputError(
@@ -487,6 +483,5 @@ def oom_hint(where: str, batch_size: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise InputError(
-            f"out of memory in {where} at {option('batch_size')} {batch_size}; try a smaller one"
-        ) from error
+        what = f"out of memory in {where} at {option('batch_size')} {batch_size}"
+        raise InputError(f"{what}; try a smaller one") from error

@@ -1,4 +1,4 @@
-"""What training measures: a row for each epoch, a record of each run, and the interval of their mean."""
+"""Measurements of a training: a row for each epoch, a record of each run, and the interval of their mean."""
 
 from __future__ import annotations
 
@@ -29,15 +29,11 @@ class EpochRow:
 
 @dataclass(frozen=True)
 class Run:
-    """One training from scratch.
+    """One training from scratch. ``run`` is its index, from 0.
 
-    Attributes:
-        run: index of the run, from 0.
-        seed, init_seed, order_seed, augment_seed: as :meth:`cifar_fast.utils.seeds.Seeds.for_run` gives them.
-        test_accuracy: accuracy in % after the last epoch.
-        train_seconds, setup_seconds, evaluation_seconds: where the time went.
-        also_test: accuracy in % on other test sets, by their names.
-        stopped: whether a callback ended the run early, by :class:`cifar_fast.StopTraining`.
+    The seeds are as :meth:`cifar_fast.utils.seeds.Seeds.for_run` gives them. Accuracies are in %, after the last epoch;
+    ``also_test`` has those on other test sets, by their names. ``stopped`` is True if a callback ended the run early,
+    by :class:`cifar_fast.StopTraining`.
     """
 
     run: int
@@ -58,7 +54,7 @@ def confidence_interval_95(values: list[float], highest: float = 100.0) -> list[
 
     ``highest`` is by default the largest accuracy in %. Return None for fewer than two values.
 
-    With t = sqrt(k) tan(angle), the density of Student's t with k degrees of freedom becomes cos(angle)^(k - 1). This
+    The density of Student's t with k degrees of freedom becomes cos(angle)^(k - 1) with t = sqrt(k) tan(angle). This
     is summed up to a fraction of 0.95.
     """
     freedom = len(values) - 1

@@ -47,13 +47,10 @@ class RunResult:
     logits: torch.Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: all but the logits."""
-        return {
-            "run": dataclasses.asdict(self.run),
-            "rows": [dataclasses.asdict(row) for row in self.rows],
-            "backend": self.backend,
-            "environment": self.environment,
-        }
+        """Return what ``result.json`` holds: all but the logits."""
+        values = dataclasses.asdict(dataclasses.replace(self, logits=None))
+        del values["logits"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunResult:
@@ -248,7 +245,7 @@ class RunReader:
         return self.path / f"run-{run}"
 
     def training(self) -> Result:
-        """Return what is known of the training before its first epoch: the result without runs and weights."""
+        """Return the training as it was known before its first epoch: the result without runs and weights."""
         path = self.path / TRAINING
         try:
             return Result.from_dict(json.loads(path.read_text()))
@@ -264,9 +261,9 @@ class RunReader:
 
     def run_result(self, run: int, logits: bool = True) -> RunResult | None:
         """Return the result of a run that has ended, else None; with its logits, if they were kept."""
-        path = self.of_run(run) / RUN_RESULT
         if not self.has_result(run):
             return None
+        path = self.of_run(run) / RUN_RESULT
         with self._readable(path):
             result = RunResult.from_dict(json.loads(path.read_text()))
             if logits and (file := path.with_name(LOGITS)).exists():
@@ -310,11 +307,7 @@ class RunReader:
             return torch.load(self.path / MODEL, map_location="cpu", weights_only=True)["state_dict"]
 
     def result(self, weights: bool = True) -> Result:
-        """Return the result of the runs that have ended, with the weights of the last one.
-
-        Raises:
-            InputError: the folder holds no training or no finished run, or a file cannot be read.
-        """
+        """Return the result as :meth:`Result.load` does."""
         training = self.training()
         runs = [found for run in range(training.config.runs) if (found := self.run_result(run))]
         if not runs:

@@ -153,8 +153,6 @@ class RunFolder(RunReader):
         if not self._replaced and not (self.path / ROWS).exists():
             (self.path / TRAINING).unlink(missing_ok=True)
 
-    # Writing
-
     def has_result(self, run: int) -> bool:
         return not self._replaced and super().has_result(run)
 
@@ -184,10 +182,10 @@ class RunFolder(RunReader):
 
     @contextlib.contextmanager
     def run_lock(self, run: int) -> Iterator[None]:
-        """Own the folder of a run: a process of an earlier launch may still be at work there."""
+        """Own the folder of a run, because a process of an earlier launch may still be at work there."""
         folder = self.of_run(run)
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # a disk that is full, which the files will report
+            with contextlib.suppress(OSError):  # the files of the run will report a full disk
                 folder.mkdir(exist_ok=True)
                 stack.callback(remove_empty, [folder])
                 stack.enter_context(locked(folder, self._refuse_busy))
@@ -230,9 +228,8 @@ class RunFolder(RunReader):
 
         ``result.json`` comes last, and replaces the checkpoint.
         """
-        folder, number = self.of_run(run.run.run), run.run.run
-        written = True
-        if number == result.config.runs - 1:
+        folder, written = self.of_run(run.run.run), True
+        if run.run.run == result.config.runs - 1:
             written = self._write(self.path / MODEL, lambda temporary: torch.save(result.checkpoint(), temporary))
         if run.logits is not None:
             logits = run.logits.numpy()
@@ -262,11 +259,11 @@ class RunFolder(RunReader):
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> bool:
         def whole() -> None:
-            path.parent.mkdir(exist_ok=True)  # of an earlier training's run it was deleted
+            path.parent.mkdir(exist_ok=True)  # the folder of a run is deleted with earlier results
             with atomic_write(path) as temporary:
                 write(temporary)
 
-        # Checkpoints fail alike, and the next one makes good for it.
+        # All checkpoints share one name, because a later one makes up for one that failed.
         return self._try(CHECKPOINT if path.name == CHECKPOINT else str(path.relative_to(self.path)), whole)
 
     def _try(self, name: str, write: Callable[[], object]) -> bool:

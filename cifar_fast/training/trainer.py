@@ -26,11 +26,9 @@ def train(
 
     Args:
         backend: after its ``reset``, or a restored checkpoint.
-        order: generator of the permutation of each epoch.
-        augmentation: generator of the augmentation's draws; may be the same one.
+        order, augmentation: generators of each epoch's permutation and augmentation; may be the same one.
         clock: seconds, read when the device has done its work, as :func:`cifar_fast.utils.device.device_timer` gives.
         after: row of the last epoch that ended, epoch 0 at the start of a run. The rows have its run index.
-        on_step: called after each step.
 
     Raises:
         Diverged: the loss is no longer finite.
