@@ -105,18 +105,10 @@ class Report:
         variants = [dataclasses.asdict(variant) for variant in self.variants]
         return {"metric": self.metric, "baseline": self.baseline, "variants": variants, "warnings": self.warnings}
 
+    @default_style()
     def variants_figure(self) -> Figure:
         """Return a figure of the metric by variant: a point for each run, and the mean with its 95 % interval."""
-        return _figure(self._draw_variants, width=max(4.0, 1.5 + 1.1 * len(self.variants)))
-
-    def curves_figure(self) -> Figure:
-        """Return a figure of the metric over the epochs: the mean of the runs, and a band from minimum to maximum.
-
-        For an extra test set, which is evaluated only after the last epoch, the figure shows the test accuracy.
-        """
-        return _figure(self._draw_curves, width=7.0)
-
-    def _draw_variants(self, axes: Axes) -> None:
+        figure, axes = _figure(width=max(4.0, 1.5 + 1.1 * len(self.variants)))
         for place, variant in enumerate(self.variants):
             color = f"C{place % 10}"
             beside = place + np.linspace(-0.12, 0.12, variant.n) if variant.n > 1 else [place]
@@ -132,10 +124,17 @@ class Report:
         axes.set_title("runs, and mean with its 95 % interval", fontsize="medium")
         for label in axes.get_xticklabels():
             label.set_parse_math(False)  # a name may contain dollar signs
+        return figure
 
-    def _draw_curves(self, axes: Axes) -> None:
+    @default_style()
+    def curves_figure(self) -> Figure:
+        """Return a figure of the metric over the epochs: the mean of the runs, and a band from minimum to maximum.
+
+        For an extra test set, which is evaluated only after the last epoch, the figure shows the test accuracy.
+        """
         from matplotlib.ticker import MaxNLocator
 
+        figure, axes = _figure(width=7.0)
         column = self.metric if self.metric in EPOCH_METRICS else "test_accuracy"
         for place, (name, result) in enumerate(self.results.items()):
             by_epoch: dict[int, list[float]] = {}
@@ -154,6 +153,7 @@ class Report:
         axes.set_title("mean of the runs; band: minimum to maximum", fontsize="medium")
         for label in axes.legend().get_texts():
             label.set_parse_math(False)
+        return figure
 
     def write(self, folder: str | Path) -> None:
         """Write ``report.md``, ``report.json`` and the two figures to ``folder``. Replace an earlier report.
@@ -177,13 +177,11 @@ class Report:
         write_json(folder / "report.json", self.to_dict(), what, "choose another folder")
 
 
-@default_style()
-def _figure(draw: Callable[[Axes], None], width: float) -> Figure:
+def _figure(width: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure  # pyplot would start a window system and keep global state
 
     figure = Figure(figsize=(width, 4.2), layout="constrained")
-    draw(figure.subplots())
-    return figure
+    return figure, figure.subplots()
 
 
 def _number(value: float | None, digits: int, sign: str = "") -> str:

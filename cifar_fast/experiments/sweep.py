@@ -85,8 +85,8 @@ class Sweep(TrainConfig):
         names = ["variants", "output", "dataset", "data_dir", "data_url", *cls.names()]
         refuse_unknown(spec, [*names, "recipe"], "at the top")
         base, tables = spec.pop("recipe", {}), spec.pop("variants", {})
-        for where, table in {"recipe": base, "variants": tables}.items():
-            require_type(where, table, dict)
+        require_type("recipe", base, dict)
+        require_type("variants", tables, dict)
         for name, value in spec.items():
             require_type(name, value, dict if name == "also_test" else types[name])
         for name, value in spec.get("also_test", {}).items():
@@ -217,7 +217,7 @@ def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None]) -> dict
 
 
 def trainings_of(sweep: Sweep, world: World = World()) -> list[Training]:  # noqa: B008  (frozen)
-    """Return the training of each variant, with what is already there. There may be more runs and variants now.
+    """Return the training of each variant, each resumed if it has begun. There may be more runs and variants now.
 
     Raises:
         InputError: the options cannot work, or a folder holds something else than this sweep.

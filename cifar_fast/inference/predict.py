@@ -66,11 +66,6 @@ class Prediction:
     resized: bool
     probabilities: torch.Tensor
 
-    @property
-    def correct(self) -> bool:
-        """True if the most probable class is the label."""
-        return int(self.probabilities.argmax()) == self.image.label
-
 
 def find_images(paths: Iterable[str | Path], class_names: Sequence[str]) -> list[ImageRef]:
     """Return the images in ``paths``: image files, folders with subfolders, and .npz files.
@@ -151,7 +146,8 @@ def classify(
 
 def accuracy(predictions: Sequence[Prediction]) -> float | None:
     """Return the accuracy in %, over the images with a label. Return None if there are none."""
-    correct = [prediction.correct for prediction in predictions if prediction.image.label is not None]
+    labeled = [(one.probabilities, one.image.label) for one in predictions if one.image.label is not None]
+    correct = [int(probabilities.argmax()) == label for probabilities, label in labeled]
     return 100 * sum(correct) / len(correct) if correct else None
 
 
