@@ -91,8 +91,8 @@ class TrainConfig:
         also_test = {str(name): str(path) for name, path in (self.also_test or {}).items()}
         object.__setattr__(self, "also_test", also_test)
 
-    @classmethod
-    def names(cls) -> list[str]:
+    @staticmethod
+    def names() -> list[str]:
         """Return the names of the options other than the recipe."""
         return [field.name for field in dataclasses.fields(TrainConfig) if field.name != "recipe"]
 

@@ -21,7 +21,6 @@ from cifar_fast.training.metrics import EpochRow
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 _drawing = threading.Lock()
 """Held while a thread draws, because matplotlib's parameters belong to the process."""
 

@@ -34,7 +34,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run with its rows, and what it was trained by and on.
+    """A finished run with its rows, its backend and its environment.
 
     ``environment`` is as :func:`cifar_fast.utils.device.environment` gives it. ``logits``, if they are kept, are
     float16 ``[N, classes]`` of the test images, by the plain model.
