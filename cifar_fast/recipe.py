@@ -134,8 +134,13 @@ class Recipe:
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
                 raise InputError(f"{option(name)} must {must}, not {shown}")
 
-        require(self.epochs >= 1, "epochs", "be at least 1")
-        require(self.batch_size >= 1, "batch_size", "be at least 1")
+        lowest = {"epochs": 1, "batch_size": 1, "weight_decay": 0, "label_noise_seed": 0, "train_subset": 0}
+        for name, number in lowest.items():
+            require(getattr(self, name) >= number, name, f"be at least {number}")
+        for name in ("celu_alpha", "output_scale", "init_scale"):
+            require(getattr(self, name) > 0, name, "be above 0")
+        for name in ("label_smoothing", "label_noise"):
+            require(0 <= getattr(self, name) <= 1, name, "lie in 0 to 1")
         require(len(self.widths) >= 1 and min(self.widths) >= 1, "widths", "be one or more positive numbers")
         require(
             self.final_size >= 1,
@@ -149,11 +154,7 @@ class Recipe:
             f"be at least 2 with these widths: block {smallest.index} has feature maps of one pixel, "
             "and batch norm needs more than one value per channel",
         )
-        require(self.celu_alpha > 0, "celu_alpha", "be above 0")
-        require(self.output_scale > 0, "output_scale", "be above 0")
-        require(0 <= self.label_smoothing <= 1, "label_smoothing", "lie in 0 to 1")
         require(0 < self.momentum < 1, "momentum", "lie between 0 and 1")
-        require(self.weight_decay >= 0, "weight_decay", "be at least 0")
         knots = self.lr_knots
         require(len(knots) >= 2 and knots[0] == 0, "lr_knots", "be two or more numbers, the first one 0")
         require(all(a < b for a, b in zip(knots, knots[1:])), "lr_knots", "increase")
@@ -162,10 +163,6 @@ class Recipe:
         require(0 <= self.crop_padding < IMAGE_SIZE, "crop_padding", f"lie in 0 to {IMAGE_SIZE - 1}")
         require(0 <= self.cutout_size <= IMAGE_SIZE, "cutout_size", f"lie in 0 to {IMAGE_SIZE}")
         require(self.activation in ACTIVATIONS, "activation", f"be one of {', '.join(ACTIVATIONS)}")
-        require(self.init_scale > 0, "init_scale", "be above 0")
-        require(0 <= self.label_noise <= 1, "label_noise", "lie in 0 to 1")
-        require(self.label_noise_seed >= 0, "label_noise_seed", "be at least 0")
-        require(self.train_subset >= 0, "train_subset", "be at least 0")
         classes = self.classes
         require(min(classes, default=0) >= 0 and len(classes) != 1, "classes", "be two or more numbers from 0")
         require(len(set(classes)) == len(classes), "classes", "be different numbers")
@@ -218,11 +215,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe from the JSON file ``path``.
-
-        Raises:
-            InputError: the file cannot be read or is no recipe; the message names it.
-        """
+        """Read a recipe from the JSON file ``path``. An :class:`InputError` names the file and what is wrong."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
@@ -237,14 +230,10 @@ def _coerce(default: Any, value: Any, name: str, item: Any = None) -> Any:
         if isinstance(value, (list, tuple)):
             return tuple(_coerce(item, element, name) for element in value)
         kind = "a list of numbers"
-    elif isinstance(default, bool):
-        if isinstance(value, bool):
+    elif isinstance(default, (bool, str)):
+        if isinstance(value, type(default)):
             return value
-        kind = "true or false"
-    elif isinstance(default, str):
-        if isinstance(value, str):
-            return value
-        kind = "a name"
+        kind = "true or false" if isinstance(default, bool) else "a name"
     elif isinstance(default, int):
         if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) <= MAX_INTEGER:
             return int(value)

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from cifar_fast.cli.flags import Parser, add_device_flags, check_json, interpret_without_gpu, run_command, sentence
+from cifar_fast.cli.flags import add_device_flags, check_json, command_parser, interpret_without_gpu, run_command
 from cifar_fast.recipe import Recipe
 from cifar_fast.utils.errors import InputError
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="cifar-fast check", description=sentence(SUMMARY))
+    parser = command_parser("check", SUMMARY)
     add_device_flags(parser)
     batch_size = "images per step (default: 64 on a GPU, 8 on a CPU)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=batch_size)

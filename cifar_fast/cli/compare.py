@@ -6,14 +6,13 @@ import argparse
 from pathlib import Path
 
 from cifar_fast.cli.flags import (
-    Parser,
     add_run_flags,
     check_json,
+    command_parser,
+    config_of,
     interpret_without_gpu,
     print_line,
-    recipe_of,
     run_command,
-    sentence,
 )
 from cifar_fast.data.sources import read_dataset
 from cifar_fast.utils.errors import InputError
@@ -27,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="cifar-fast compare", description=sentence(SUMMARY))
+    parser = command_parser("compare", SUMMARY)
     add_run_flags(parser)
     parser.set_defaults(backend="fused")
     group = parser.add_argument_group("the comparison")
@@ -48,11 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe = recipe_of(args)
+    recipe = config_of(args).recipe
     if args.steps < 1:
         raise InputError(f"--steps must be at least 1, not {args.steps}")
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed must lie between 0 and 2^63, not {args.seed}")
     if not args.tolerance > 0:
         raise InputError(f"--tolerance must be above 0, not {args.tolerance:g}")
     check_json(args.json)

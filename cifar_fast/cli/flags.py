@@ -38,6 +38,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 
+def command_parser(name: str, summary: str) -> Parser:
+    """Return a parser without flags for the command ``cifar-fast NAME``."""
+    return Parser(prog=f"cifar-fast {name}", description=f"{summary[0].upper()}{summary[1:]}.")
+
+
 def run_command(
     command: Callable[[], int], argv: list[str] | None, on_interrupt: str = "interrupted", *, flags: bool = True
 ) -> int:
@@ -167,28 +172,24 @@ def add_config_flags(group: Any, names: tuple[str, ...]) -> None:
 
 def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
     """Add the flag of a field of :class:`Recipe` or :class:`TrainConfig`, with ``default`` if it is left out."""
-    flag, value, text = f"--{field.name.replace('_', '-')}", field.default, field.metadata["help"]
+    value, shown = field.default, str(field.default)
+    settings: dict[str, Any] = {}
     if isinstance(value, bool):
-        group.add_argument(
-            flag, action=argparse.BooleanOptionalAction, default=default, help=f"{text} (default: {value})"
-        )
+        settings["action"] = argparse.BooleanOptionalAction
     elif isinstance(value, str):
         choices = field.metadata["choices"] or None
-        if choices and value == "auto":
-            choices = ("auto", *choices)
-        group.add_argument(flag, choices=choices, default=default, help=f"{text} (default: {value})")
+        settings["choices"] = ("auto", *choices) if choices and value == "auto" else choices
     elif isinstance(value, tuple):
-        item = value[0] if value else field.metadata["item"]
+        item = field.metadata["item"]
         shown = " ".join(f"{one:g}" for one in value) or "all"
-        metavar = "N" if isinstance(item, int) else "X"
-        group.add_argument(
-            flag, type=type(item), nargs="+", default=default, metavar=metavar, help=f"{text} (default: {shown})"
-        )
+        settings.update(type=type(item), nargs="+", metavar="N" if isinstance(item, int) else "X")
     elif isinstance(value, float):
-        group.add_argument(flag, type=float, default=default, metavar="X", help=f"{text} (default: {value:g})")
+        shown = f"{value:g}"
+        settings.update(type=float, metavar="X")
     else:
-        shown = "" if value is None else f" (default: {value})"
-        group.add_argument(flag, type=int, default=default, metavar="N", help=f"{text}{shown}")
+        settings.update(type=int, metavar="N")
+    text = field.metadata["help"] if value is None else f"{field.metadata['help']} (default: {shown})"
+    group.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **settings)
 
 
 def add_device_flags(group: Any, dtype: bool = True) -> None:
@@ -221,11 +222,6 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
     """Return the config of the flags, with defaults for options that the command has no flag for."""
     options = {name: getattr(args, name) for name in TrainConfig.names() if hasattr(args, name)}
     return TrainConfig(recipe=recipe_of(args), **options)
-
-
-def sentence(summary: str) -> str:
-    """Return ``summary`` with a capital letter and a full stop."""
-    return f"{summary[0].upper()}{summary[1:]}."
 
 
 def interpret_without_gpu(device: str) -> None:

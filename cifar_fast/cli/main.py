@@ -34,7 +34,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: there is no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return COMMANDS[command].main(rest)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

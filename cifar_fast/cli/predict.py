@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cifar_fast.cli.flags import Parser, add_device_flags, check_json, print_line, run_command, sentence
+from cifar_fast.cli.flags import add_device_flags, check_json, command_parser, print_line, run_command
 from cifar_fast.utils.errors import InputError
 
 SUMMARY = "classify images with a trained network: one line per image, with class and probability"
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's flags."""
-    parser = Parser(prog="cifar-fast predict", description=sentence(SUMMARY))
+    parser = command_parser("predict", SUMMARY)
     parser.add_argument("model", metavar="MODEL", help="model.pt of a training, or the folder of the training")
     parser.add_argument(
         "images",

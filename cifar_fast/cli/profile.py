@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cifar_fast.cli.flags import Parser, add_run_flags, config_of, print_line, run_command, sentence
+from cifar_fast.cli.flags import add_run_flags, command_parser, config_of, print_line, run_command
 from cifar_fast.data.sources import read_dataset
 from cifar_fast.utils.files import check_writable
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="cifar-fast profile", description=sentence(SUMMARY))
+    parser = command_parser("profile", SUMMARY)
     add_run_flags(parser)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for trace.json and profile.json")
     return parser

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cifar_fast.cli.flags import Parser, add_traceback_flag, print_line, run_command, sentence
+from cifar_fast.cli.flags import add_traceback_flag, command_parser, print_line, run_command
 from cifar_fast.utils.errors import option
 from cifar_fast.utils.files import check_writable
 
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's flags."""
-    parser = Parser(prog="cifar-fast report", description=sentence(SUMMARY))
+    parser = command_parser("report", SUMMARY)
     parser.add_argument(
         "folders", metavar="DIR", nargs="+", help="folder of a training, or of a sweep for all its variants"
     )

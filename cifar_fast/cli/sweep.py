@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 
-from cifar_fast.cli.flags import Parser, add_traceback_flag, interruptible, run_command, sentence
+from cifar_fast.cli.flags import add_traceback_flag, command_parser, interruptible, run_command
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.progress import LOGGER
 
@@ -15,23 +15,23 @@ SUMMARY = "train variants of the recipe in turn, as a file states them, or resum
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code: 1 if a variant diverged or a file is missing, 2 for bad input."""
-    return run_command(lambda: run(argv), argv, flags=False)
+
+    def command() -> int:
+        with World.from_env().process_group() as world:
+            return run(world, argv)
+
+    return run_command(command, argv, flags=False)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="cifar-fast sweep", description=sentence(SUMMARY))
+    parser = command_parser("sweep", SUMMARY)
     parser.add_argument("spec", metavar="SPEC", help="TOML file with the variants, see docs/experiments.md")
     parser.add_argument("--dry-run", action="store_true", help="list the variants and the state of each run, and stop")
     add_traceback_flag(parser)
     return parser
 
 
-def run(argv: list[str] | None) -> int:
-    with World.from_env().process_group() as world:
-        return run_on_rank(world, argv)
-
-
-def run_on_rank(world: World, argv: list[str] | None) -> int:
+def run(world: World, argv: list[str] | None) -> int:
     with world.all_or_none():
         args = make_parser().parse_args(argv)
 

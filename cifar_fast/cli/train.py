@@ -11,15 +11,14 @@ from typing import Any
 
 from cifar_fast.cli import profile
 from cifar_fast.cli.flags import (
-    Parser,
     add_config_flags,
     add_run_flags,
+    command_parser,
     config_of,
     interruptible,
     name_and_path,
     recipe_of,
     run_command,
-    sentence,
 )
 from cifar_fast.data.sources import read_dataset
 from cifar_fast.training.config import TrainConfig
@@ -32,11 +31,16 @@ SUMMARY = "train the recipe, and write the results to a folder"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code: 1 if the loss diverged or a file could not be written, 2 for bad input."""
-    return run_command(lambda: run(argv), argv, "interrupted before there was anything to resume")
+
+    def command() -> int:
+        with World.from_env().process_group() as world:
+            return run(world, argv)
+
+    return run_command(command, argv, "interrupted before there was anything to resume")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="cifar-fast train", description=sentence(SUMMARY))
+    parser = command_parser("train", SUMMARY)
     add_run_flags(parser)
     add_config_flags(parser, ("runs", "init_seed", "order_seed", "augment_seed", "threads"))
     group = parser.add_argument_group("results")
@@ -73,12 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(argv: list[str] | None) -> int:
-    with World.from_env().process_group() as world:
-        return run_on_rank(world, argv)
-
-
-def run_on_rank(world: World, argv: list[str] | None) -> int:
+def run(world: World, argv: list[str] | None) -> int:
     with world.all_or_none():
         parser = make_parser()
         args = parser.parse_args(argv)
@@ -105,20 +104,18 @@ def run_on_rank(world: World, argv: list[str] | None) -> int:
         # All that can be refused is refused before the data, which may take long to come.
         config = config_of(args)
 
-        from cifar_fast.training.fit import Hooks, Training, train_all
+        from cifar_fast.training.fit import Training, train_all
         from cifar_fast.training.run_folder import RunFolder
         from cifar_fast.utils.device import tune_malloc
 
         if not args.resume:
             folder = RunFolder(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
         training = Training(config, folder, world=world)
-        if training.complete():
-            training.finished()
+        if training.finished():
             return 0
     if training.device.type == "cpu":
         tune_malloc()
     with interruptible() as on_step:
-        training.hooks = Hooks(on_step)
         try:
             dataset = world.rank0_first(lambda: read_dataset(args.dataset, args.data_dir, args.data_url))
             with world.all_or_none():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import statistics
 import warnings
@@ -17,10 +16,10 @@ import numpy as np
 
 from cifar_fast.experiments.sweep import SWEEP, changes, variants_in
 from cifar_fast.training.metrics import confidence_interval_95
-from cifar_fast.training.plots import default_style
+from cifar_fast.training.plots import default_style, save_figure
 from cifar_fast.training.results import Result, RunReader
 from cifar_fast.utils.errors import InputError, option
-from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error
+from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,18 +105,10 @@ class Report:
         variants = [dataclasses.asdict(variant) for variant in self.variants]
         return {"metric": self.metric, "baseline": self.baseline, "variants": variants, "warnings": self.warnings}
 
+    @default_style()
     def variants_figure(self) -> Figure:
         """Return a figure of the metric by variant: a point for each run, and the mean with its 95 % interval."""
-        return _figure(self._draw_variants, width=max(4.0, 1.5 + 1.1 * len(self.variants)))
-
-    def curves_figure(self) -> Figure:
-        """Return a figure of the metric over the epochs: the mean of the runs, and a band from minimum to maximum.
-
-        For an extra test set, which is evaluated only after the last epoch, the figure shows the test accuracy.
-        """
-        return _figure(self._draw_curves, width=7.0)
-
-    def _draw_variants(self, axes: Axes) -> None:
+        figure, axes = _figure(width=max(4.0, 1.5 + 1.1 * len(self.variants)))
         for place, variant in enumerate(self.variants):
             color = f"C{place % 10}"
             beside = place + np.linspace(-0.12, 0.12, variant.n) if variant.n > 1 else [place]
@@ -133,10 +124,17 @@ class Report:
         axes.set_title("runs, and mean with its 95 % interval", fontsize="medium")
         for label in axes.get_xticklabels():
             label.set_parse_math(False)  # a name may contain dollar signs
+        return figure
 
-    def _draw_curves(self, axes: Axes) -> None:
+    @default_style()
+    def curves_figure(self) -> Figure:
+        """Return a figure of the metric over the epochs: the mean of the runs, and a band from minimum to maximum.
+
+        For an extra test set, which is evaluated only after the last epoch, the figure shows the test accuracy.
+        """
         from matplotlib.ticker import MaxNLocator
 
+        figure, axes = _figure(width=7.0)
         column = self.metric if self.metric in EPOCH_METRICS else "test_accuracy"
         for place, (name, result) in enumerate(self.results.items()):
             by_epoch: dict[int, list[float]] = {}
@@ -155,6 +153,7 @@ class Report:
         axes.set_title("mean of the runs; band: minimum to maximum", fontsize="medium")
         for label in axes.legend().get_texts():
             label.set_parse_math(False)
+        return figure
 
     def write(self, folder: str | Path) -> None:
         """Write ``report.md``, ``report.json`` and the two figures to ``folder``. Replace an earlier report.
@@ -165,30 +164,24 @@ class Report:
         folder = Path(folder).expanduser()
         figures = f"\n![{self.label} by variant]({VARIANTS_FIGURE})\n\n![Over the epochs]({CURVES_FIGURE})\n"
         files: dict[str, Callable[[Path], object]] = {
-            VARIANTS_FIGURE: lambda temporary: _save(self.variants_figure(), temporary),
-            CURVES_FIGURE: lambda temporary: _save(self.curves_figure(), temporary),
+            VARIANTS_FIGURE: lambda temporary: save_figure(self.variants_figure(), temporary, dpi=200),
+            CURVES_FIGURE: lambda temporary: save_figure(self.curves_figure(), temporary, dpi=200),
             "report.md": lambda temporary: temporary.write_text(f"# {self.label}\n\n{self.markdown()}{figures}"),
-            "report.json": lambda temporary: temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n"),
         }
-        with os_error_as_input_error(f"{option('output')} {folder}"):
+        what = f"{option('output')} {folder}"
+        with os_error_as_input_error(what):
             folder.mkdir(parents=True, exist_ok=True)
             for name, write in files.items():
                 with atomic_write(folder / name) as temporary:
                     write(temporary)
+        write_json(folder / "report.json", self.to_dict(), what, "choose another folder")
 
 
-def _figure(draw: Callable[[Axes], None], width: float) -> Figure:
-    with default_style():
-        from matplotlib.figure import Figure  # pyplot would start a window system and keep global state
+def _figure(width: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure  # pyplot would start a window system and keep global state
 
-        figure = Figure(figsize=(width, 4.2), layout="constrained")
-        draw(figure.subplots())
-        return figure
-
-
-def _save(figure: Figure, temporary: Path) -> None:
-    with default_style():
-        figure.savefig(temporary, dpi=200, format="png")
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _number(value: float | None, digits: int, sign: str = "") -> str:
@@ -321,13 +314,9 @@ def read_results(folders: list[str | Path]) -> tuple[dict[str, Result], list[str
             if is_sweep and not any(training.glob(f"run-*/{RUN_RESULT}")):
                 skipped.append(f"{training.name} has no finished run and is left out")
                 continue
-            found[training] = _read(training)
+            if not (training / TRAINING).exists():
+                raise InputError(f"{training}: holds no {TRAINING}; choose the folder of a training, or of a sweep")
+            found[training] = RunReader(training).result(weights=False)
     names = [folder.resolve().name for folder in found]
     keys = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, found)]
     return dict(zip(keys, found.values())), skipped
-
-
-def _read(folder: Path) -> Result:
-    if not (folder / TRAINING).exists():
-        raise InputError(f"{folder}: holds no {TRAINING}; choose the folder of a training, or of a sweep")
-    return RunReader(folder).result(weights=False)

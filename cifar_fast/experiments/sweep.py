@@ -18,7 +18,7 @@ from cifar_fast.backends.select import BackendCache
 from cifar_fast.data.sources import check_named, read_dataset
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.fit import Hooks, Training, train_all
+from cifar_fast.training.fit import Training, train_all
 from cifar_fast.training.results import Result
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.distributed import World
@@ -85,24 +85,24 @@ class Sweep(TrainConfig):
         names = ["variants", "output", "dataset", "data_dir", "data_url", *cls.names()]
         refuse_unknown(spec, [*names, "recipe"], "at the top")
         base, tables = spec.pop("recipe", {}), spec.pop("variants", {})
-        for where, table in {"recipe": base, "variants": tables}.items():
-            require_type(where, table, dict)
+        require_type("recipe", base, dict)
+        require_type("variants", tables, dict)
         for name, value in spec.items():
             require_type(name, value, dict if name == "also_test" else types[name])
         for name, value in spec.get("also_test", {}).items():
             require_type(f"also_test.{name}", value, str)
-        refuse_unknown(base, recipe_fields(), "in [recipe]")
+        fields = list(vars(Recipe()))
+        refuse_unknown(base, fields, "in [recipe]")
         common = changed_recipe("recipe", Recipe(), base)
         variants: dict[str, Recipe] = {}
         for name, table in tables.items():
             where = f"variants.{name}"
             require_type(where, table, dict)
-            refuse_unknown(table, recipe_fields(), f"in [{where}]")
+            refuse_unknown(table, fields, f"in [{where}]")
             for full_name, values in expand(name, table):
                 if not re.fullmatch(r"\w[\w.+=,-]*", full_name):
-                    raise InputError(
-                        f"{where}: {full_name!r} cannot name a folder; use letters, digits and . + = , - _"
-                    )
+                    rule = "use letters, digits and . + = , - _"
+                    raise InputError(f"{where}: {full_name!r} cannot name a folder; {rule}")
                 if full_name in variants:
                     raise InputError(f"{where}: there are two variants {full_name}; give each another name or value")
                 variants[full_name] = changed_recipe(where, common, values)
@@ -120,21 +120,12 @@ class Sweep(TrainConfig):
         options = {option_name: getattr(self, option_name) for option_name in self.names()}
         return TrainConfig(recipe=self.variants[name], **options)
 
-    def save(self) -> None:
-        """Write it to ``sweep.json`` in its folder."""
-        with atomic_write(self.path / SWEEP) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n")
-
 
 def changes(recipe: Recipe, base: Recipe) -> str:
     """Return what ``recipe`` changes of ``base``, such as "epochs 4, widths 8 16"."""
     values = {name: value for name, value in vars(recipe).items() if value != getattr(base, name)}
     shown = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
     return ", ".join(f"{name} {value}" for name, value in shown.items())
-
-
-def recipe_fields() -> list[str]:
-    return [field.name for field in dataclasses.fields(Recipe)]
 
 
 def refuse_unknown(table: Mapping[str, Any], known: list[str], where: str) -> None:
@@ -168,19 +159,15 @@ def expand(name: str, table: Mapping[str, Any]) -> Iterable[tuple[str, dict[str,
     ``[variants.m]`` with ``momentum = [0.8, 0.85]`` makes m-0.8 and m-0.85. A value that is a list itself, such as
     widths, has commas between its numbers.
     """
-    several = {key: value for key, value in table.items() if is_several(key, value)}
-    for key, value in several.items():
-        if not value:
-            raise InputError(f"variants.{name}: {key} is an empty list; give it a value")
+    several = {}
+    for key, value in table.items():
+        is_list = isinstance(getattr(Recipe, key), tuple)  # several values are then a list of lists
+        if isinstance(value, list) and (not is_list or all(isinstance(item, list) for item in value)):
+            if not value:
+                raise InputError(f"variants.{name}: {key} is an empty list; give it a value")
+            several[key] = value
     for values in itertools.product(*several.values()):
         yield "-".join((name, *map(in_name, values))), dict(table) | dict(zip(several, values))
-
-
-def is_several(key: str, value: Any) -> bool:
-    """Return whether ``value`` is a list of values of the recipe's field ``key``, which may be lists themselves."""
-    if isinstance(getattr(Recipe, key), tuple):
-        return isinstance(value, list) and all(isinstance(item, list) for item in value)
-    return isinstance(value, list)
 
 
 def in_name(value: Any) -> str:
@@ -216,7 +203,7 @@ def fit_sweep(
 def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None]) -> dict[str, Result]:
     """Train as :func:`fit_sweep` does, with lines on the logger alone."""
     with world.all_or_none():
-        trainings = trainings_of(sweep, Hooks(on_step), world)
+        trainings = trainings_of(sweep, world)
     dataset = world.rank0_first(lambda: read_dataset(sweep.dataset, sweep.data_dir, sweep.data_url))
     with world.all_or_none():
         for training in trainings:
@@ -229,8 +216,8 @@ def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None]) -> dict
     return dict(zip(left, results))
 
 
-def trainings_of(sweep: Sweep, hooks: Hooks = Hooks(), world: World = World()) -> list[Training]:  # noqa: B008  (frozen)
-    """Return the training of each variant, with what is already there. There may be more runs and variants now.
+def trainings_of(sweep: Sweep, world: World = World()) -> list[Training]:  # noqa: B008  (frozen)
+    """Return the training of each variant, each resumed if it has begun. There may be more runs and variants now.
 
     Raises:
         InputError: the options cannot work, or a folder holds something else than this sweep.
@@ -253,7 +240,7 @@ def trainings_of(sweep: Sweep, hooks: Hooks = Hooks(), world: World = World()) -
             raise InputError(f"{folder.name}: dataset was {folder.earlier.dataset['name']}, not {sweep.dataset}")
         if begun and not folder.earlier:  # so that new variants are trained as the others were
             config = config.resuming(begun.config)
-        trainings.append(Training(config, folder, hooks=hooks, backends=backends, name=name, world=world))
+        trainings.append(Training(config, folder, backends=backends, world=world))
     return trainings
 
 
@@ -292,9 +279,8 @@ def variants_in(folder: Path) -> list[str]:
     try:
         return list(json.loads((folder / SWEEP).read_text())["variants"])
     except Exception as error:  # damage raises as many kinds of errors as there are bytes
-        raise InputError(
-            f"{folder / SWEEP}: cannot be read ({first_line(error)}); remove it, and sweep again"
-        ) from None
+        what = f"{folder / SWEEP}: cannot be read ({first_line(error)})"
+        raise InputError(f"{what}; remove it, and sweep again") from None
 
 
 @contextlib.contextmanager
@@ -310,7 +296,8 @@ def sweep_lock(sweep: Sweep) -> Iterator[None]:
             stack.enter_context(made_folder(folder))
             stack.enter_context(locked(folder, refuse))
             remove_temporary(folder / SWEEP)
-            sweep.save()
+            with atomic_write(folder / SWEEP) as temporary:
+                temporary.write_text(json.dumps(dataclasses.asdict(sweep), indent=2, default=str) + "\n")
         try:
             yield
         finally:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from cifar_fast.data.image_folder import by_kind, decode_image, images_below
 from cifar_fast.inference.classifier import Classifier
 from cifar_fast.recipe import IMAGE_SIZE
 from cifar_fast.utils.errors import InputError, option
-from cifar_fast.utils.files import atomic_write, os_error_as_input_error
+from cifar_fast.utils.files import write_json
 from cifar_fast.utils.progress import LOGGER
 
 RESIZING = f"to {IMAGE_SIZE} x {IMAGE_SIZE}: rotated upright, cropped to the largest central square, bicubic"
@@ -67,11 +65,6 @@ class Prediction:
     image: ImageRef
     resized: bool
     probabilities: torch.Tensor
-
-    @property
-    def correct(self) -> bool:
-        """True if the most probable class is the label."""
-        return int(self.probabilities.argmax()) == self.image.label
 
 
 def find_images(paths: Iterable[str | Path], class_names: Sequence[str]) -> list[ImageRef]:
@@ -153,7 +146,8 @@ def classify(
 
 def accuracy(predictions: Sequence[Prediction]) -> float | None:
     """Return the accuracy in %, over the images with a label. Return None if there are none."""
-    correct = [prediction.correct for prediction in predictions if prediction.image.label is not None]
+    labeled = [(one.probabilities, one.image.label) for one in predictions if one.image.label is not None]
+    correct = [int(probabilities.argmax()) == label for probabilities, label in labeled]
     return 100 * sum(correct) / len(correct) if correct else None
 
 
@@ -166,14 +160,10 @@ def write_predictions(
     top: int,
     flip_average: bool,
 ) -> None:
-    """Write predictions as JSON; docs/outputs.md describes the keys.
+    """Write the ``top`` most probable classes of each image to ``path`` as JSON; docs/outputs.md describes the keys.
 
-    Args:
-        path: the file.
-        class_names: names of all classes.
-        predictions: the predictions, of which the file gets the ``top`` most probable classes.
-        unreadable: the reason for each image that could not be decoded, by its name.
-        flip_average: whether each image was averaged with its mirror image.
+    ``unreadable`` has the reason for each image that could not be decoded, by its name. ``flip_average`` is whether
+    each image was averaged with its mirror image.
     """
     images = []
     for prediction in predictions:
@@ -189,12 +179,11 @@ def write_predictions(
                 "resized": prediction.resized,
             }
         )
-    report: dict[str, Any] = {
+    report = {
         "class_names": list(class_names),
         "flip_average": flip_average,
         "accuracy": accuracy(predictions),
         "images": images,
         "unreadable": [{"path": name, "error": error} for name, error in unreadable.items()],
     }
-    with os_error_as_input_error(f"{option('json')} {path}", "choose another file"), atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(path, report, f"{option('json')} {path}")

@@ -20,13 +20,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The rows of a run so far, and the state that its next epoch depends on.
+    """The rows of the epochs that have ended, and the state that the next epoch of the run depends on.
 
-    Attributes:
-        rows: one for each finished epoch.
-        setup_seconds: set-up time of the run.
-        state: the value of :meth:`cifar_fast.backends.base.Backend.training_state`.
-        generators: uint8 states of the generators for order, augmentation and a custom model.
+    ``state`` is as :meth:`cifar_fast.backends.base.Backend.training_state` gives it. ``generators`` are the uint8
+    states of the generators of order, augmentation and a custom model.
     """
 
     rows: list[EpochRow]

@@ -6,6 +6,7 @@ import dataclasses
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cifar_fast.recipe import BACKENDS, DTYPES, MEMORY_FORMATS, Recipe
@@ -57,7 +58,7 @@ class TrainConfig:
     checkpoint_every: int = _field(
         1, "epochs between checkpoints; each run writes one at its end, with 0 only that one", may_change=True
     )
-    also_test: Mapping[str, str] = _field(
+    also_test: Mapping[str, str | Path] = _field(
         {},
         "also report the accuracy at the end of each run on another test set: CIFAR-10.1, CIFAR-10.2, CIFAR-10-C as "
         "published, or a .npz file with images and labels; can be given several times",
@@ -73,7 +74,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("seed", "init_seed", "order_seed", "augment_seed", "runs", "checkpoint_every", "threads"):
             value = getattr(self, name)
-            if value is None and _default(name) is None:
+            if value is None and getattr(TrainConfig, name) is None:  # the default
                 continue
             try:
                 object.__setattr__(self, name, operator.index(value))
@@ -90,8 +91,8 @@ class TrainConfig:
         also_test = {str(name): str(path) for name, path in (self.also_test or {}).items()}
         object.__setattr__(self, "also_test", also_test)
 
-    @classmethod
-    def names(cls) -> list[str]:
+    @staticmethod
+    def names() -> list[str]:
         """Return the names of the options other than the recipe."""
         return [field.name for field in dataclasses.fields(TrainConfig) if field.name != "recipe"]
 
@@ -99,15 +100,6 @@ class TrainConfig:
     def help(name: str) -> str:
         """Return the help text of an option."""
         return _metadata(name)["help"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options as JSON stores them."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Return the config that :meth:`to_dict` gave."""
-        return TrainConfig(**dict(values) | {"recipe": Recipe(**values["recipe"])})
 
     def replace(self: Config, **changes: Any) -> Config:
         """Return a copy with ``changes``."""
@@ -141,10 +133,6 @@ class TrainConfig:
 
 def _metadata(name: str) -> Mapping[str, Any]:
     return TrainConfig.__dataclass_fields__[name].metadata
-
-
-def _default(name: str) -> Any:
-    return TrainConfig.__dataclass_fields__[name].default
 
 
 def _shown(value: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,6 @@ from cifar_fast.utils.torch_defaults import DEFAULT_NUM_THREADS, torch_defaults
 
 AFFECTS_BITS = ("torch", "triton", "cuda", "cudnn", "device_name", "threads")
 """Parts of the environment that the last bits of a training depend on."""
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """Functions that a training calls. An error that they raise ends the training."""
-
-    on_step: Callable[[], None] = lambda: None
-    on_epoch: Callable[[EpochRow], object] = lambda row: None
 
 
 def fit(
@@ -89,15 +80,15 @@ def fit(
         backend: auto, eager, compiled, fused.
         device: auto, cpu, cuda, cuda:N.
         dtype: auto, float16, bfloat16, float32.
-        memory_format: auto, contiguous_format (NCHW, as the reference script), channels_last. auto is the first for
-            eager by name, the second for all others.
+        memory_format: auto, contiguous_format (NCHW), channels_last. auto is the first for eager by name, else the
+            second.
         init_seed, order_seed, augment_seed: seeds of the initial weights, the order and the augmentation alone, the
             same in each run; see :class:`cifar_fast.utils.seeds.Seeds`.
         output: folder for the results; None writes nothing. See :mod:`cifar_fast.training.run_folder`.
         overwrite: replace the results that ``output`` holds.
         resume: folder of the same call that was stopped, instead of ``output``. The training continues from its
-            checkpoints and ends with the same bits. ``runs`` may grow. ``auto`` is what it was. A finished training is
-            read.
+            checkpoints and ends with the same bits. ``runs`` may grow. ``auto`` keeps its meaning. A finished training
+            is read.
         checkpoint_every: epochs between checkpoints. Each run writes one at its end; with 0 only that one.
         also_test: names and paths of other test sets, see :func:`cifar_fast.data.eval_sets.read_eval_sets`.
         save_logits: keep the logits of the test images in ``Result.logits``, and in logits.npz.
@@ -127,7 +118,7 @@ def fit(
         augment_seed=augment_seed,
         runs=runs,
         checkpoint_every=checkpoint_every,
-        also_test={str(name): str(path) for name, path in (also_test or {}).items()},
+        also_test=also_test or {},
         save_logits=save_logits,
         tensorboard=tensorboard,
         threads=threads,
@@ -136,14 +127,13 @@ def fit(
         raise InputError(f"give {option('resume')} alone, without {option('output')} and {option('overwrite')}")
     place = output if resume is None else resume
     folder = None if place is None else RunFolder(place, overwrite, resume=resume is not None)
-    hooks = Hooks(on_epoch=on_epoch or Hooks.on_epoch)
+    custom_model = None if model is None else CustomModel(model)
     with lines_to(log):
-        training = Training(config, folder, custom_model=None if model is None else CustomModel(model), hooks=hooks)
-        if training.complete():
-            return training.finished()
+        training = Training(config, folder, custom_model=custom_model, on_epoch=on_epoch)
+        if finished := training.finished():
+            return finished
         training.prepare(dataset)
-        (result,) = train_all([training])
-    return result
+        return train_all([training])[0]
 
 
 class Training:
@@ -152,10 +142,11 @@ class Training:
     The constructor refuses what cannot work whatever the data; :meth:`prepare` then takes the data.
 
     Args:
-        folder: where results go; None keeps them in memory.
+        folder: folder for the results; None keeps them in memory.
         custom_model: a model instead of the recipe's network.
+        on_epoch: as in :func:`fit`.
         backends: backends that other trainings have used, to use again.
-        name: put before each log line.
+        world: the processes that share the runs.
 
     Raises:
         InputError: an option cannot work here, or differs from the training in ``folder`` that is resumed.
@@ -167,9 +158,8 @@ class Training:
         folder: RunFolder | None = None,
         *,
         custom_model: CustomModel | None = None,
-        hooks: Hooks = Hooks(),
+        on_epoch: Callable[[EpochRow], object] | None = None,
         backends: BackendCache | None = None,
-        name: str = "",
         world: World = World(),  # noqa: B008  (frozen)
     ) -> None:
         earlier = folder.earlier if folder else None
@@ -179,46 +169,45 @@ class Training:
             asked = asked.replace(device="cuda")  # of several GPUs that shared the runs, this one is gone
         self.backend_config = local_device(settle_backend(asked), world.size, world.local_rank, asked.device)
         self.config = used_options(asked, self.backend_config)
-        self.folder, self.custom_model, self.hooks, self.name = folder, custom_model, hooks, name
+        self.folder, self.custom_model, self.on_epoch = folder, custom_model, on_epoch
         self.backends = backends or BackendCache()
         self.result = None if earlier is None else dataclasses.replace(earlier, config=self.config)
         self._runs: dict[int, RunResult] = {}  # trained by this process
-        if earlier:
-            self._refuse_differences(earlier)
+        if folder and earlier:
+            self._refuse_differences(folder.name, earlier)
         if folder and config.tensorboard:
             folder.tensorboard = TensorBoard(config.recipe)
 
-    def _refuse_differences(self, earlier: Result) -> None:
-        assert self.folder is not None
-        where, model = self.folder.name, self.custom_model.name if self.custom_model else None
+    def _refuse_differences(self, where: str, earlier: Result) -> None:
+        model = self.custom_model.name if self.custom_model else None
         if model != earlier.model:
             raise InputError(
                 f"{where}: the model was {earlier.model or 'not given'}, now {model or 'not given'}; resume in Python "
                 "with the model that was trained, by fit(..., model=, resume=)"
             )
         if changed := self.config.difference(earlier.config):
-            option_name, before, now = changed
+            name, before, now = changed
             raise InputError(
-                f"{where}: {option(option_name)} was {before}, not {now}; leave it out, or start another training "
-                f"with {option('output')}"
+                f"{where}: {option(name)} was {before}, not {now}; leave it out, or start another training with "
+                f"{option('output')}"
             )
-        if self.config.runs < earlier.config.runs:
-            raise InputError(
-                f"{where}: {option('runs')} was {earlier.config.runs}, and may grow, but not shrink to "
-                f"{self.config.runs}"
-            )
+        runs, fewer = earlier.config.runs, self.config.runs
+        if fewer < runs:
+            raise InputError(f"{where}: {option('runs')} was {runs}, and may grow, but not shrink to {fewer}")
 
     @property
     def device(self) -> torch.device:
         return self.backend_config.device
 
-    def complete(self) -> bool:
-        """Return whether all runs have ended and are written."""
-        return bool(self.folder and self.folder.resume and self.folder.all_written(self.config.runs))
+    @property
+    def name(self) -> str:
+        """The name of the folder, which a sweep names after the variant."""
+        return self.folder.path.name if self.folder else ""
 
-    def finished(self) -> Result:
-        """Return the result of a training that is complete."""
-        assert self.folder is not None
+    def finished(self) -> Result | None:
+        """Return the result of a resumed training if all its runs have ended and are written, else None."""
+        if not (self.folder and self.folder.earlier and self.folder.all_written(self.config.runs)):
+            return None
         LOGGER.info(f"nothing to do: all runs in {self.folder.path} have ended; ask for more runs to add to them")
         return self.folder.result()
 
@@ -240,23 +229,11 @@ class Training:
                     f"not {before[:12]}); name that one with {option('data_dir')}"
                 )
 
-    @contextlib.contextmanager
-    def folder_owned(self, shared: bool) -> Iterator[None]:
-        """Own the folder inside the block. If ranks share the runs, replace earlier results now."""
-        with contextlib.ExitStack() as stack:
-            if self.folder:
-                stack.enter_context(self.folder)
-                if shared:
-                    self.folder.replace_earlier()
-                if self.result:
-                    self.folder.begin(self.result)
-            yield
-
     def missing(self) -> list[int]:
         """Return the indices of the runs to train."""
         return self.folder.missing(self.config.runs) if self.folder else list(range(self.config.runs))
 
-    def train(self, run: int) -> None:
+    def train(self, run: int, on_step: Callable[[], None]) -> None:
         """Train the run with that index, or the rest of it, and keep its result in memory and in the folder."""
         config, device, folder = self.config, self.device, self.folder
         with contextlib.ExitStack() as stack:
@@ -289,7 +266,7 @@ class Training:
 
             stopped = False
             after = rows[-1] if rows else EpochRow(run, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
-            for row in train(backend, order, augmentation, clock, after=after, on_step=self.hooks.on_step):
+            for row in train(backend, order, augmentation, clock, after=after, on_step=on_step):
                 rows.append(row)
                 if folder:
                     folder.add_row(row)
@@ -299,27 +276,32 @@ class Training:
                     states = [generator.get_state() for generator in generators]
                     folder.save_checkpoint(run, Checkpoint(rows, setup_seconds, backend.training_state(), states))
                 try:
-                    self.hooks.on_epoch(row)
+                    if self.on_epoch:
+                        self.on_epoch(row)
                 except StopTraining as reason:
-                    LOGGER.info(
-                        f"run {run + 1} is stopped after epoch {row.epoch}{f': {reason}' if str(reason) else ''}"
-                    )
+                    cause = f": {reason}" if str(reason) else ""
+                    LOGGER.info(f"run {run + 1} is stopped after epoch {row.epoch}{cause}")
                     stopped = True
                     break
 
             also_test = {}
             for images in self.eval_sets:
-                also_test[images.name] = accuracy(backend, images)
-                LOGGER.info(
-                    f"also tested on {images.name}, {len(images.indices)} images: {also_test[images.name]:.2f} %"
-                )
+                percent = also_test[images.name] = accuracy(backend, images)
+                LOGGER.info(f"also tested on {images.name}, {len(images.indices)} images: {percent:.2f} %")
             logits = None
             if config.save_logits:
                 logits = plain_logits(backend, self.dataset.test_images).to("cpu", torch.float16)
             last = rows[-1]
-            seconds = last.train_seconds, setup_seconds, last.evaluation_seconds
-            four = seeds.seed, seeds.init_seed, seeds.order_seed, seeds.augment_seed
-            record = Run(run, *four, last.test_accuracy, *seconds, also_test, stopped)
+            record = Run(
+                run,
+                **dataclasses.asdict(seeds),
+                test_accuracy=last.test_accuracy,
+                train_seconds=last.train_seconds,
+                setup_seconds=setup_seconds,
+                evaluation_seconds=last.evaluation_seconds,
+                also_test=also_test,
+                stopped=stopped,
+            )
             self._runs[run] = RunResult(record, rows, backend.name, facts, logits)
             if run == config.runs - 1:
                 weights_now = backend.state_dict().items()
@@ -337,8 +319,10 @@ class Training:
             )
             if self.backend_config.reason:
                 LOGGER.info(f"auto: {self.backend_config.reason}")
-            for line in environment_changes(self.result.environment, facts) if self.result else ():
-                LOGGER.info(line)
+            before = self.result.environment if self.result else facts
+            for name in AFFECTS_BITS:
+                if before[name] != facts[name]:
+                    LOGGER.info(f"{name} was {before[name]}, now {facts[name]}: the last bits may differ")
             for line in self.dataset.notes:
                 LOGGER.info(line)
         backend, failures = self.backends.get(
@@ -369,28 +353,25 @@ class Training:
         Raises:
             MissingRuns: a run is missing, or was trained by another backend.
         """
-        runs: list[RunResult] = []
-        where = self.folder.path if self.folder else "memory"
-        result = self.result or (self.folder.training() if self.folder else None)
+        folder, runs = self.folder, []
+        result = self.result or (folder.training() if folder else None)
         assert result is not None
         for number in range(self.config.runs):
-            found = self._runs.get(number) or (self.folder.run_result(number) if self.folder else None)
+            found = self._runs.get(number) or (folder.run_result(number) if folder else None)
+            where = f"{folder.path if folder else 'memory'}: run {number + 1}"
             if found is None:
-                raise MissingRuns(
-                    f"{where}: run {number + 1} is missing, it could not be written; start again with "
-                    f"{option('resume')}"
-                )
+                raise MissingRuns(f"{where} is missing, it could not be written; start again with {option('resume')}")
             if found.backend != result.backend:
                 raise MissingRuns(
-                    f"{where}: run {number + 1} was trained by {found.backend}, and others by {result.backend}; name a "
+                    f"{where} was trained by {found.backend}, and others by {result.backend}; name a "
                     f"{option('backend')}, and start again"
                 )
             runs.append(found)
-        state_dict = result.state_dict or (self.folder.state_dict() if self.folder else {})
+        state_dict = result.state_dict or (folder.state_dict() if folder else {})
         result = dataclasses.replace(result, run_results=runs, state_dict=state_dict)
         LOGGER.info(result.summary_line())
-        if self.folder:
-            self.folder.finish(result, self.dataset.test_labels)
+        if folder:
+            folder.finish(result, self.dataset.test_labels)
         return result
 
 
@@ -398,15 +379,16 @@ def train_all(
     trainings: Sequence[Training],
     world: World = World(),  # noqa: B008  (frozen)
     *,
-    on_step: Callable[[], None] = Hooks.on_step,
+    on_step: Callable[[], None] = lambda: None,
     diverged: dict[str, str] | None = None,
 ) -> list[Result]:
     """Train what is missing of ``trainings``, run 0 of each, then run 1 of each, split over the ranks of ``world``.
 
     Args:
-        on_step: called while this rank waits for others.
-        diverged: gets the message of each training that diverges, by its name; its other runs are left out. None
-            raises the error instead.
+        on_step: called after each step, and while this rank waits for others. An error that it raises ends the
+            training.
+        diverged: gets the message of each training that diverges, by its name, which then also precedes each line;
+            its other runs are left out. None raises the error instead.
 
     Returns:
         The results on rank 0, without trainings that diverged; none on the other ranks.
@@ -415,7 +397,12 @@ def train_all(
 
         def begin() -> tuple[list[tuple[int, int]], list[Path | None], list[int | None]]:
             for training in trainings:
-                stack.enter_context(training.folder_owned(shared=world.size > 1))
+                if folder := training.folder:
+                    stack.enter_context(folder)
+                    if world.size > 1:  # other ranks write there too
+                        folder.replace_earlier()
+                    if training.result:
+                        folder.begin(training.result)
             missing = sorted((run, number) for number, one in enumerate(trainings) for run in one.missing())
             paths = [one.folder.path if one.folder else None for one in trainings]
             return missing, paths, [one.config.threads for one in trainings]
@@ -426,10 +413,12 @@ def train_all(
             if training.folder and path:
                 training.folder.join(path)
         if world.size > 1:
-            LOGGER.info(
-                f"{len(missing)} runs to train, split over {world.size} processes; the lines are those of rank 0"
-            )
+            shared = f"split over {world.size} processes; the lines are those of rank 0"
+            LOGGER.info(f"{len(missing)} runs to train, {shared}")
         rounds: list[int] = []
+
+        def prefixed(training: Training) -> contextlib.AbstractContextManager[None]:
+            return prefix_lines("" if diverged is None else f"{training.name}: ")
 
         def train_one(item: tuple[int, int]) -> None:
             run, training = item[0], trainings[item[1]]
@@ -438,9 +427,9 @@ def train_all(
             if len(trainings) > 1 and run not in rounds:
                 rounds.append(run)
                 LOGGER.info(f"round {run + 1} of {training.config.runs}")
-            with prefix_lines(f"{training.name}: " if training.name else ""):
+            with prefixed(training):
                 try:
-                    training.train(run)
+                    training.train(run, on_step)
                 except Diverged as error:
                     if diverged is None:
                         raise
@@ -454,17 +443,13 @@ def train_all(
         results = []
         for training in trainings if world.rank == 0 else ():
             if not diverged or training.name not in diverged:
-                with prefix_lines(f"{training.name}: " if training.name else ""):
+                with prefixed(training):
                     results.append(training.finish())
     return results
 
 
 def settle_backend(config: TrainConfig) -> BackendConfig:
-    """Return what ``auto`` means here for ``config``.
-
-    Raises:
-        InputError: the combination cannot work here.
-    """
+    """Return what ``auto`` means here for ``config``. Raise :class:`InputError` for what cannot work here."""
     found = resolve_backend(config.backend, config.device, config.dtype, config.memory_format)
     if found.dtype == torch.float16 and found.device.type == "cpu":
         raise InputError(
@@ -490,15 +475,6 @@ def used_options(config: TrainConfig, found: BackendConfig) -> TrainConfig:
     )
 
 
-def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each part of the environment that changed and may change the last bits."""
-    return [
-        f"{name} was {before[name]}, now {now[name]}: the last bits may differ"
-        for name in AFFECTS_BITS
-        if before[name] != now[name]
-    ]
-
-
 @contextlib.contextmanager
 def oom_hint(where: str, batch_size: int) -> Iterator[None]:
     """Raise :class:`InputError` with the batch size if memory runs out inside the block."""
@@ -507,6 +483,5 @@ def oom_hint(where: str, batch_size: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise InputError(
-            f"out of memory in {where} at {option('batch_size')} {batch_size}; try a smaller one"
-        ) from error
+        what = f"out of memory in {where} at {option('batch_size')} {batch_size}"
+        raise InputError(f"{what}; try a smaller one") from error

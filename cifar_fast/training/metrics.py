@@ -29,15 +29,11 @@ class EpochRow:
 
 @dataclass(frozen=True)
 class Run:
-    """One training from scratch.
+    """One training from scratch. ``run`` is its index, from 0.
 
-    Attributes:
-        run: index of the run, from 0.
-        seed, init_seed, order_seed, augment_seed: the values of :meth:`cifar_fast.utils.seeds.Seeds.for_run`.
-        test_accuracy: accuracy in % after the last epoch.
-        train_seconds, setup_seconds, evaluation_seconds: time of training, set-up and evaluation.
-        also_test: accuracy in % on other test sets, by name.
-        stopped: whether a callback ended the run early, by :class:`cifar_fast.StopTraining`.
+    The seeds are as :meth:`cifar_fast.utils.seeds.Seeds.for_run` gives them. Accuracies are in %, after the last epoch;
+    ``also_test`` has those on other test sets, by their names. ``stopped`` is True if a callback ended the run early,
+    by :class:`cifar_fast.StopTraining`.
     """
 
     run: int

@@ -21,26 +21,13 @@ from cifar_fast.training.metrics import EpochRow
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-def draw_curves(rows: Sequence[EpochRow], recipe: Recipe, title: str, file: Path | IO[bytes]) -> None:
-    """Write the curves to ``file`` as a PNG. See :func:`curves_figure` for the other arguments."""
-    with default_style():
-        _draw(rows, recipe, title).savefig(file, dpi=120, format="png")
-
-
-def curves_figure(rows: Sequence[EpochRow], recipe: Recipe, title: str) -> Figure:
-    """Return a figure with the curves of all runs in ``rows`` and the learning rate of ``recipe``."""
-    with default_style():
-        return _draw(rows, recipe, title)
-
-
 _drawing = threading.Lock()
 """Held while a thread draws, because matplotlib's parameters belong to the process."""
 
 
 @contextlib.contextmanager
 def default_style() -> Iterator[None]:
-    """Set matplotlib's parameters to their defaults inside the block. Draw on a ``Figure``, without pyplot."""
+    """Set matplotlib's parameters to their defaults inside the block, or in the function that this decorates."""
     matplotlib = _import_matplotlib()
     with _drawing, matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -62,7 +49,20 @@ def _import_matplotlib() -> Any:
     return matplotlib
 
 
-def _draw(rows: Sequence[EpochRow], recipe: Recipe, title: str) -> Figure:
+@default_style()
+def save_figure(figure: Figure, file: Path | IO[bytes], dpi: int) -> None:
+    """Write ``figure`` to ``file`` as a PNG."""
+    figure.savefig(file, dpi=dpi, format="png")
+
+
+def draw_curves(rows: Sequence[EpochRow], recipe: Recipe, title: str, file: Path | IO[bytes]) -> None:
+    """Write the figure of :func:`curves_figure` to ``file`` as a PNG."""
+    save_figure(curves_figure(rows, recipe, title), file, dpi=120)
+
+
+@default_style()
+def curves_figure(rows: Sequence[EpochRow], recipe: Recipe, title: str) -> Figure:
+    """Return a figure with the curves of all runs in ``rows`` and the learning rate of ``recipe``."""
     from matplotlib.figure import Figure  # pyplot would start a window system and keep global state
 
     figure = Figure(figsize=(8, 9), layout="constrained")

@@ -47,13 +47,10 @@ class RunResult:
     logits: torch.Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all values but the logits, for JSON."""
-        return {
-            "run": dataclasses.asdict(self.run),
-            "rows": [dataclasses.asdict(row) for row in self.rows],
-            "backend": self.backend,
-            "environment": self.environment,
-        }
+        """Return what ``result.json`` holds: all but the logits."""
+        values = dataclasses.asdict(dataclasses.replace(self, logits=None))
+        del values["logits"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunResult:
@@ -141,12 +138,13 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of ``training.json``: everything known before the first epoch."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-3]}
-        return values | {"config": self.config.to_dict()}
+        return values | {"config": dataclasses.asdict(self.config)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Result:
-        """Return the result that :meth:`to_dict` stored, without runs."""
-        return cls(**values | {"config": TrainConfig.from_dict(values["config"])})
+        """Return the result that :meth:`to_dict` gave, without runs."""
+        options = values["config"] | {"recipe": Recipe(**values["config"]["recipe"])}
+        return cls(**values | {"config": TrainConfig(**options)})
 
     def __repr__(self) -> str:
         return f"<Result: {self.title()}, test accuracy {self.summary()['test_accuracy_mean']:.2f} %>"
@@ -247,7 +245,7 @@ class RunReader:
         return self.path / f"run-{run}"
 
     def training(self) -> Result:
-        """Return the result in ``training.json``, without runs and weights."""
+        """Return the training as it was known before its first epoch: the result without runs and weights."""
         path = self.path / TRAINING
         try:
             return Result.from_dict(json.loads(path.read_text()))
@@ -262,10 +260,10 @@ class RunReader:
             ) from None
 
     def run_result(self, run: int, logits: bool = True) -> RunResult | None:
-        """Return the result of a finished run, else None. ``logits``: also read its logits, if there are any."""
-        path = self.of_run(run) / RUN_RESULT
+        """Return the result of a run that has ended, else None; with its logits, if they were kept."""
         if not self.has_result(run):
             return None
+        path = self.of_run(run) / RUN_RESULT
         with self._readable(path):
             result = RunResult.from_dict(json.loads(path.read_text()))
             if logits and (file := path.with_name(LOGITS)).exists():

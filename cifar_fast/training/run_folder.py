@@ -21,6 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from cifar_fast.utils.files import (
     atomic_write,
     check_writable,
     locked,
+    made_folder,
     os_error_as_input_error,
     remove_empty,
     remove_temporary,
@@ -53,7 +55,7 @@ FILES = (TRAINING, SUMMARY, ROWS, MODEL, LOGITS, CURVES)
 
 
 class RunFolder(RunReader):
-    """The folder that a training writes to.
+    """The folder that a training writes to. Inside a ``with`` block this process owns it: other trainings are refused.
 
     Inside a ``with`` block the folder belongs to this process, and other trainings are refused. Each file is whole or
     absent. A file that cannot be written is reported in one line, and everything else is still written. A folder made
@@ -72,16 +74,14 @@ class RunFolder(RunReader):
 
     def __init__(self, path: str | Path, overwrite: bool = False, *, new: bool = False, resume: bool = False) -> None:
         super().__init__(path, f"{option('resume' if resume else 'output')} {Path(path).expanduser()}")
-        self.overwrite, self.new, self.resume = overwrite, new, resume
-        self.earlier: Result | None = None
+        self.overwrite, self.new = overwrite, new
         self.failures: dict[str, str] = {}
-        self._result: Result | None = None
         self.tensorboard: TensorBoard | None = None
+        self._result: Result | None = None
         self._pending: list[str] = []  # rows that could not be written yet
         self._replaced: list[Path] = []  # earlier results, to be replaced
-        if resume:
-            self.earlier = self.training()
-        elif not new:
+        self.earlier = self.training() if resume else None
+        if not (resume or new):
             self._refuse_results()
         check_writable(self.path, self.name)
 
@@ -112,9 +112,12 @@ class RunFolder(RunReader):
             for folder in (self.path, *self.path.glob("run-*")):
                 for name in (*FILES, CHECKPOINT, RUN_RESULT):
                     remove_temporary(folder / name)
-            if self.resume:
+            if self.earlier:
                 self.earlier = self.training()  # another process may have continued it
-                self.write_rows(self.earlier.config.runs)
+                runs = range(self.earlier.config.runs)
+                found = (self.run_result(run, logits=False) or self.checkpoint(run) for run in runs)
+                # A row later than its checkpoint is left out, because its epoch is trained again.
+                self._write_rows(row for one in found if one for row in one.rows)
             else:
                 self._refuse_results()  # another command may have written some
                 self._stack.callback(self._forget_start)
@@ -134,9 +137,7 @@ class RunFolder(RunReader):
 
     def _make(self) -> None:
         wanted = self.path
-        made = [folder for folder in wanted.absolute().parents if not folder.exists()]
-        self._stack.callback(remove_empty, made)
-        wanted.parent.mkdir(parents=True, exist_ok=True)
+        self._stack.enter_context(made_folder(wanted.absolute().parent))
         for number in itertools.count(2):
             try:
                 self.path.mkdir()
@@ -167,9 +168,8 @@ class RunFolder(RunReader):
             self._write_training()
 
     def _write_training(self) -> None:
-        if self._result is not None:
-            values = json.dumps(self._result.to_dict(), indent=2) + "\n"
-            self._write(self.path / TRAINING, lambda temporary: temporary.write_text(values))
+        if self._result:
+            self._write_json(self.path / TRAINING, self._result.to_dict)
 
     def replace_earlier(self) -> None:
         """Delete the earlier results, ``training.json`` first because it describes the others."""
@@ -214,17 +214,6 @@ class RunFolder(RunReader):
                 raise
         self._pending = []
 
-    def write_rows(self, runs: int) -> None:
-        """Write ``metrics.jsonl`` from the folders of the runs, without rows after the last checkpoint of a run.
-
-        Those epochs are trained again.
-        """
-        rows: list[EpochRow] = []
-        for run in range(runs):
-            found = self.run_result(run, logits=False) or self.checkpoint(run)
-            rows += found.rows if found else []
-        self._write_rows(rows)
-
     def _write_rows(self, rows: Iterable[EpochRow]) -> None:
         text, path = "".join(map(_line, rows)), self.path / ROWS
         if not text:
@@ -241,37 +230,34 @@ class RunFolder(RunReader):
 
         The last run also writes ``model.pt``, from ``result``.
         """
-        folder, number = self.of_run(run.run.run), run.run.run
-        written = True
-        if number == result.config.runs - 1:
+        folder, written = self.of_run(run.run.run), True
+        if run.run.run == result.config.runs - 1:
             written = self._write(self.path / MODEL, lambda temporary: torch.save(result.checkpoint(), temporary))
         if run.logits is not None:
             logits = run.logits.numpy()
             written &= self._write(folder / LOGITS, lambda temporary: _savez(temporary, logits=logits))
-        values = json.dumps(run.to_dict(), indent=2) + "\n"
-        if written and self._write(folder / RUN_RESULT, lambda temporary: temporary.write_text(values)):
+        if written and self._write_json(folder / RUN_RESULT, run.to_dict):
             (folder / CHECKPOINT).unlink(missing_ok=True)
 
     def finish(self, result: Result, test_labels: np.ndarray) -> None:
-        """Write the files made from the runs, small ones first. ``result.unwritten`` gets a line for each failure.
+        """Write the files made from the runs, small ones first. ``result.unwritten`` gets the failures.
 
-        ``test_labels`` ``[N]`` are stored beside the logits.
+        ``test_labels``, integers ``[N]``, are written beside the logits.
         """
         self._write_rows(result.rows)
-        self._write(
-            self.path / SUMMARY,
-            lambda temporary: temporary.write_text(json.dumps(result.summary(), indent=2) + "\n"),
-        )
+        self._write_json(self.path / SUMMARY, result.summary)
         if result.logits:
             logits, seeds = torch.stack(result.logits).numpy(), np.array([run.seed for run in result.runs])
             self._write(
-                self.path / LOGITS,
-                lambda temporary: _savez(temporary, logits=logits, labels=test_labels, seeds=seeds),
+                self.path / LOGITS, lambda temporary: _savez(temporary, logits=logits, labels=test_labels, seeds=seeds)
             )
         self._write(
             self.path / CURVES, lambda temporary: draw_curves(result.rows, result.recipe, result.title(), temporary)
         )
         result.unwritten.extend(line for name, line in self.failures.items() if name != CHECKPOINT)
+
+    def _write_json(self, path: Path, make: Callable[[], dict[str, Any]]) -> bool:
+        return self._write(path, lambda temporary: temporary.write_text(json.dumps(make(), indent=2) + "\n"))
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> bool:
         def whole() -> None:
