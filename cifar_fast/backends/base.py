@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +14,6 @@ from cifar_fast.data.augment import Draws
 from cifar_fast.data.tensors import DeviceData
 from cifar_fast.model import CNN, CustomModel
 from cifar_fast.recipe import Recipe
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Backend(ABC):
@@ -83,10 +81,7 @@ class Backend(ABC):
     def _evaluate_in_batches(
         self, correct_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], batch_size: int
     ) -> torch.Tensor:
-        """Return what ``correct_fn`` returns for each batch of test images and labels, as one tensor.
-
-        The last batch may be short.
-        """
+        """Return the results of ``correct_fn`` for all batches of test images and labels. The last may be short."""
         self.model.eval()
         batches = zip(self.test_images.split(batch_size), self.data.test_labels.split(batch_size))
         return torch.cat([correct_fn(*batch) for batch in batches])
@@ -141,9 +136,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False)
 
 
-def compile_loss_fn(function: Function, fullgraph: bool = True) -> Function:
+def compile_loss_fn(function: Callable[..., Any], fullgraph: bool = True) -> Callable[..., Any]:
     """Compile ``function`` with ``torch.compile`` for each of its shapes."""
-    return cast(Function, torch.compile(copy_code_object(function), dynamic=False, fullgraph=fullgraph))
+    return torch.compile(copy_code_object(function), dynamic=False, fullgraph=fullgraph)
 
 
 def copy_code_object(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,8 +26,6 @@ LogFn = Callable[[str], None]
 
 
 class _Thread(threading.local):
-    """Settings of each thread."""
-
     quiet = False
     prefix = ""
 
