@@ -97,7 +97,6 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
 
 Model: TypeAlias = nn.Module | Callable[[], nn.Module]
 
-
 NOISE = 3
 """Number of the random stream that a model draws from in training, besides the streams of ``Seeds``."""
 
@@ -136,10 +135,7 @@ class CustomModel:
             raise InputError(f"model {self.name} has no parameter to train")
 
     def __call__(self, recipe: Recipe, num_classes: int, generator: torch.Generator) -> nn.Module:
-        """Return a fresh model. It takes the arguments of :class:`CNN`.
-
-        Initial weights that would come from torch's default generator come from ``generator``.
-        """
+        """Return a fresh model, as :class:`CNN` does. Initial weights come from ``generator``, not torch's default."""
         default = torch.default_generator
         before = default.get_state()
         default.set_state(generator.get_state())
@@ -152,15 +148,10 @@ class CustomModel:
 
     def preserve_rng(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """Restore torch's default generators afterwards. A model may draw from them, as dropout does."""
-        if device.type != "cuda":
-            return torch.random.fork_rng([])
-        return torch.random.fork_rng([torch.cuda.current_device() if device.index is None else device.index])
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     def generators(self, device: torch.device, seed: int) -> list[torch.Generator]:
-        """Seed torch's default generators for the run of ``seed``, and return them.
-
-        A model draws from them in training.
-        """
+        """Seed torch's default generators, from which a model draws in training, for a run, and return them."""
         generators = [torch.default_generator]
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[torch.cuda.current_device()])

@@ -35,16 +35,10 @@ MAX_CHANNELS = 8
 
 
 def normalization_table(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``(byte - mean) / std`` for each channel and byte value.
+    """Return ``(byte - mean) / std``, ``[C, 256]``, in ``dtype``: float16, bfloat16 or float32.
 
-    Each channel has its own mean and standard deviation over all ``images``, with Bessel's correction (N S S - 1).
-
-    Args:
-        images: uint8 ``[N, S, S, C]``.
-        dtype: float16, bfloat16 or float32.
-
-    Returns:
-        ``[C, 256]`` in ``dtype``.
+    Each channel has its own mean and standard deviation over all ``images``, uint8 ``[N, S, S, C]``, with Bessel's
+    correction (N S S - 1).
 
     Raises:
         TypeError, ValueError: a dtype or the shape is not as above, or a channel has the same value everywhere.
@@ -190,10 +184,8 @@ def augment(
 
     Args:
         images: the images of the data set, uint8 ``[N, S, S, C]``.
-        draws: int64 ``[4, B]``, one column per image of the batch. The rows are ``permutation``, the index of the
-            image; ``crop``, ``x0 * (padding + 1) + y0`` for the offset (x0, y0) of the crop in the padded image;
-            ``flip``, 0 to mirror left to right after the crop, 1 not to; and ``cutout``,
-            ``x1 * (S - cutout_size + 1) + y1`` for the upper left corner (x1, y1) of the cutout square.
+        draws: int64 ``[4, B]``, one column per image of the batch. The rows are permutation, crop, flip and cutout, as
+            the docstring of the module defines them.
         table: the output value of each byte, ``[C, 256]`` in float16, bfloat16 or float32; see
             :func:`normalization_table`.
         labels: the labels of the data set, int64 ``[N]``.

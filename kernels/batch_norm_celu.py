@@ -509,11 +509,6 @@ class _Shape:
         blocks = triton.cdiv(triton.cdiv(self.rows, tile["BLOCK_R"]), max_splits)
         return triton.cdiv(self.rows, blocks * tile["BLOCK_R"]), tile | {"BLOCKS_PER_SPLIT": blocks}
 
-    def is_even(self, num_splits: int, split: dict[str, int]) -> bool:
-        """Return whether the tiles of a reduction cover rows and channels exactly."""
-        rows = num_splits * split["BLOCKS_PER_SPLIT"] * split["BLOCK_R"]
-        return rows == self.rows and self.channels % split["BLOCK_C"] == 0
-
     def merge_constants(self, num_splits: int) -> dict[str, int]:
         block = self.entry("merge")["channels"]
         return {"C": self.channels, "BLOCK_SPLITS": triton.next_power_of_2(num_splits), "BLOCK_C": block}
@@ -585,6 +580,8 @@ def plan_statistics(
     shape = _Shape(x, pool)
     kernel = f"{shape.prefix}statistics"
     num_splits, split = shape.split_rows(kernel)
+    tiled_rows = num_splits * split["BLOCKS_PER_SPLIT"] * split["BLOCK_R"]
+    even = tiled_rows == shape.rows and shape.channels % split["BLOCK_C"] == 0
     merge = shape.entry("merge")
     partial = torch.empty(2 * num_splits + 1, shape.channels, dtype=statistics.dtype, device=x.device)
     partials = dict(means=partial[:num_splits], squares=partial[num_splits:-1], origins=partial[-1])
@@ -597,7 +594,7 @@ def plan_statistics(
             reads=dict(x=x),
             writes=pooling | partials,
             scalars=dict(rows=shape.rows, num_splits=num_splits),
-            constants=shape.constants | split | {"EVEN": shape.is_even(num_splits, split), "ACC": shape.acc},
+            constants=shape.constants | split | {"EVEN": even, "ACC": shape.acc},
             num_warps=shape.entry(kernel)["num_warps"],
         ),
         Launch(
@@ -931,7 +928,6 @@ def example_launches(
     parameter_dtype: torch.dtype,
     alpha: float,
     direction: str,
-    eps: float = 1e-5,
 ) -> list[Launch]:
     """Return the launches of one call with x of ``shape`` ``[N, C, H, W]``, on meta tensors.
 
@@ -940,10 +936,10 @@ def example_launches(
     x = empty_channels_last(*shape, dtype, "meta")
     weight, bias, mean, var = (torch.empty(shape[1], dtype=parameter_dtype, device="meta") for _ in range(4))
     if direction == "inference":
-        inference_inputs = x, weight, bias, mean, var, eps, alpha, pool
+        inference_inputs = x, weight, bias, mean, var, 1e-5, alpha, pool
         return plan_inference(*inference_inputs, inference_outputs(*inference_inputs))
     count = torch.empty((), dtype=torch.int64, device="meta")
-    statistics_inputs = x, mean, var, count, True, 0.1, eps, pool
+    statistics_inputs = x, mean, var, count, True, 0.1, 1e-5, pool
     statistics, pooled, argmax = statistics_outputs(*statistics_inputs)
     launches = plan_statistics(*statistics_inputs, statistics, pooled, argmax)
     forward_inputs = x, pooled, argmax, statistics, weight, bias, True, alpha, pool

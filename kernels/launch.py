@@ -25,10 +25,7 @@ import triton
 TABLE = Path(__file__).with_name("launch.json")
 
 FP_FUSION = False
-"""Whether the compiler may contract a * b + c.
-
-It may not: its default differs between Triton releases, and forward and backward must round alike.
-"""
+"""No contraction of a * b + c: Triton's default differs between releases, and forward and backward must round alike."""
 
 Table = dict[str, dict[str, dict[str, int]]]
 """Launch parameters by kernel and shape class."""
@@ -90,10 +87,7 @@ _interpreter_lock = threading.RLock()
 def run(
     launches: Iterable[Launch], device: torch.device, on_compiled: Callable[[Launch, Any], None] | None = None
 ) -> None:
-    """Run ``launches`` in order on ``device``.
-
-    ``on_compiled`` is called after each launch with the launch and its compiled kernel.
-    """
+    """Run ``launches`` in order on ``device``. After each, call ``on_compiled`` with it and its compiled kernel."""
     if device.type not in ("cuda", "meta") and not interpreted():
         raise RuntimeError(
             f"Triton kernels need tensors on a GPU, not on {device}; "
@@ -174,10 +168,7 @@ def operator(
 def empty_channels_last(
     n: int, channels: int, height: int, width: int, dtype: torch.dtype, device: Any
 ) -> torch.Tensor:
-    """Return an uninitialized ``[N, C, H, W]`` tensor in channels_last.
-
-    Its strides describe NHWC memory even if a size is 1, where torch would accept others. It is not a view.
-    """
+    """Return an uninitialized ``[N, C, H, W]`` tensor, no view, with channels_last strides even if a size is 1."""
     strides = (height * width * channels, 1, width * channels, channels)
     return torch.empty_strided((n, channels, height, width), strides, dtype=dtype, device=device)
 
@@ -195,21 +186,17 @@ def require_tensor(
     shape: tuple[int, ...],
     like: tuple[str, torch.Tensor],
 ) -> None:
-    """Raise unless ``tensor`` is contiguous, has ``shape`` and one of ``dtypes``, and is on the device of ``like``.
+    """Check that ``tensor`` is contiguous, has ``shape`` and one of ``dtypes``, and is on the device of ``like``.
 
-    ``like`` is the name of another tensor, and that tensor.
-
-    Raises:
-        TypeError: ``tensor`` is not a tensor, or has another dtype.
-        ValueError: it has another shape, or is not contiguous.
-        RuntimeError: it is on another device.
+    ``like`` is the name of another tensor, and that tensor. A wrong dtype is a TypeError, a wrong shape or layout a
+    ValueError, a wrong device a RuntimeError.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, not {tensor!r}")
     wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     require(tensor.dtype in dtypes, TypeError, f"{name} must be {wanted}, not {tensor.dtype}")
-    actual = list(tensor.shape)
-    require(tuple(tensor.shape) == shape, ValueError, f"{name} must have the shape {list(shape)}, not {actual}")
+    message = f"{name} must have the shape {list(shape)}, not {list(tensor.shape)}"
+    require(tuple(tensor.shape) == shape, ValueError, message)
     require(tensor.is_contiguous(), ValueError, f"{name} must be contiguous, but has the strides {tensor.stride()}")
     other, device = like[0], like[1].device
     message = f"{name} must be on {device} like {other}, not on {tensor.device}"

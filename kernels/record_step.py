@@ -157,7 +157,7 @@ def record(loss: Tensor, correct: Tensor, state: StepState) -> None:
     record_op(loss, correct, *state)
 
 
-def example_launches(batch_size: int, *, dtype: torch.dtype, steps: int = 97, epochs: int = 24) -> list[Launch]:
-    """Return the launch of one call, on meta tensors."""
-    state = StepState.initial(torch.empty(steps * epochs, device="meta"), steps, batch_size, dtype)
+def example_launches(batch_size: int, *, dtype: torch.dtype) -> list[Launch]:
+    """Return the launch of one call, on meta tensors, in a run of 24 epochs of 97 steps."""
+    state = StepState.initial(torch.empty(24 * 97, device="meta"), 97, batch_size, dtype)
     return plan_record(state.losses[0], state.correct[0], *state)

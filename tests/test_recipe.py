@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cifar_fast import CNN, InputError, Recipe
+from cifar_fast.utils.errors import with_flags
 
 
 def test_network_has_the_reference_parameter_counts():
@@ -98,11 +99,11 @@ def test_invalid_recipe_file_raises_an_error_with_its_path(tmp_path, text, words
 def test_commands_show_a_constant_as_a_flag_and_a_key_of_a_file_as_it_is(tmp_path):
     with pytest.raises(InputError) as refusal:
         Recipe(batch_size=0)
-    assert refusal.value.with_flags() == "--batch-size must be at least 1, not 0"
+    assert with_flags(refusal.value.message) == "--batch-size must be at least 1, not 0"
     (tmp_path / "recipe.json").write_text('{"batch_size": 0}')
     with pytest.raises(InputError) as refusal:
         Recipe.load(tmp_path / "recipe.json")
-    assert refusal.value.with_flags() == f"{tmp_path}/recipe.json: batch_size must be at least 1, not 0"
+    assert with_flags(refusal.value.message) == f"{tmp_path}/recipe.json: batch_size must be at least 1, not 0"
 
 
 def test_recipe_file_may_start_with_a_byte_order_mark(tmp_path):

@@ -5,22 +5,15 @@ from __future__ import annotations
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from cifar_fast.data.augment import Draws
 from cifar_fast.data.tensors import DeviceData
-from cifar_fast.model import CNN, CustomModel, loss_and_correct
+from cifar_fast.model import CNN, CustomModel
 from cifar_fast.recipe import Recipe
-
-LossFn = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Takes images ``[B, C, S, S]`` and labels ``[B]``. Returns the losses ``[B]`` and, as bool ``[B]``, which predictions
-are correct.
-"""
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Backend(ABC):
@@ -50,6 +43,7 @@ class Backend(ABC):
     name: str
     model: nn.Module
     optimizer: torch.optim.SGD
+    test_images: torch.Tensor  # normalized, [N, C, S, S]
     notes: Sequence[str] = ()
 
     def __init__(
@@ -82,6 +76,15 @@ class Backend(ABC):
     @abstractmethod
     def evaluate(self) -> torch.Tensor:
         """Return which test images are classified correctly, bool ``[N]``, valid until the next evaluation."""
+
+    @torch.no_grad()
+    def _evaluate_in_batches(
+        self, correct_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], batch_size: int
+    ) -> torch.Tensor:
+        """Return the results of ``correct_fn`` for all batches of test images and labels. The last may be short."""
+        self.model.eval()
+        batches = zip(self.test_images.split(batch_size), self.data.test_labels.split(batch_size))
+        return torch.cat([correct_fn(*batch) for batch in batches])
 
     def new_model(self, generator: torch.Generator) -> nn.Module:
         """Return a fresh plain model for a run, on the CPU, with initial weights drawn from ``generator``."""
@@ -133,32 +136,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False)
 
 
-@torch.no_grad()
-def evaluate_in_batches(
-    model: nn.Module, loss_fn: LossFn, images: torch.Tensor, labels: torch.Tensor, batch_size: int
-) -> torch.Tensor:
-    """Return which of ``images`` ``[N, C, S, S]`` are classified correctly, bool ``[N]``.
-
-    The last batch may be short.
-    """
-    model.eval()
-    batches = zip(images.split(batch_size), labels.split(batch_size))
-    return torch.cat([loss_fn(*batch)[1] for batch in batches])
-
-
-def make_loss_fn(model: nn.Module, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> LossFn:
-    """Return the function of ``model``'s forward pass and loss."""
-
-    def loss_fn(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with autocast(device, dtype):
-            return loss_and_correct(model(images), labels, recipe)
-
-    return loss_fn
-
-
-def compile_loss_fn(function: Function, fullgraph: bool = True) -> Function:
+def compile_loss_fn(function: Callable[..., Any], fullgraph: bool = True) -> Callable[..., Any]:
     """Compile ``function`` with ``torch.compile`` for each of its shapes."""
-    return cast(Function, torch.compile(copy_code_object(function), dynamic=False, fullgraph=fullgraph))
+    return torch.compile(copy_code_object(function), dynamic=False, fullgraph=fullgraph)
 
 
 def copy_code_object(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,12 +157,8 @@ def make_sgd(
 ) -> torch.optim.SGD:
     """Return the recipe's optimizer.
 
-    The loss is a sum over the batch, so the weight decay is multiplied by the batch size.
-
-    Args:
-        fused: as in ``torch.optim.SGD``. None is torch's default and the reference script's: the multi-tensor
-            implementation on a GPU.
-        lr: initial learning rate of all parameter groups.
+    The loss is a sum over the batch, so the weight decay is multiplied by the batch size. ``fused`` is torch's. None is
+    torch's default and the reference script's: the multi-tensor implementation on a GPU.
     """
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if not recipe.decay_norms_and_biases:

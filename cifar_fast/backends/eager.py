@@ -7,16 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from cifar_fast.backends.base import (
-    Backend,
-    compile_loss_fn,
-    evaluate_in_batches,
-    make_loss_fn,
-    make_sgd,
-    warm_up_draws,
-)
+from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, make_sgd, warm_up_draws
 from cifar_fast.data.augment import Draws, augment
-from cifar_fast.model import build_model
+from cifar_fast.model import build_model, loss_and_correct
 
 
 class Eager(Backend):
@@ -33,9 +26,15 @@ class Eager(Backend):
         self.train_images = normalization.apply(self.data.train_images, self.dtype)  # [N, S, S, C], to gather from
         test_images = normalization.apply(self.data.test_images, self.dtype).permute(0, 3, 1, 2)
         self.test_images = test_images.contiguous(memory_format=self.memory_format)
-        self.model = build_model(self.recipe, self.data.num_classes, self.device, self.dtype, self.custom_model)
-        self.loss_fn = make_loss_fn(self.model, self.recipe, self.device, self.dtype)
-        self.reset(self.model)
+        recipe, device, dtype = self.recipe, self.device, self.dtype
+        self.model = model = build_model(recipe, self.data.num_classes, device, dtype, self.custom_model)
+
+        def loss_fn(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with autocast(device, dtype):
+                return loss_and_correct(model(images), labels, recipe)
+
+        self.loss_fn = loss_fn
+        self.reset(model)
 
     def reset(self, model: nn.Module) -> None:
         super().reset(model)
@@ -60,8 +59,7 @@ class Eager(Backend):
             yield loss.detach(), correct
 
     def evaluate(self) -> torch.Tensor:
-        labels, batch_size = self.data.test_labels, self.recipe.batch_size
-        return evaluate_in_batches(self.model, self.loss_fn, self.test_images, labels, batch_size)
+        return self._evaluate_in_batches(lambda *batch: self.loss_fn(*batch)[1], self.recipe.batch_size)
 
 
 class Compiled(Eager):

@@ -17,14 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cifar_fast.backends.base import (
-    Backend,
-    autocast,
-    compile_loss_fn,
-    evaluate_in_batches,
-    make_sgd,
-    warm_up_draws,
-)
+from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, make_sgd, warm_up_draws
 from cifar_fast.data.augment import Draws
 from cifar_fast.kernels import BatchNormCELU2d, StepState, augment, cross_entropy, record
 from cifar_fast.model import CNN, build_model, loss_dtype
@@ -127,14 +120,8 @@ class Fused(Backend):
 
     def eval_step(self) -> None:
         """Evaluate all test images. This is the function that is captured."""
-        labels = self.data.test_labels
-        batch_size = evaluation_batch_size(len(labels), self.recipe.batch_size)
-
-        def loss_fn(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            _, loss, correct, _ = self.loss_grad_fn(images, labels)
-            return loss, correct
-
-        self.test_correct.copy_(evaluate_in_batches(self.model, loss_fn, self.test_images, labels, batch_size))
+        batch_size = evaluation_batch_size(len(self.test_images), self.recipe.batch_size)
+        self.test_correct.copy_(self._evaluate_in_batches(lambda *batch: self.loss_grad_fn(*batch)[2], batch_size))
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """Call ``function`` until nothing is left to compile or choose. On a GPU, return the graph of one call."""
@@ -188,22 +175,17 @@ def reset_after_failed_capture(stream: torch.cuda.Stream) -> None:
     torch.cuda.set_stream(stream)
 
 
-LossGradFn = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
-"""Takes images ``[B, C, S, S]`` and labels ``[B]``. Returns the model's outputs ``[B, classes]``, the losses ``[B]``,
-which predictions are correct as bool ``[B]``, and the gradient of the sum of the losses with respect to the outputs.
-"""
-
-
 def make_loss_grad_fn(
     model: Callable[[torch.Tensor], torch.Tensor],
     scale: float,
     recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
-) -> LossGradFn:
-    """Return the function of ``model``'s forward pass, loss, and the loss's gradient.
+) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Return a function of images ``[B, C, S, S]`` and labels ``[B]``. Logits are outputs of ``model`` times ``scale``.
 
-    The logits are the outputs of ``model`` times ``scale``.
+    It returns the outputs ``[B, classes]``, the losses ``[B]``, which predictions are correct as bool ``[B]``, and the
+    gradient of the sum of the losses with respect to the outputs.
     """
 
     def loss_grad_fn(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:

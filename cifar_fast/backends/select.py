@@ -61,14 +61,8 @@ def resolve_backend(
         reasons.append("a GPU is here" if where.type == "cuda" else "no CUDA GPU is here")
 
     if dtype == "auto":
-        dtype = default_dtype(where)
-        reasons.append(
-            {
-                "float16": "float16 as the reference",
-                "bfloat16": "this CPU computes in bfloat16",
-                "float32": "this CPU has no bfloat16 arithmetic",
-            }[dtype]
-        )
+        dtype, reason = default_dtype(where)
+        reasons.append(reason)
 
     if memory_format == "auto" and backend == "eager":
         memory_format = "contiguous_format"  # the reference script's
@@ -77,37 +71,31 @@ def resolve_backend(
         if backend == "auto" and where.type == "cpu":
             reasons.append("channels_last was measured fastest on a CPU")
 
-    backends: tuple[str, ...] = (backend,)
     unavailable = None if backend in ("eager", "compiled") else fused_unavailable_reason(where)
     if backend == "fused" and unavailable:
         raise InputError(
             f"the fused backend cannot run here ({unavailable}); choose {option('backend')} compiled, eager or auto"
         )
-    if backend == "auto" and where.type == "cpu":
+    backends: tuple[str, ...] = ("compiled", "eager")
+    if backend != "auto":
+        backends = (backend,)
+    elif where.type == "cpu":
         backends = ("eager",)
         reasons.append("eager was measured faster than compiled on a CPU")
-    elif backend == "auto" and memory_format == "contiguous_format":
-        backends = ("compiled", "eager")
+    elif memory_format == "contiguous_format":
         reasons.append("the fused backend's kernels need channels_last, compiled instead")
-    elif backend == "auto" and unavailable:
-        backends = ("compiled", "eager")
+    elif unavailable:
         reasons.append(f"the fused backend cannot run here ({unavailable}), compiled instead")
-    elif backend == "auto":
-        backends = ("fused", "compiled", "eager")
+    else:
+        backends = ("fused", *backends)
         reasons.append("fused first, which has the least to do on the host")
     return BackendConfig(backends, where, getattr(torch, dtype), getattr(torch, memory_format), "; ".join(reasons))
 
 
 def local_device(config: BackendConfig, world_size: int, local_rank: int, asked: str) -> BackendConfig:
-    """Return ``config`` on the GPU of this rank, unless one process trains alone or the caller named a device.
+    """Return ``config`` on the GPU of this rank, unless one process trains alone or ``asked`` names a device.
 
-    Args:
-        world_size: number of processes.
-        local_rank: rank of this process on its machine.
-        asked: the device's name as the caller gave it.
-
-    Raises:
-        InputError: this machine has more processes than GPUs.
+    More processes than GPUs on this machine are an InputError.
     """
     if world_size == 1 or config.device.type != "cuda" or asked not in ("auto", "cuda"):
         return config
@@ -199,9 +187,7 @@ class BackendCache:
         ``make_data`` returns the data on the device. It is called only for a build.
         """
         key = config, recipe, custom_model
-        dropped = [other for other, (backend, _) in self._kept.items() if backend.name == "eager" and other != key]
-        for other in dropped:
-            del self._kept[other]
+        self._kept = {other: kept for other, kept in self._kept.items() if other == key or kept[0].name != "eager"}
         if key not in self._kept:
             self._make_room(config.device)
             self._kept[key] = build_backend(config, recipe, make_data(), custom_model)

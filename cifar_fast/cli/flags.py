@@ -66,7 +66,7 @@ def run_command(
     except (InputError, Diverged, MissingRuns) as error:
         if show_traceback:
             traceback.print_exc()
-        print(f"error: {error.with_flags() if flags else error}", file=sys.stderr)
+        print(f"error: {with_flags(error.message) if flags else error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as interrupt:
         if World.from_env().rank == 0:

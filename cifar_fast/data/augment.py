@@ -1,8 +1,7 @@
 """The random draws of an epoch, and the augmentation in plain torch.
 
-Shuffle, reflection-padded crop, mirror and cutout only move pixels, so a whole batch is one gather.
-Each output pixel has one source pixel, computed from its row and column. The square of the cutout is
-then set to zero, the mean color of normalized images.
+Shuffle, reflection-padded crop and mirror only move pixels, so a whole batch is one gather. Each output pixel has one
+source pixel, computed from its row and column. The square of the cutout is then set to zero, the mean color.
 """
 
 from __future__ import annotations
@@ -72,13 +71,11 @@ def draw_epoch(
         order: generator of the permutation. ``generator`` by default.
     """
     recipe = recipe or Recipe()
-    crops = (recipe.crop_padding + 1) ** 2
-    cutouts = (IMAGE_SIZE + 1 - recipe.cutout_size) ** 2
     options: dict[str, Any] = dict(device=device, generator=generator)
     permutation = torch.randperm(n, device=device, generator=generator if order is None else order)
-    crop = torch.randint(crops, (n,), **options)
+    crop = torch.randint((recipe.crop_padding + 1) ** 2, (n,), **options)
     flip = torch.randint(0 if recipe.flip else 1, 2, (n,), **options)
-    cutout = torch.randint(cutouts, (n,), **options)
+    cutout = torch.randint((IMAGE_SIZE + 1 - recipe.cutout_size) ** 2, (n,), **options)
     return Draws(torch.stack((permutation, crop, flip, cutout)))
 
 

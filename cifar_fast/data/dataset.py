@@ -57,8 +57,8 @@ class Dataset:
             layout: Any = ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE", "ENSUREARRAY"]
             object.__setattr__(self, f"{split}_images", np.require(images, np.uint8, layout))
             object.__setattr__(self, f"{split}_labels", np.require(labels, np.int64, layout))
-        names = map(_text, self.class_names) if len(self.class_names) else range(self.train_labels.max() + 1)
-        object.__setattr__(self, "class_names", tuple(map(str, names)))
+        names = self.class_names if len(self.class_names) else range(self.train_labels.max() + 1)
+        object.__setattr__(self, "class_names", tuple(map(_text, names)))
         if not 2 <= self.num_classes <= MAX_CLASSES:
             raise InputError(f"{self.source}: {self.num_classes} class(es); there must be 2 to {MAX_CLASSES}")
         if self.train_labels.max() >= self.num_classes:
@@ -133,10 +133,7 @@ class Dataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the shapes and bytes of the four arrays, in hexadecimal.
-
-        Equal data has the same digest, whatever its source.
-        """
+        """SHA-256 of the shapes and bytes of the four arrays, in hexadecimal, whatever their source."""
         digest = hashlib.sha256()
         for name in ARRAYS:
             array = getattr(self, name)
@@ -212,7 +209,7 @@ def _with_label_noise(dataset: Dataset, fraction: float, seed: int) -> Dataset:
 def check_images(source: str, images: np.ndarray, labels: np.ndarray, prefix: str = "") -> None:
     """Raise :class:`InputError` unless ``images`` are uint8 ``[N, 32, 32, 3]`` and ``labels`` integers ``[N]``, N >= 1.
 
-    The message starts with ``source``, and with ``prefix`` before the name of the array.
+    The message starts with ``source``, and ``prefix`` precedes the name of the array.
     """
     shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
     if images.dtype != np.uint8 or images.shape[1:] != shape:

@@ -45,13 +45,14 @@ def download(sources: Sequence[str], path: Path, md5: str) -> None:
 
     Args:
         sources: URLs, or paths of files.
-        path: the file to create.
         md5: the MD5 sum in hexadecimal.
 
     Raises:
         InputError: the file cannot be written.
         OSError: every source failed. The message gives the reason for each.
     """
+    from torchvision.datasets.utils import check_md5  # here, because it imports torch
+
     part = path.with_name(f"{path.name}.part")
     start, queue = time.monotonic(), deque(map(_as_url, sources))
     slow: dict[str, float] = {}
@@ -63,7 +64,7 @@ def download(sources: Sequence[str], path: Path, md5: str) -> None:
         before = _size(part)
         try:
             _fetch(url, part, is_new and bool(queue or slow))
-            if not _has_md5(part, md5):
+            if not check_md5(part, md5):
                 part.unlink()
                 if before:  # the earlier bytes may be wrong, so this source is retried from the start
                     queue.appendleft(url)
@@ -86,14 +87,10 @@ def download(sources: Sequence[str], path: Path, md5: str) -> None:
 
 
 def _fetch(url: str, part: Path, has_alternative: bool) -> None:
-    """Append the missing bytes of ``url`` to ``part``.
-
-    Raise :class:`SlowSource` if the source is slow and ``has_alternative``.
-    """
+    """Append the missing bytes of ``url`` to ``part``. If it is slow and ``has_alternative``, raise SlowSource."""
     start = _size(part)
-    request = urllib.request.Request(
-        url, headers={"User-Agent": "cifar_fast"} | ({"Range": f"bytes={start}-"} if start else {})
-    )
+    headers = {"User-Agent": "cifar_fast"} | ({"Range": f"bytes={start}-"} if start else {})
+    request = urllib.request.Request(url, headers=headers)
     with contextlib.ExitStack() as stack:
         try:
             response = stack.enter_context(urllib.request.urlopen(request, timeout=TIMEOUT))
@@ -139,9 +136,3 @@ def _as_url(source: str) -> str:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _has_md5(path: Path, md5: str) -> bool:
-    from torchvision.datasets.utils import check_md5  # here, because it imports torch
-
-    return check_md5(path, md5)

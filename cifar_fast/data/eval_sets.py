@@ -19,10 +19,9 @@ KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels")
 
 @dataclass(frozen=True, eq=False)
 class EvalSet:
-    """A named test set.
+    """A named test set: uint8 images ``[N, 32, 32, 3]`` and int64 labels ``[N]``, -1 for a class not trained on.
 
-    ``images`` are uint8 ``[N, 32, 32, 3]``. Images of a .npy file stay on disk until they are used. ``labels`` are
-    int64 ``[N]``, with -1 for an image of a class that is not trained on.
+    Images of a .npy file stay on disk until they are used.
     """
 
     name: str
@@ -43,27 +42,23 @@ def read_eval_sets(paths: Mapping[str, str | Path], num_classes: int, classes: t
     * a folder of such pairs, or of files of images with one ``labels.npy`` for all, as in CIFAR-10-C. Each file is a
       test set, NAME/FILE.
 
-    Args:
-        paths: a path for each name.
-        num_classes: number of classes of the training data, before ``classes`` selects from them.
-        classes: numbers of the classes that are trained on. Empty means all.
-
-    Raises:
-        InputError: a test set cannot be used. The message names its file.
+    ``num_classes`` counts the classes of the training data, before ``classes`` selects those that are trained on. Empty
+    ``classes`` are all. An InputError names a test set that cannot be used.
     """
     eval_sets = []
     for eval_set in (one for name, path in paths.items() for one in _read(str(name), Path(path).expanduser())):
         name = f"{option('also_test')} {eval_set.name}"
         check_images(name, eval_set.images, eval_set.labels)
-        if eval_set.labels.max() >= num_classes:
+        labels = eval_set.labels.astype(np.int64)
+        if labels.max() >= num_classes:
             raise InputError(
-                f"{name}: its labels go up to {eval_set.labels.max()}, but the training data has {num_classes} classes"
+                f"{name}: its labels go up to {labels.max()}, but the training data has {num_classes} classes"
             )
         if classes:
-            eval_set = dataclasses.replace(eval_set, labels=new_labels(eval_set.labels, classes))
-            if not len(eval_set.indices):
+            labels = new_labels(labels, classes)
+            if (labels < 0).all():
                 raise InputError(f"{name}: has no image of {option('classes')} {' '.join(map(str, classes))}")
-        eval_sets.append(eval_set)
+        eval_sets.append(dataclasses.replace(eval_set, labels=labels))
     return eval_sets
 
 
@@ -77,15 +72,15 @@ def _read(name: str, path: Path) -> list[EvalSet]:
         return [EvalSet(name, images, labels)]
     if not path.name.endswith("_data.npy"):
         raise InputError(f"{path}: must be a .npz file, a *_data.npy file or a folder of .npy files")
-    return [EvalSet(name, _load(path), _labels(_load(_labels_of(path))))]
+    return [_read_pair(name, path)]
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the images of an .npz file in a published format, unchecked, and its labels, or None if it has none."""
+    """Return the images of an .npz file in a published format, and its labels or None, both unchecked."""
     arrays = _load(path)
     for images, labels in KEYS:
         if images in arrays and labels in arrays:
-            return arrays[images], _labels(arrays[labels])
+            return arrays[images], arrays[labels]
     for images, _ in KEYS:
         if images in arrays:
             return arrays[images], None
@@ -95,22 +90,21 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 def _read_folder(name: str, folder: Path) -> list[EvalSet]:
     shared = folder / "labels.npy"
     if shared.is_file():
-        labels = _labels(_load(shared))
+        labels = _load(shared)
         files = sorted(file for file in folder.glob("*.npy") if file != shared)
         sets = [EvalSet(f"{name}/{file.stem}", _load(file), labels) for file in files]
     else:
         files = sorted(folder.glob("*_data.npy"))
-        sets = [
-            EvalSet(f"{name}/{file.stem.removesuffix('_data')}", _load(file), _labels(_load(_labels_of(file))))
-            for file in files
-        ]
+        sets = [_read_pair(f"{name}/{file.stem.removesuffix('_data')}", file) for file in files]
     if not sets:
         raise InputError(f"{folder}: no *_data.npy with its *_labels.npy, and no labels.npy beside other .npy files")
     return sets
 
 
-def _labels_of(file: Path) -> Path:
-    return file.with_name(file.name.removesuffix("_data.npy") + "_labels.npy")
+def _read_pair(name: str, data: Path) -> EvalSet:
+    """Read the images of a ``*_data.npy`` file and the labels of its ``*_labels.npy``."""
+    labels = data.with_name(data.name.removesuffix("_data.npy") + "_labels.npy")
+    return EvalSet(name, _load(data), _load(labels))
 
 
 def _load(path: Path) -> Any:
@@ -120,12 +114,5 @@ def _load(path: Path) -> Any:
             return loaded
         with loaded:
             return dict(loaded)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
     except Exception as error:  # damaged files raise many different types
-        raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
-
-
-def _labels(labels: np.ndarray) -> np.ndarray:
-    """Convert integers of any type to int64. Leave anything else to the check."""
-    return labels.astype(np.int64) if labels.dtype.kind in "iu" else labels
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', '') or first_line(error)})") from None

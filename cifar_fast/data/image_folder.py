@@ -1,7 +1,7 @@
 """Images as files in ``ROOT/train/CLASS/`` and ``ROOT/test/CLASS/``, decoded once and then cached.
 
-The cache is one ``.npz`` file next to ROOT. It holds a fingerprint of the path, size and modification
-time of every image file, and is written again when the fingerprint changes.
+The cache is one ``.npz`` file next to ROOT. It holds a fingerprint of the path, size and modification time of every
+image file, and is written again when the fingerprint changes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import numpy as np
 from PIL import Image
 
+from cifar_fast.data.dataset import ARRAYS
 from cifar_fast.recipe import IMAGE_SIZE
 from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import atomic_write
@@ -26,15 +27,10 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8
 
 
 def read_folder(root: Path) -> dict[str, np.ndarray]:
-    """Read the images below ``root``.
+    """Read the images below ``root`` as the arrays of ``ARRAYS`` and ``class_names``.
 
-    Classes are in alphabetical order, the images of a class in the order of their paths.
-
-    Returns:
-        The arrays of :data:`cifar_fast.data.dataset.ARRAYS`, and ``class_names``.
-
-    Raises:
-        InputError: a folder or a file cannot be used. The message names it.
+    Classes are in alphabetical order, the images of a class in the order of their paths. An InputError names a folder
+    or a file that cannot be used.
     """
     root = root.resolve()
     ignored: Counter[str] = Counter()
@@ -56,7 +52,7 @@ def read_folder(root: Path) -> dict[str, np.ndarray]:
     images = _read_cache(cache, fingerprint)
     if images is None or len(images) != len(files):
         LOGGER.info(f"decoding {len(files)} images under {root}")
-        images = _decode(files)
+        images = decode_images({str(file): file for file in files}, "decoding")
         try:
             with atomic_write(cache) as temporary, open(temporary, "wb") as file:
                 np.savez(file, images=images, fingerprint=np.array(fingerprint))
@@ -65,20 +61,12 @@ def read_folder(root: Path) -> dict[str, np.ndarray]:
             LOGGER.info(
                 f"could not cache the decoded images in {cache} ({error.strerror}); the next start decodes them again"
             )
-    return dict(
-        train_images=images[:n],
-        train_labels=labels[:n],
-        test_images=images[n:],
-        test_labels=labels[n:],
-        class_names=np.array(names),
-    )
+    arrays = images[:n], labels[:n], images[n:], labels[n:]
+    return dict(zip(ARRAYS, arrays), class_names=np.array(names))
 
 
 def _classes(split: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
-    """Return the images of each class folder in ``split``, both in alphabetical order.
-
-    ``ignored`` counts other files by their kind.
-    """
+    """Return the images of each class folder in ``split``, both in alphabetical order. Count other files by kind."""
     try:
         entries = sorted(split.iterdir())
         folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
@@ -141,9 +129,8 @@ def _fingerprint(root: Path, files: list[Path]) -> str:
     digest = hashlib.sha256(b"transparent over white\0")  # the way of decoding: caches of another are not used
     for file in files:
         status = file.stat()
-        digest.update(
-            f"{file.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape")
-        )
+        line = f"{file.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\0"
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -156,16 +143,16 @@ def _read_cache(cache: Path, fingerprint: str) -> np.ndarray | None:
         return None
 
 
-def _decode(files: list[Path]) -> np.ndarray:
-    """Decode ``files`` to uint8 ``[len(files), 32, 32, 3]``.
+def decode_images(files: Mapping[str, Path | BinaryIO], what: str) -> np.ndarray:
+    """Decode ``files`` to uint8 ``[len(files), 32, 32, 3]``. Their names are for messages, ``what`` is for the bar.
 
     One process decodes about 6,000 images a second, once per data set. More processes would save only seconds, and they
     cannot start in a worker of a pool, from standard input, or in a script without the main guard. Threads do not help.
     """
     images = np.empty((len(files), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    with progress_bar(len(files), "decoding", " images") as bar:
-        for pixels, file in zip(images, files):
-            pixels[:] = decode_image(file, str(file))
+    with progress_bar(len(files), what, " images") as bar:
+        for pixels, (name, file) in zip(images, files.items()):
+            pixels[:] = decode_image(file, name)
             bar.update()
     return images
 
@@ -173,12 +160,9 @@ def _decode(files: list[Path]) -> np.ndarray:
 def decode_image(
     file: Path | BinaryIO, name: str, resize: Callable[[Image.Image], Image.Image] | None = None
 ) -> np.ndarray:
-    """Decode an image to uint8 ``[32, 32, 3]``, with white behind transparent pixels.
+    """Decode an image to uint8 ``[32, 32, 3]``, with white behind transparent pixels. ``name`` is for messages.
 
-    Args:
-        file: the encoded image.
-        name: name of the image, for error messages.
-        resize: makes an RGB image of another size 32 x 32. By default such an image is refused.
+    ``resize`` makes an RGB image of another size 32 x 32. By default such an image is refused.
 
     Raises:
         InputError: it is not a whole image, has several frames, the wrong size, or more than 8 bits per channel.

@@ -72,7 +72,7 @@ class Loader:
             raise InputError(f"unknown dtype {dtype_name!r}; the choices are auto, {', '.join(DTYPES)}")
         check_caches()
         resolved = resolve_device(str(device))
-        self.dtype = getattr(torch, default_dtype(resolved) if dtype_name == "auto" else dtype_name)
+        self.dtype = getattr(torch, default_dtype(resolved)[0] if dtype_name == "auto" else dtype_name)
         self.images = torch.tensor(getattr(dataset, f"{split}_images"), device=resolved)
         self.labels = torch.tensor(getattr(dataset, f"{split}_labels"), device=resolved)
         self.device = self.images.device  # unlike resolved, it has the index of the GPU

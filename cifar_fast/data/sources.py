@@ -118,20 +118,12 @@ def _read_cifar(name: str, root: Path, data_url: str | None) -> dict[str, np.nda
             ) from None
         sources = [data_url] if data_url else [MIRRORS[name], kind.url]
         train, test = _ensure_downloaded(kind, root, sources, splits)
-    return dict(
-        train_images=train.data,
-        train_labels=np.array(train.targets),
-        test_images=test.data,
-        test_labels=np.array(test.targets),
-        class_names=np.array(train.classes),
-    )
+    arrays = train.data, np.array(train.targets), test.data, np.array(test.targets)
+    return dict(zip(ARRAYS, arrays), class_names=np.array(train.classes))
 
 
 def _ensure_downloaded(kind: Any, root: Path, sources: list[str], splits: Callable[[], list[Any]]) -> list[Any]:
-    """Download the archive of torchvision's data set ``kind`` to ``root`` unless it is there, and unpack it.
-
-    Returns ``splits()`` of the unpacked files.
-    """
+    """Unpack the archive of torchvision's data set ``kind`` in ``root``, downloaded if needed. Return ``splits()``."""
     from torchvision.datasets.utils import check_integrity, extract_archive
 
     from cifar_fast.data.download import download
@@ -139,10 +131,8 @@ def _ensure_downloaded(kind: Any, root: Path, sources: list[str], splits: Callab
     archive = root / kind.filename
     has_archive = archive.exists()
     try:
-        with (
-            made_folder(root),
-            locked(root, lambda: LOGGER.info(f"another process is preparing {root}; waiting for it")),
-        ):
+        waiting = f"another process is preparing {root}; waiting for it"
+        with made_folder(root), locked(root, lambda: LOGGER.info(waiting)):
             with contextlib.suppress(RuntimeError):  # another process may have unpacked it, and may be reading it now
                 return splits()
             if not check_integrity(archive, kind.tgz_md5):
@@ -199,12 +189,5 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 def _read_synthetic() -> dict[str, np.ndarray]:
     from cifar_fast.data.synthetic import PATTERNS, textures
 
-    train_images, train_labels = textures(10_000, seed=0)
-    test_images, test_labels = textures(2_000, seed=1)
-    return dict(
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
-        class_names=np.array(list(PATTERNS)),
-    )
+    train, test = textures(10_000, seed=0), textures(2_000, seed=1)
+    return dict(zip(ARRAYS, (*train, *test)), class_names=np.array(list(PATTERNS)))

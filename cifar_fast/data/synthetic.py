@@ -1,12 +1,11 @@
 """The synthetic data set: ten textures, generated and not downloaded.
 
-The class of an image is its pattern (stripes, rings, bricks, ...). Scale, position, two colors, their
-contrast, a brightness gradient and noise are random and independent of the class. Neither a mean
-image nor a color therefore tells the classes apart. A mirror, a small shift or a missing square does
-not change the pattern.
+The class of an image is its pattern (stripes, rings, bricks, ...). Scale, position, two colors, their contrast, a
+brightness gradient and noise are random and independent of the class. Neither a mean image nor a color therefore tells
+the classes apart. A mirror, a small shift or a missing square does not change the pattern.
 
-All arithmetic is on integers, and numpy guarantees that the streams of ``RandomState`` never change.
-The same seed therefore gives the same bytes on every machine.
+All arithmetic is on integers, and numpy guarantees that the streams of ``RandomState`` never change. The same seed
+therefore gives the same bytes on every machine.
 """
 
 from __future__ import annotations

@@ -52,11 +52,13 @@ def cpu_has_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def default_dtype(device: torch.device) -> str:
-    """Return what the dtype ``auto`` means on ``device``: the reference's float16 on a GPU, the fastest on a CPU."""
+def default_dtype(device: torch.device) -> tuple[str, str]:
+    """Return what the dtype ``auto`` means on ``device``, and the reason."""
     if device.type == "cuda":
-        return "float16"
-    return "bfloat16" if cpu_has_bfloat16() else "float32"
+        return "float16", "float16 as the reference"
+    if cpu_has_bfloat16():
+        return "bfloat16", "this CPU computes in bfloat16"
+    return "float32", "this CPU has no bfloat16 arithmetic"
 
 
 def fused_unavailable_reason(device: torch.device) -> str | None:
@@ -90,10 +92,7 @@ def check_caches() -> None:
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make ``device`` the current GPU inside the block. Do nothing for a CPU.
-
-    CUDA streams and graphs belong to the current GPU.
-    """
+    """Make ``device`` the current GPU, which owns new CUDA streams and graphs. Do nothing for a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

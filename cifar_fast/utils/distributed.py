@@ -100,14 +100,10 @@ class World:
             return
         if self.rank:
             raise ReportedOnRank0("an error that rank 0 reports") from raised
-        ranks: dict[str, int] = {}
-        for rank, message in enumerate(messages):
-            if message:
-                ranks.setdefault(message, rank)
-        alike = len(set(messages)) == 1
-        raise InputError(
-            "; ".join(message if alike else f"rank {rank}: {message}" for message, rank in ranks.items())
-        ) from raised
+        if len(set(messages)) == 1:
+            raise InputError(messages[0]) from raised
+        first_rank = {message: messages.index(message) for message in messages if message}
+        raise InputError("; ".join(f"rank {rank}: {message}" for message, rank in first_rank.items())) from raised
 
     def broadcast(self, call: Callable[[], T]) -> T:
         """Call ``call`` on rank 0 alone; return its value on all ranks."""

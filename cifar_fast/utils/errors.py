@@ -1,4 +1,4 @@
-"""Exceptions whose message is one line for the person who started the work."""
+"""Exceptions whose message is one line for the person who started the work. The commands print it."""
 
 from __future__ import annotations
 
@@ -31,23 +31,13 @@ class UserError(Exception):
         """The message with its marks, for another error that quotes it."""
         return super().__str__()
 
-    def with_flags(self) -> str:
-        """Return the message with options written as flags."""
-        return with_flags(self.message)
-
 
 class InputError(UserError, ValueError):
-    """An input is wrong: a file, an option, a value.
-
-    The message says what is wrong, where, and what to do. The commands print it and exit with code 2.
-    """
+    """An input is wrong: a file, an option, a value. The message says where and what to do. The exit code is 2."""
 
 
 class Diverged(UserError, ArithmeticError):
-    """The loss is no longer finite.
-
-    The message names the step. The commands print it and exit with code 1.
-    """
+    """The loss is no longer finite. The message names the step. The exit code is 1."""
 
 
 class StopTraining(Exception):
@@ -55,10 +45,7 @@ class StopTraining(Exception):
 
 
 class MissingRuns(UserError, RuntimeError):
-    """Runs of a shared training are missing, because a process died or could not write them.
-
-    The commands print the message and exit with code 1.
-    """
+    """Runs of a shared training are missing: a process died or could not write them. The exit code is 1."""
 
 
 def first_cause(error: BaseException) -> BaseException:

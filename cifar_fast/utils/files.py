@@ -43,7 +43,7 @@ def remove_temporary(path: Path) -> None:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove each of ``folders`` that is empty, in the order of the list."""
+    """Remove each of ``folders`` that is empty, in this order."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -51,12 +51,7 @@ def remove_empty(folders: list[Path]) -> None:
 
 @contextlib.contextmanager
 def os_error_as_input_error(what: str, hint: str = "choose another folder") -> Iterator[None]:
-    """Raise an OSError of the block as an :class:`InputError` in one line.
-
-    Args:
-        what: the option or the path that cannot be written.
-        hint: what the user can do about it.
-    """
+    """Raise an OSError of the block as an :class:`InputError`: ``what`` cannot be written, ``hint`` says what to do."""
     try:
         yield
     except OSError as error:
@@ -64,10 +59,9 @@ def os_error_as_input_error(what: str, hint: str = "choose another folder") -> I
 
 
 def check_writable(folder: Path, what: str, hint: str = "choose another folder") -> None:
-    """Raise :class:`InputError` if no file can be created in ``folder``, before the work starts.
+    """Raise :class:`InputError` if no file can be created in ``folder``, which need not exist and is not created.
 
-    The folder need not exist and is not created. ``what`` and ``hint`` are for the message, as in
-    :func:`os_error_as_input_error`.
+    ``what`` and ``hint`` are for the message, as in :func:`os_error_as_input_error`.
     """
     with os_error_as_input_error(what, hint):
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -105,10 +99,7 @@ def locked(folder: Path, on_busy: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Create ``folder`` and its parents, and remove those that are still empty after the block.
-
-    Folders that existed before stay, empty or not.
-    """
+    """Create ``folder`` and its parents, and remove those of them that are still empty after the block."""
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,10 +109,9 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any, what: str, hint: str = "choose another file") -> None:
-    """Write ``value`` to ``path`` as JSON, completely or not at all.
+    """Write ``value`` to ``path`` as JSON, completely or not at all. NaN and infinity, which JSON lacks, become null.
 
-    JSON has neither NaN nor infinity, so both become null. ``what`` and ``hint`` are for the :class:`InputError` if
-    the file cannot be written.
+    ``what`` and ``hint`` are for the :class:`InputError` if the file cannot be written.
     """
 
     def finite(value: Any) -> Any:

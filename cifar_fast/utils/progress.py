@@ -24,7 +24,13 @@ if LOGGER.level == logging.NOTSET:
 LogFn = Callable[[str], None]
 """A function that takes one line of text for a person, such as ``print``."""
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    quiet = False
+    prefix = ""
+
+
+_thread = _Thread()
 
 
 def print_line(line: str) -> None:
@@ -44,7 +50,7 @@ class _LineHandler(logging.Handler):
         return record.thread == self.thread
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = getattr(_thread, "prefix", "") + self.format(record)
+        line = _thread.prefix + self.format(record)
         try:
             self.log(line)
         except UnicodeEncodeError:  # a path may hold letters that the output's encoding lacks
@@ -57,8 +63,7 @@ def lines_to(log: LogFn | None) -> Iterator[None]:
 
     Handlers that the caller has added to the logger get the lines in either case.
     """
-    before = getattr(_thread, "quiet", False)
-    _thread.quiet = log is None
+    before, _thread.quiet = _thread.quiet, log is None
     handler = _LineHandler(log) if log else logging.NullHandler()
     LOGGER.addHandler(handler)
     try:
@@ -71,8 +76,7 @@ def lines_to(log: LogFn | None) -> Iterator[None]:
 @contextlib.contextmanager
 def prefix_lines(prefix: str) -> Iterator[None]:
     """Put ``prefix`` before this thread's log lines inside the block."""
-    before = getattr(_thread, "prefix", "")
-    _thread.prefix = prefix
+    before, _thread.prefix = _thread.prefix, prefix
     try:
         yield
     finally:
@@ -84,9 +88,7 @@ def progress_bar(total: int | None, what: str, unit: str) -> tqdm:
 
     Bytes, unit "B", show as MB/s.
     """
-    hidden = (
-        True if getattr(_thread, "quiet", False) else False if NOTEBOOK else None
-    )  # None: tqdm tests for a terminal
+    hidden = _thread.quiet or (False if NOTEBOOK else None)  # None: tqdm tests for a terminal
     file = sys.stdout if NOTEBOOK else sys.stderr  # a notebook shows standard error as an error
     return tqdm(
         total=total,

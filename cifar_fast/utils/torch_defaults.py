@@ -78,7 +78,17 @@ def _set_process_defaults(stack: contextlib.ExitStack) -> None:
         stack.callback(setattr, module, name, getattr(module, name))
         setattr(module, name, value)
     stack.enter_context(convolutions_in_tf32(True))
-    stack.enter_context(_matmuls_in_float32())
+    cuda: Any = torch.backends.cuda
+    mkldnn: Any = torch.backends.mkldnn
+    stack.enter_context(
+        _precision(
+            torch.get_float32_matmul_precision,
+            torch.set_float32_matmul_precision,
+            "highest",
+            (cuda.matmul, mkldnn.matmul, mkldnn.conv),  # oneDNN computes a CPU's convolutions too
+            ("ieee", "none"),
+        )
+    )
 
 
 def convolutions_in_tf32(allowed: bool) -> contextlib.AbstractContextManager[None]:
@@ -90,19 +100,6 @@ def convolutions_in_tf32(allowed: bool) -> contextlib.AbstractContextManager[Non
         allowed,
         (cudnn.conv, cudnn.rnn),
         ("tf32",) if allowed else ("ieee", "none"),
-    )
-
-
-def _matmuls_in_float32() -> contextlib.AbstractContextManager[None]:
-    """Compute float32 matrix products, and convolutions on a CPU, in full precision: torch's default."""
-    cuda: Any = torch.backends.cuda
-    mkldnn: Any = torch.backends.mkldnn
-    return _precision(
-        torch.get_float32_matmul_precision,
-        torch.set_float32_matmul_precision,
-        "highest",
-        (cuda.matmul, mkldnn.matmul, mkldnn.conv),
-        ("ieee", "none"),
     )
 
 

@@ -12,6 +12,7 @@ from cifar_fast.backends.select import BackendCache, BackendConfig, build_backen
 from cifar_fast.data.tensors import device_data
 from cifar_fast.model import CustomModel
 from cifar_fast.utils.device import fused_unavailable_reason
+from cifar_fast.utils.errors import with_flags
 from cifar_fast.utils.progress import lines_to
 from tests.helpers import NARROW, fit_with
 
@@ -35,7 +36,7 @@ def test_fused_in_contiguous_format_is_refused_with_the_option():
     with pytest.raises(InputError) as caught:
         resolve_backend("fused", memory_format="contiguous_format")
     assert "kernels need memory_format channels_last" in str(caught.value)
-    assert "kernels need --memory-format channels_last" in caught.value.with_flags()
+    assert "kernels need --memory-format channels_last" in with_flags(caught.value.message)
 
 
 def test_old_gpu_is_refused_with_the_reason(monkeypatch):
@@ -124,7 +125,7 @@ def test_out_of_memory_in_the_last_backend_names_the_batch_size_as_an_option(sma
         build_backend(config("eager"), RECIPE, device_data(small, CPU))
     reason = "the eager backend cannot be set up here (out of memory at {} 32); choose another {}"
     assert str(caught.value) == reason.format("batch_size", "backend")
-    assert caught.value.with_flags() == reason.format("--batch-size", "--backend")
+    assert with_flags(caught.value.message) == reason.format("--batch-size", "--backend")
 
 
 def test_each_rank_gets_its_gpu_unless_a_device_was_named(monkeypatch):
