@@ -22,7 +22,7 @@ FORMAT = 1
 class Checkpoint:
     """The rows of the epochs that have ended, and the state that the next epoch of the run depends on.
 
-    ``state`` is as :meth:`cifar_fast.backends.base.Backend.training_state` gives it. ``generators`` are the uint8
+    ``state`` is the value of :meth:`cifar_fast.backends.base.Backend.training_state`. ``generators`` are the uint8
     states of the generators of order, augmentation and a custom model.
     """
 

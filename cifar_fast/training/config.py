@@ -101,6 +101,15 @@ class TrainConfig:
         """Return the help text of an option."""
         return _metadata(name)["help"]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON stores them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Return the config that :meth:`to_dict` gave."""
+        return TrainConfig(**dict(values) | {"recipe": Recipe(**values["recipe"])})
+
     def replace(self: Config, **changes: Any) -> Config:
         """Return a copy with ``changes``."""
         return dataclasses.replace(self, **changes)

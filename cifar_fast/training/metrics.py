@@ -31,8 +31,8 @@ class EpochRow:
 class Run:
     """One training from scratch. ``run`` is its index, from 0.
 
-    The seeds are as :meth:`cifar_fast.utils.seeds.Seeds.for_run` gives them. Accuracies are in %, after the last epoch;
-    ``also_test`` has those on other test sets, by their names. ``stopped`` is True if a callback ended the run early,
+    The seeds are the values of :meth:`cifar_fast.utils.seeds.Seeds.for_run`. Accuracies are in %, after the last epoch.
+    ``also_test`` has the accuracies on other test sets, by name. ``stopped`` is True if a callback ended the run early,
     by :class:`cifar_fast.StopTraining`.
     """
 

@@ -138,13 +138,12 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of ``training.json``: everything known before the first epoch."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-3]}
-        return values | {"config": dataclasses.asdict(self.config)}
+        return values | {"config": self.config.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Result:
-        """Return the result that :meth:`to_dict` gave, without runs."""
-        options = values["config"] | {"recipe": Recipe(**values["config"]["recipe"])}
-        return cls(**values | {"config": TrainConfig(**options)})
+        """Return the result that :meth:`to_dict` stored, without runs."""
+        return cls(**values | {"config": TrainConfig.from_dict(values["config"])})
 
     def __repr__(self) -> str:
         return f"<Result: {self.title()}, test accuracy {self.summary()['test_accuracy_mean']:.2f} %>"
@@ -245,7 +244,7 @@ class RunReader:
         return self.path / f"run-{run}"
 
     def training(self) -> Result:
-        """Return the training as it was known before its first epoch: the result without runs and weights."""
+        """Return the result in ``training.json``, without runs and weights."""
         path = self.path / TRAINING
         try:
             return Result.from_dict(json.loads(path.read_text()))
@@ -260,7 +259,7 @@ class RunReader:
             ) from None
 
     def run_result(self, run: int, logits: bool = True) -> RunResult | None:
-        """Return the result of a run that has ended, else None; with its logits, if they were kept."""
+        """Return the result of a finished run, else None. ``logits``: also read its logits, if there are any."""
         if not self.has_result(run):
             return None
         path = self.of_run(run) / RUN_RESULT
@@ -307,11 +306,7 @@ class RunReader:
             return torch.load(self.path / MODEL, map_location="cpu", weights_only=True)["state_dict"]
 
     def result(self, weights: bool = True) -> Result:
-        """Return the result of the finished runs, and the weights of the last one if ``weights``.
-
-        Raises:
-            InputError: the folder holds no training or no finished run, or a file cannot be read.
-        """
+        """Return the result as :meth:`Result.load` does."""
         training = self.training()
         runs = [found for run in range(training.config.runs) if (found := self.run_result(run))]
         if not runs:

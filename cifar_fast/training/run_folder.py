@@ -57,9 +57,8 @@ FILES = (TRAINING, SUMMARY, ROWS, MODEL, LOGITS, CURVES)
 class RunFolder(RunReader):
     """The folder that a training writes to. Inside a ``with`` block this process owns it: other trainings are refused.
 
-    Inside a ``with`` block the folder belongs to this process, and other trainings are refused. Each file is whole or
-    absent. A file that cannot be written is reported in one line, and everything else is still written. A folder made
-    here is removed if nothing was written.
+    Each file is whole or absent. A file that cannot be written is reported in a line, in ``failures`` too, and
+    everything else is still written. A folder made here is removed if nothing was written.
 
     Args:
         overwrite: replace existing results, which are otherwise an error. They stay until the first row is written.
@@ -240,9 +239,9 @@ class RunFolder(RunReader):
             (folder / CHECKPOINT).unlink(missing_ok=True)
 
     def finish(self, result: Result, test_labels: np.ndarray) -> None:
-        """Write the files made from the runs, small ones first. ``result.unwritten`` gets the failures.
+        """Write the files made from the runs, small ones first. ``result.unwritten`` gets a line for each failure.
 
-        ``test_labels``, integers ``[N]``, are written beside the logits.
+        ``test_labels`` ``[N]`` are stored beside the logits.
         """
         self._write_rows(result.rows)
         self._write_json(self.path / SUMMARY, result.summary)

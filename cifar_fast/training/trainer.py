@@ -25,10 +25,12 @@ def train(
     """Train the epochs of a run that follow ``after``, and yield a row at the end of each.
 
     Args:
-        backend: after its ``reset``, or a restored checkpoint.
-        order, augmentation: generators of each epoch's permutation and augmentation; may be the same one.
-        clock: seconds, read when the device has done its work, as :func:`cifar_fast.utils.device.device_timer` gives.
-        after: row of the last epoch that ended, epoch 0 at the start of a run. The rows have its run index.
+        backend: was reset, or restored from a checkpoint.
+        order: generator of the permutation of each epoch.
+        augmentation: generator of the draws for augmentation; may be ``order``.
+        clock: waits for the device and returns seconds, see :func:`cifar_fast.utils.device.device_timer`.
+        after: row of the last finished epoch, epoch 0 at the start of a run. New rows get its run index.
+        on_step: called after each step.
 
     Raises:
         Diverged: the loss is no longer finite.

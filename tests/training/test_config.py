@@ -11,6 +11,7 @@ from cifar_fast import InputError, Recipe, Sweep, fit
 from cifar_fast.cli.flags import config_of
 from cifar_fast.cli.train import make_parser
 from cifar_fast.training.config import TrainConfig
+from cifar_fast.utils.errors import with_flags
 from tests.helpers import save_npz
 
 DEFAULT = TrainConfig()
@@ -137,4 +138,4 @@ def test_bad_value_is_an_error_that_names_the_option(name, value, words):
     with pytest.raises(InputError) as caught:
         TrainConfig(**{name: value})
     assert str(caught.value) == f"{name} {words}"
-    assert caught.value.with_flags() == f"--{name.replace('_', '-')} {words}"
+    assert with_flags(caught.value.message) == f"--{name.replace('_', '-')} {words}"
