@@ -22,7 +22,7 @@ from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import ReportedOnRank0, World
 from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, with_flags
 from cifar_fast.utils.files import check_writable
-from cifar_fast.utils.progress import lines_to
+from cifar_fast.utils.progress import LOGGER, lines_to
 
 SHARED = ("backend", "device", "dtype", "memory_format", "seed")
 """Options of a training that ``compare`` and ``profile`` have too."""
@@ -53,13 +53,11 @@ def run_command(
     ``sys.argv``) has --traceback. ``flags``: whether the options that an error names are flags of the command.
     """
     show_traceback = "--traceback" in (sys.argv if argv is None else argv)
-    if show_traceback:
-        logging.getLogger("cifar_fast").setLevel(logging.DEBUG)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # lines go out as they come, escaped if the encoding lacks a letter
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        with lines_to(None if World.from_env().rank else print_line):
+        with debug_to_stderr(show_traceback), lines_to(None if World.from_env().rank else print_line):
             return command()
     except ReportedOnRank0:
         return 2
@@ -72,6 +70,21 @@ def run_command(
         if World.from_env().rank == 0:
             print(str(interrupt) or on_interrupt, file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def debug_to_stderr(enabled: bool) -> Iterator[None]:
+    """Write debug records, the tracebacks of failed backends, to standard error inside the block if ``enabled``."""
+    handler, level = logging.StreamHandler(), LOGGER.level
+    handler.addFilter(lambda record: record.levelno == logging.DEBUG)
+    if enabled:
+        LOGGER.addHandler(handler)
+        LOGGER.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class _LineHandler(logging.Handler):
     """Hands the lines of one thread to a function."""
 
     def __init__(self, log: LogFn) -> None:
-        super().__init__()
+        super().__init__(logging.INFO)
         self.log, self.thread = log, threading.get_ident()
 
     def filter(self, record: logging.LogRecord) -> bool:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import pty
 import struct
@@ -17,6 +18,7 @@ from cifar_fast import Recipe
 from cifar_fast.cli.flags import recipe_of
 from cifar_fast.cli.train import make_parser as train_parser
 from cifar_fast.train import main
+from cifar_fast.utils.progress import LOGGER
 
 NARROW = "--widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu"
 
@@ -242,6 +244,7 @@ def test_traceback_flag_shows_the_traceback_of_an_error(npz, capfd):
     assert main(f"--dataset npz --data-dir {npz} --batch-size 97 --traceback".split()) == 2
     error = capfd.readouterr().err
     assert error.startswith("Traceback") and error.splitlines()[-1].startswith("error: ")
+    assert LOGGER.level == logging.INFO, "the next command prints no tracebacks"
 
 
 def test_folder_with_results_is_refused_before_the_data_are_read(tmp_path, npz, capsys):
