@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--reference-script", type=Path, metavar="PATH", help="the reference's script, to time it too")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     for flag, nargs in (("--batch-size", None), ("--widths", "+")):
-        run.add_argument(flag, type=int, nargs=nargs, metavar="N", help="of the recipe (default: the reference's)")
+        what = f"{flag[2:].replace('-', ' ')} of the recipe (default: the reference's)"
+        run.add_argument(flag, type=int, nargs=nargs, metavar="N", help=what)
 
     add(_report, "make results.md and pictures from every results.json again")
 
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     count.add_argument("--cache", type=rate, metavar="X", help="bytes of its second-level cache")
     count.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to this file")
 
-    add(_inductor, "predict torch.compile's norm kernels beside ours; needs a GPU")
+    add(_inductor, "predict the time of torch.compile's norm kernels and of ours; needs a GPU")
 
     floors = add(_floors, "compute the cost of a step and its minimum time")
     floors.add_argument("--device", default="auto", help="where to measure rates that are not given")
@@ -107,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     floors.add_argument("--flops", type=rate, metavar="Y", help="FLOP/s of a matrix product in the dtype")
 
     logs = add(_launches, "list the launches of a captured step and of an evaluation")
-    what = "log of a GPU simulator, of a training with the fused backend (default: profile this GPU)"
+    what = "log that a GPU simulator wrote during a training with the fused backend (default: profile this GPU)"
     logs.add_argument("log", nargs="?", type=Path, metavar="LOG", help=what)
     return parser
 

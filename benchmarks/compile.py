@@ -50,7 +50,7 @@ class Compiled:
     def problems(self) -> list[str]:
         """Return a line for each spill and each narrow access: below 128 bits, or below 64 for bytes.
 
-        Bytes go with values of two bytes, and a thread takes equal numbers of both.
+        A thread accesses as many one-byte values as two-byte values, so 64 bits are wide enough for the bytes.
         """
         problems = [f"{self.spills} bytes spilled"] if self.spills else []
         for what, widths in zip(("loads", "stores"), self.widths):
@@ -60,7 +60,7 @@ class Compiled:
 
 
 def compiled_kernel(launch: Launch, target: str) -> Any:
-    """Compile ``launch`` for ``target``, such as "sm_90", specialized as by Triton's own launcher."""
+    """Compile ``launch`` for ``target``, such as "sm_90", with the specializations that Triton's own launcher makes."""
     arguments, constants = launch.arguments, dict(launch.constants)
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}

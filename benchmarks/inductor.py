@@ -1,10 +1,10 @@
-"""``python -m benchmarks inductor``: predict torch.compile's kernels for (max-pool,) batch norm and CELU beside ours.
+"""``python -m benchmarks inductor``: predict the time of torch.compile's norm kernels and of ours.
 
-Instructions and bytes are counted in compiled code as by ``python -m benchmarks instructions``; nothing is timed. A GPU
-is needed, because Inductor compiles for the GPU that it finds. The microseconds are those of an H200. Bytes count each
-tensor argument of a kernel once if it is loaded, once if it is stored, and once if atomics add to it, which is the
-least that the kernel can move. Inductor chooses among the configurations of a kernel by timing; here the one with the
-fewest instructions counts.
+The kernels compute batch norm and CELU, with or without a max-pool. Instructions and bytes are counted in compiled code
+as by ``python -m benchmarks instructions``; nothing is timed. A GPU is needed, because Inductor compiles for the GPU
+that it finds. The microseconds are for an H200. Each tensor argument counts once if it is loaded, once if it is stored,
+and once if atomics add to it. The kernel cannot move fewer bytes. Inductor chooses among the configurations of a kernel
+by timing; here the one with the fewest instructions counts.
 """
 
 from __future__ import annotations

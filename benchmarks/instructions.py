@@ -1,15 +1,15 @@
 """``python -m benchmarks instructions``: count what each kernel issues in its compiled code, without a GPU.
 
-The launches are those of a training step, and the norms of an evaluation of as many images. They are compiled as by
-``python -m benchmarks compile``, and nvdisasm lists the code. Each warp of each program issues an instruction once if a
-path from the entry leads to it. Both sides of a branch count, and so do predicated instructions. The slow paths of
+The launches are those of a training step, and the norms of an evaluation batch of the same size. They are compiled as
+by ``python -m benchmarks compile``, and nvdisasm lists the code. Each warp of each program issues an instruction once
+if a path from the entry leads to it. Both sides of a branch count, and so do predicated instructions. The slow paths of
 divisions and square roots, which are the blocks that call a subroutine, do not count. An instruction in a loop is
 issued once per trip. The compiler may have unrolled the loop of the source, so the trips come from the traffic:
 
     trips = bytes that the launch moves per thread / bytes that a thread loads and stores in a trip,
 
-rounded, for global memory; 1 if the loop moves none. In a loop that stores, only the stored bytes count, because values
-per channel may be loaded again in each trip. Then
+The quotient is rounded and counts global memory only. A loop that moves no bytes counts as one trip. In a loop that
+stores, only the stored bytes count, because values per channel may be loaded again in each trip. Then
 
     thread instructions per element = instructions of a thread * 32 * warps * programs / elements
     issue time = warp instructions / (multiprocessors * 4 a cycle * clock),
@@ -19,12 +19,13 @@ for the elements of the largest tensor that a kernel reads or writes (x, or dx, 
 The issue time is a lower bound. A multiprocessor starts at most four warp instructions a cycle (CUDA C++ Programming
 Guide, compute capability 9.0), and fewer of MUFU, conversions and FP64, whose units are narrower than a warp. Latencies
 come on top. The byte time is the launch's bytes over the bandwidth, with a cold cache. A second pass (apply,
-backward_apply) reads its rows from the last to the first. A least recently used cache of C bytes then still holds
+backward_apply) reads its rows from the last to the first. Some of its bytes were also accessed by the first pass. A
+cache of C bytes that evicts the least recently used bytes still holds the fraction
 
     min(1, C / D)
 
-of the bytes that the pass before it read or wrote too. D are the bytes of all tensors of both passes: r rows before the
-end, both passes have accessed r rows of each tensor since.
+of them. D is the number of bytes of all tensors of both passes. Between the two accesses to a row that is r rows from
+the end, the passes access r rows of each tensor.
 
 Classes: fp32; half (two values an instruction); fp64; conversion (of dtypes; HADD2.F32 converts from half); mufu;
 memory (global, shared and constant memory, and shuffles); control (branches, barriers); integer (everything else:
@@ -95,9 +96,10 @@ ALU_LATENCY = 4
 
 @dataclass(frozen=True)
 class Counted:
-    """Instructions of a thread by class, and bytes, of a launch that a step or an evaluation has ``count`` times.
+    """Counts for one launch: the instructions of a thread by class, and the bytes.
 
-    ``reused_bytes`` were also read or written by the pass before it. ``working_set`` has the bytes of both passes.
+    A step or an evaluation contains the launch ``count`` times. ``reused_bytes`` were also read or written by the pass
+    before it. ``working_set`` has the bytes of both passes.
     """
 
     section: str
@@ -116,7 +118,7 @@ class Counted:
     working_set: int = 0
 
     def from_memory(self, cache: float) -> float:
-        """Return the bytes that a cache of so many bytes does not hold."""
+        """Return how many bytes the launch accesses in memory if the second-level cache has ``cache`` bytes."""
         return self.bytes - self.reused_bytes * min(1.0, cache / self.working_set) if self.working_set else self.bytes
 
     @property
@@ -204,7 +206,10 @@ def _target(instruction: str, labels: dict[str, int]) -> int | None:
 
 
 def _reached(code: list[tuple[str, str]], labels: dict[str, int]) -> list[int]:
-    """Return the instructions that a path from the first one reaches without a block that calls a subroutine."""
+    """Return the indices of the instructions that are reachable from the first one.
+
+    Blocks that call a subroutine are left out, and so is the code that is reached only through them.
+    """
     leaders = {*labels.values(), *(i + 1 for i, (_, one) in enumerate(code) if BLOCK_END.match(one))}
     starts = sorted({0, *(i for i in leaders if i < len(code))})
     ends = dict(zip(starts, [*starts[1:], len(code)]))
@@ -236,7 +241,10 @@ def _width(instruction: str) -> int:
 
 
 def count_compiled(made: Any, written: int = 0, **facts: Any) -> Counted:
-    """Count the instructions of a kernel that Triton ``made``, whose launch stores ``written`` bytes, 0 if unknown."""
+    """Count the instructions of the compiled kernel ``made``.
+
+    ``written`` is the number of bytes that its launch stores, or 0 if unknown.
+    """
     cubin, warps, shared = made.asm["cubin"], made.metadata.num_warps, made.metadata.shared
     registers, spills = resources(cubin)
     listing = inspect_code(triton.knobs.nvidia.nvdisasm, "--print-code", cubin)
@@ -278,7 +286,10 @@ def reuse(launch: Launch, before: Launch) -> tuple[int, int]:
 
 
 def recipe_launches(recipe: Recipe, dtype: torch.dtype) -> Iterator[tuple[str, str, int, Launch, Launch | None]]:
-    """Yield section, case, count, launch, and the first pass before a second one, of each distinct launch."""
+    """Yield section, case, count, launch and first pass for each distinct launch.
+
+    The last item is the first pass of the same case if the launch is a second pass, else None.
+    """
     for single in (Augmentation(recipe, dtype, PADDED_CHANNELS), Head(recipe, dtype)):
         for launch in single.launches():
             yield "step", single.name, 1, launch, None

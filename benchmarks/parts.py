@@ -1,4 +1,7 @@
-"""The parts of a run. Each checks the results of its sides, then times them in turn and yields rows."""
+"""The parts of a run.
+
+Each part checks the results of the implementations that it compares, times them in turn, and yields rows.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ class Bench:
         return layer_costs(self.recipe, self.dataset.num_classes, self.config.dtype)
 
     def late(self, seconds: float = 0) -> bool:
-        """Return whether the run should end in less than so many seconds."""
+        """Return whether fewer than ``seconds`` are left before the deadline."""
         return self.deadline - time.perf_counter() < seconds
 
     @functools.cached_property
@@ -92,7 +95,7 @@ class Bench:
         return list(self.backends)[-1]
 
     def rate(self, case: str) -> float:
-        """Return the median of a ceiling, per second."""
+        """Return the median of a rate (bytes/s or FLOP/s) that :func:`ceilings` measured."""
         return next(row.median * 1e9 for row in self.done if row.part == "ceilings" and row.case == case)
 
 
@@ -106,7 +109,7 @@ def ceilings(bench: Bench) -> Rows:
 
 
 def parity(bench: Bench) -> Rows:
-    """Run ``cifar-fast compare`` of fused against eager, without a GPU on a narrow model in the interpreter."""
+    """Compare fused with eager by ``cifar-fast compare``. Without a GPU, use a narrow model and the interpreter."""
     flags = "--dataset synthetic --device cuda --dtype float16 --steps 3 --batch-size 512"
     if not bench.cuda:
         narrow = "--batch-size 4 --widths 4 8 8 8 16 32 32 32"
@@ -120,7 +123,10 @@ def parity(bench: Bench) -> Rows:
 
 
 def cpu(bench: Bench) -> Rows:
-    """Time a step and the augmentation of an epoch beside the reference's, each in its own process, in turn."""
+    """Time a step and the augmentation of an epoch, of ours and of the reference.
+
+    Each implementation runs in its own process, and they take turns.
+    """
     if bench.cuda:
         raise Skip("a GPU is here; use --device cpu for the CPU")
     with tempfile.TemporaryDirectory() as folder:
@@ -189,7 +195,10 @@ def cpu_calls(recipe: Recipe, dataset: Dataset, side: str) -> tuple[Callable[[],
 
 
 def check_backend(backend: Eager, dataset: Dataset) -> None:
-    """Raise :class:`WrongResult` unless ``backend`` makes the reference's batches bit for bit and its first losses."""
+    """Raise :class:`WrongResult` unless batches and losses of ``backend`` are right.
+
+    The batches must equal the reference's bit for bit, and the first losses within ``LOSS_TOLERANCES``.
+    """
     recipe, size = backend.recipe, backend.recipe.batch_size
     n = min(len(dataset.train_images), max(2000, size))
     images, _ = reference.normalized(dataset.train_images, dataset.test_images, backend.dtype)
@@ -241,8 +250,8 @@ def measure_kernel(case: kernel_cases.TimedCase, implementation: str) -> list[Ro
     """Check ``implementation`` of ``case``, then time it on the current GPU. A wrong result is a row without values.
 
     A CUDA graph holds many calls. They alternate between input sets that together are twice as large as the L2 cache,
-    and so do the outputs. After the timing the outputs are overwritten, replayed and checked again. The bandwidth uses
-    the bytes that our kernels move for every implementation, so that it can be compared.
+    and so do the outputs. After the timing the outputs are overwritten, replayed and checked again. The bandwidth of
+    every implementation is computed from the bytes that our kernels move, so that the bandwidths can be compared.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     cache = torch.cuda.get_device_properties(device).L2_cache_size

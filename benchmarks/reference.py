@@ -1,8 +1,8 @@
 """A second, plain and slow implementation of the reference recipe, to compare results and speed with.
 
-It shares neither code nor constants with ``cifar_fast``. Each transformation is applied option by option to the images
-that drew the option: 25 crops, 2 flips and 625 cutouts, 652 masked passes an epoch. The network is written layer by
-layer, and the learning rate is computed from the definition of the schedule.
+It shares neither code nor constants with ``cifar_fast``. There is one pass for each possible draw of a transformation.
+It changes the images with that draw. An epoch has 25 crops, 2 flips and 625 cutouts, which are 652 passes. The network
+is written layer by layer, and the learning rate is computed from the definition of the schedule.
 """
 
 from __future__ import annotations

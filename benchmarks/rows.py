@@ -12,7 +12,7 @@ from cifar_fast.diagnostics.roofline import Pass, roofline_times
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one side, which is an implementation, of a case in a part of the run.
+    """The values of one metric. They belong to a part of the run, a case in it, and a side, which is an implementation.
 
     ``values`` are in the order of measurement: sides that take turns have a value per turn.
     """

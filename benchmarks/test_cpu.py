@@ -1,7 +1,8 @@
 """``pytest benchmarks/test_cpu.py``: a training step and the augmentation of an epoch on this CPU.
 
-It takes about a minute in one process, to look at every change. For published figures ``python -m benchmarks run
---only cpu`` runs each side in processes of its own, in turn. Both check the results before they time anything.
+It takes about a minute in one process, so it can be run after every change. For published figures ``python -m
+benchmarks run --only cpu`` runs each side in processes of its own, in turn. Both check the results before they time
+anything.
 """
 
 import pytest

@@ -42,9 +42,10 @@ def interleave(
 def capture(
     calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream
 ) -> tuple[torch.cuda.CUDAGraph, list[Any], int]:
-    """Capture ``calls``, which have run before, in turn; return the graph, each call's last result, and their number.
+    """Capture ``calls`` in turn; each must have run before.
 
-    The result of a call is kept until its next turn, so that outputs rotate through memory as inputs do.
+    Return the graph, the last result of each call, and the number of captured calls. The result of a call is kept until
+    its next turn, so that outputs rotate through memory as inputs do.
     """
     count = len(calls) * math.ceil(LAUNCHES / len(calls))
     outputs: list[Any] = [None] * len(calls)

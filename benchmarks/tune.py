@@ -121,7 +121,7 @@ def predicting(target: str) -> Callable[[TimedCase, Table], float]:
 
 
 def tune(dtype: torch.dtype, write: bool, time_case: Callable[[TimedCase, Table], float] = time_case) -> None:
-    """Tune every entry of the table and print the times. ``write`` the best entries to ``kernels/launch.json``."""
+    """Tune every entry and print the times. If ``write`` is true, write the best entries to ``kernels/launch.json``."""
     entries, cases = copy.deepcopy(table()), kernel_cases(Recipe(), dtype)
 
     def time(key: str, shape_class: str, entry: Entry) -> float:

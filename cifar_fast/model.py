@@ -23,7 +23,7 @@ class CNN(nn.Module):
 
     The max-pool comes before the norm, where it divides the norm's memory traffic by four. ``recipe.residual`` adds the
     input of a block (convolution, norm, activation) to its output if both have the same shape. The sum is not activated
-    again. These are blocks 3, 4, 7 and 8 with the reference's widths.
+    again. Blocks 3, 4, 7 and 8 have such shapes with the reference's widths.
 
     The names in the state dict are those of the reference script's model. A layer that the recipe leaves out is an
     ``Identity``, so the other names do not change.
@@ -31,8 +31,8 @@ class CNN(nn.Module):
     Args:
         recipe: its widths, activation, scales and switches define the network.
         num_classes: number of logits.
-        generator: draws the initial weights, as torch's layers draw theirs, times ``recipe.init_scale``. None is
-            torch's default generator. The weights are float32 on the CPU.
+        generator: draws the initial weights, as torch's layers do; they are then multiplied by ``recipe.init_scale``.
+            None is torch's default generator. The weights are float32 on the CPU.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int, generator: torch.Generator | None = None) -> None:
@@ -53,7 +53,8 @@ class CNN(nn.Module):
         linear = skip_init(nn.Linear, recipe.widths[-1], num_classes, bias=False, **factory)
         self.seq = nn.Sequential(*layers, nn.MaxPool2d(recipe.final_size), nn.Flatten(), linear)
         for layer in self.seq:
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):  # as their reset_parameters, which takes no generator
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                # This is the same as their reset_parameters, which cannot be used because it takes no generator.
                 nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
                 layer.weight.data.mul_(recipe.init_scale)
 
@@ -151,7 +152,7 @@ class CustomModel:
         return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     def generators(self, device: torch.device, seed: int) -> list[torch.Generator]:
-        """Seed torch's default generators, from which a model draws in training, for a run, and return them."""
+        """Seed torch's default generators for a run, and return them. A model draws from them in training."""
         generators = [torch.default_generator]
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[torch.cuda.current_device()])

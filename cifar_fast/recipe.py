@@ -84,11 +84,12 @@ class Recipe:
     label_smoothing: float = _constant(0.2, "label smoothing of the cross entropy")
     momentum: float = _constant(0.9, "momentum of SGD")
     weight_decay: float = _constant(
-        5e-4, "weight decay for a loss averaged over the batch; the optimizer gets it times the batch size"
+        5e-4, "weight decay for a loss averaged over the batch; it is multiplied by the batch size for the optimizer"
     )
     lr_knots: tuple[float, ...] = _constant(
         (0.0, 1.0, 5.0),
-        "times of the learning rates, in any unit, linear in between; the last time is the end of training",
+        "points in time of the learning rates, in any unit; the rate is linear between them; the last one is the end "
+        "of training",
     )
     lr_values: tuple[float, ...] = _constant(
         (0.1, 0.6, 0.0),

@@ -189,9 +189,9 @@ def augment(
         table: the output value of each byte, ``[C, 256]`` in float16, bfloat16 or float32; see
             :func:`normalization_table`.
         labels: the labels of the data set, int64 ``[N]``.
-        step: int64, one element. If given, ``draws`` ``[4, n]`` are for a whole epoch, and the batch has its columns
-            ``step * batch_size`` to ``(step + 1) * batch_size``. The kernel reads ``step`` from the device, so replays
-            of a CUDA graph can go through an epoch.
+        step: int64, one element. If given, ``draws`` ``[4, n]`` are the draws of a whole epoch. The batch uses the
+            columns ``step * batch_size`` to ``(step + 1) * batch_size``. The kernel reads ``step`` from the device, so
+            replays of a CUDA graph can go through an epoch.
         batch_size: B. Required if ``step`` is given, not allowed otherwise.
         out_channels: C to 8, default C. Channels from C on are 0.
         padding: pixels of reflection padding on each side, 0 to S - 1.
@@ -206,7 +206,7 @@ def augment(
         RuntimeError: the tensors are on different devices, or on a CPU without Triton's interpreter.
     """
     square = images.ndim == 4 and images.shape[1] == images.shape[2]
-    message = f"images must have the shape [N, S, S, C] and not be empty, not {list(images.shape)}"
+    message = f"images must be a non-empty tensor of shape [N, S, S, C], but has the shape {list(images.shape)}"
     require(square and images.numel() > 0, ValueError, message)
     n, size, _, channels = images.shape
     require(channels <= MAX_CHANNELS, ValueError, f"images must have at most {MAX_CHANNELS} channels, not {channels}")

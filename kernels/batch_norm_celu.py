@@ -64,7 +64,7 @@ def batch_norm_celu_reference(
 
 
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
-NEAR: tl.constexpr = tl.constexpr(0.01)  # times alpha: where _celu switches to its series of two terms
+NEAR: tl.constexpr = tl.constexpr(0.01)  # _celu uses its series of two terms for z above -NEAR * alpha
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def statistics_kernel(
         if not EVEN:
             counts += (row < rows).to(ACC)
 
-    # If all counts are equal, they are 1 in units of ``unit`` rows, and multiplying by them costs nothing.
+    # If all counts are equal, count in units of ``unit`` rows. All counts are then 1, and multiplying by them is free.
     unit: tl.constexpr = BLOCKS_PER_SPLIT if EVEN else 1
     if EVEN:
         counts, num_values = tl.full([BLOCK_R, 1], 1.0, ACC), tl.full([1], BLOCK_R, ACC)
@@ -339,7 +339,7 @@ def _gradient_of_norm(
     shift,
     ALPHA: tl.constexpr,
     TERMS: tl.constexpr,
-    FACTOR: tl.constexpr,  # the exponent of 2 is z * FACTOR if TERMS is 2
+    FACTOR: tl.constexpr,  # if TERMS is 2, the slope for z < 0 is 2 ** (z * FACTOR)
     C: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -491,7 +491,7 @@ class _Shape:
         self.terms = {8: 13, 4: 7, 2: 2}[x.element_size()]  # of the series near 0, see _celu
         self.shape_class = triton.next_power_of_2(self.channels)
         self.constants = {"H": height, "W": width, "C": self.channels, "POOL": pool}
-        self.prefix = "pool_" if pool == 2 else ""  # of the names of entries that depend on the pool
+        self.prefix = "pool_" if pool == 2 else ""  # prefix of the names of the table entries that depend on the pool
 
     def entry(self, kernel: str) -> dict[str, int]:
         return parameters(f"batch_norm_celu.{kernel}", self.shape_class)
@@ -846,7 +846,7 @@ def _check(x, weight, bias, running_mean, running_var, training: bool, eps: floa
 
 
 def _evaluate_with_autograd(x, weight, bias, running_mean, running_var, eps: float, alpha: float, pool: int) -> Tensor:
-    """Return y by the running statistics in two passes, which save the argmax of the pool for backward."""
+    """Compute y from the running statistics, in two passes, so that the argmax of the pool is saved for backward."""
     _, pooled, argmax = statistics_op(x.detach(), None, None, None, False, 0.0, eps, pool)
     mean, var = running_mean.double(), running_var.double()
     statistics = torch.stack((mean, var, (var + eps).rsqrt())).to(_accumulator(x)).detach()
@@ -865,7 +865,7 @@ class BatchNormCELU2d(nn.BatchNorm2d):
     """Replacement of ``MaxPool2d(pool)``, ``BatchNorm2d`` and ``CELU(alpha)`` by :func:`batch_norm_celu`.
 
     It has the options and the state dict of ``torch.nn.BatchNorm2d``, and converts x to channels_last if necessary.
-    Tools that keep the module work, such as ``torch.optim.swa_utils.update_bn`` and
+    Tools work if they do not replace the module, such as ``torch.optim.swa_utils.update_bn`` and
     ``torch.func.replace_all_batch_norm_modules_``. ``SyncBatchNorm.convert_sync_batchnorm`` and ``fuse_conv_bn_eval``
     would drop the pool and CELU. Such tools read ``eps``, which raises a TypeError here; the value is in ``epsilon``.
     """
@@ -888,8 +888,8 @@ class BatchNormCELU2d(nn.BatchNorm2d):
     @property
     def eps(self) -> float:
         raise TypeError(
-            "BatchNormCELU2d includes a max-pool and CELU, which tools that replace or fold batch norms would drop; "
-            "use MaxPool2d, BatchNorm2d and CELU with such tools, they have the same state dict"
+            "BatchNormCELU2d includes a max-pool and CELU. Tools that replace or fold batch norms would drop them. "
+            "Use MaxPool2d, BatchNorm2d and CELU with such tools; their state dict is the same"
         )
 
     @eps.setter

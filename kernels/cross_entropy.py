@@ -122,7 +122,7 @@ def cross_entropy(
         TypeError, ValueError: a dtype, shape or layout is not as above.
         RuntimeError: the tensors are on different devices, or on a CPU without Triton's interpreter.
     """
-    message = f"x must have the shape [B, K] and not be empty, not {list(x.shape)}"
+    message = f"x must be a non-empty tensor of shape [B, K], but has the shape {list(x.shape)}"
     require(x.dim() == 2 and x.numel() > 0, ValueError, message)
     require_tensor("x", x, (torch.float16, torch.bfloat16, torch.float32), tuple(x.shape), ("labels", labels))
     require_tensor("labels", labels, (torch.int64,), (len(x),), ("x", x))

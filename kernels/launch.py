@@ -37,7 +37,7 @@ class Launch:
 
     ``reads`` and ``writes`` are its tensor arguments by name, None for those that this launch does not use. ``scalars``
     are its numbers and ``constants`` its ``tl.constexpr`` arguments. ``accessed`` gives the number of elements that the
-    kernel accesses in a tensor, if these are not all.
+    kernel accesses in a tensor, if the kernel does not access all of them.
     """
 
     kernel: Any
@@ -168,7 +168,10 @@ def operator(
 def empty_channels_last(
     n: int, channels: int, height: int, width: int, dtype: torch.dtype, device: Any
 ) -> torch.Tensor:
-    """Return an uninitialized ``[N, C, H, W]`` tensor, no view, with channels_last strides even if a size is 1."""
+    """Return an uninitialized ``[N, C, H, W]`` tensor.
+
+    It is not a view, and has channels_last strides even if a size is 1.
+    """
     strides = (height * width * channels, 1, width * channels, channels)
     return torch.empty_strided((n, channels, height, width), strides, dtype=dtype, device=device)
 
@@ -188,8 +191,8 @@ def require_tensor(
 ) -> None:
     """Check that ``tensor`` is contiguous, has ``shape`` and one of ``dtypes``, and is on the device of ``like``.
 
-    ``like`` is the name of another tensor, and that tensor. A wrong dtype is a TypeError, a wrong shape or layout a
-    ValueError, a wrong device a RuntimeError.
+    ``like`` is a pair: the name of another tensor, and the tensor. A wrong dtype is a TypeError, a wrong shape or
+    layout a ValueError, a wrong device a RuntimeError.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, not {tensor!r}")

@@ -157,8 +157,8 @@ def make_sgd(
 ) -> torch.optim.SGD:
     """Return the recipe's optimizer.
 
-    The loss is a sum over the batch, so the weight decay is multiplied by the batch size. ``fused`` is torch's. None is
-    torch's default and the reference script's: the multi-tensor implementation on a GPU.
+    The loss is a sum over the batch, so the weight decay is multiplied by the batch size. ``fused`` is the
+    argument of ``torch.optim.SGD``. None, as in the reference script, selects the multi-tensor implementation on a GPU.
     """
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if not recipe.decay_norms_and_biases:

@@ -1,10 +1,10 @@
 """The fused backend: our kernels, torch.compile for the rest, and on a GPU one CUDA graph per training step.
 
 Everything that a step needs is on the device: the data set as bytes, the epoch's draws, the learning rate of each step,
-and the step counters. ``train_step`` reads the counter, trains on that batch, stores the losses, increments the counter
-and loads the next learning rate. It exchanges nothing with the host, so one captured graph is replayed for every step.
-Per epoch the host uploads only the random draws. Without a GPU, under Triton's interpreter, the same function is called
-directly.
+and the step counters. ``train_step`` reads the step counter, trains on the batch with that number, stores the losses,
+increments the counter and loads the next learning rate. It exchanges nothing with the host, so one captured graph is
+replayed for every step. Per epoch the host uploads only the random draws. Without a GPU, under Triton's interpreter,
+the same function is called directly.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def evaluation_batch_size(n: int, batch_size: int) -> int:
 def reset_after_failed_capture(stream: torch.cuda.Stream) -> None:
     """Make ``stream`` current again after a failed capture, which leaves its own stream current.
 
-    In torch 2.11 the GPU's generator still believes that it is captured then, and draws no more numbers. A capture
-    that succeeds resets it.
+    After a failed capture in torch 2.11, the GPU's generator still behaves as if a capture were active, and draws no
+    more numbers. A capture that succeeds resets it.
     """
     torch.cuda.set_stream(stream)
     side = torch.cuda.Stream()
@@ -184,8 +184,8 @@ def make_loss_grad_fn(
 ) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]:
     """Return a function of images ``[B, C, S, S]`` and labels ``[B]``. Logits are outputs of ``model`` times ``scale``.
 
-    It returns the outputs ``[B, classes]``, the losses ``[B]``, which predictions are correct as bool ``[B]``, and the
-    gradient of the sum of the losses with respect to the outputs.
+    It returns the outputs ``[B, classes]``, the losses ``[B]``, a bool tensor of the correct predictions ``[B]``, and
+    the gradient of the sum of the losses with respect to the outputs.
     """
 
     def loss_grad_fn(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -222,7 +222,8 @@ def fuse(model: CNN) -> CNN:
 class GlobalMaxPool2d(nn.Module):
     """The maximum over all pixels of each channel, ``[N, C, 1, 1]``; the gradient goes to the first of equal pixels.
 
-    The compiler makes one pass of it in each direction. It makes three of torch's own backward pass, with atomics.
+    The compiler turns this module into one pass forward and one backward. It would turn torch's own backward pass into
+    three passes with atomics.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

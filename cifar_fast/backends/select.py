@@ -83,12 +83,12 @@ def resolve_backend(
         backends = ("eager",)
         reasons.append("eager was measured faster than compiled on a CPU")
     elif memory_format == "contiguous_format":
-        reasons.append("the fused backend's kernels need channels_last, compiled instead")
+        reasons.append("the fused backend's kernels need channels_last, so compiled is used instead")
     elif unavailable:
-        reasons.append(f"the fused backend cannot run here ({unavailable}), compiled instead")
+        reasons.append(f"the fused backend cannot run here ({unavailable}), so compiled is used instead")
     else:
         backends = ("fused", *backends)
-        reasons.append("fused first, which has the least to do on the host")
+        reasons.append("fused is tried first, because it has the least work on the host")
     return BackendConfig(backends, where, getattr(torch, dtype), getattr(torch, memory_format), "; ".join(reasons))
 
 
@@ -137,7 +137,7 @@ def build_backend(
             for line in backend.notes:
                 LOGGER.info(line)
             return backend, failures
-        failures.append(f"{failure}, {following} instead")
+        failures.append(f"{failure}, so {following} is used instead")
         LOGGER.info(f"auto: {failures[-1]}")
         gc.collect()  # the failed backend holds its tensors in cycles, and the next one needs the memory
         if config.device.type == "cuda":
@@ -195,7 +195,7 @@ class BackendCache:
 
     def _make_room(self, device: torch.device) -> None:
         if self._kept and device.type == "cuda":
-            torch.cuda.empty_cache()  # memory of dropped tensors does not count as free before
+            torch.cuda.empty_cache()  # otherwise the memory of dropped tensors does not count as free
             free, total = torch.cuda.mem_get_info(device)
             if free < total / 2:
                 self._kept.clear()

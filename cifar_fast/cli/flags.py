@@ -123,7 +123,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
 def print_line(line: str) -> None:
     """Print ``line``. End the command quietly if the reader of its output is gone, as after ``| head -1``.
 
-    That is an exit and no error, because code between here and the command would blame one of its own files.
+    Raise SystemExit and not the OSError: callers turn an OSError into an error about a file that they write.
     """
     try:
         print(line, flush=True)

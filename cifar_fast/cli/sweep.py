@@ -10,7 +10,7 @@ from cifar_fast.cli.flags import add_traceback_flag, command_parser, interruptib
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.progress import LOGGER
 
-SUMMARY = "train variants of the recipe in turn, as a file states them, or resume them"
+SUMMARY = "train the variants of the recipe that a file describes, one after another, or resume them"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -98,10 +98,10 @@ def run(world: World, argv: list[str] | None) -> int:
             args.output = args.profile
             return profile.run(args)
         if len(dict(args.also_test)) < len(args.also_test):
-            raise InputError("--also-test: two test sets have one name; give each its own")
+            raise InputError("--also-test: two test sets have the same name; give them different names")
         args.also_test, args.tensorboard = dict(args.also_test), args.log == "tensorboard"
 
-        # All that can be refused is refused before the data, which may take long to come.
+        # Check everything possible before the data is loaded, because loading may take long.
         config = config_of(args)
 
         from cifar_fast.training.fit import Training, train_all
@@ -136,7 +136,7 @@ def run(world: World, argv: list[str] | None) -> int:
 def flags_of(earlier: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Return the flags that the training ``earlier`` was started with, as defaults for those left out of ``args``."""
     config = earlier.config
-    changeable = ("backend", "device", "dtype", "memory_format")  # auto is what it was
+    changeable = ("backend", "device", "dtype", "memory_format")  # auto keeps the earlier choice
     flags = {name: getattr(config, name) for name in TrainConfig.names() if name not in changeable}
     flags["also_test"] = [] if args.also_test else [*config.also_test.items()]  # the flag adds to its default
     flags |= {"dataset": earlier.dataset["name"], "data_dir": earlier.dataset["source"]}

@@ -90,7 +90,8 @@ class Dataset:
                 f"{self.source}: {n} training images are fewer than one batch of {batch_size}; give a smaller "
                 f"{option('batch_size')}"
             )
-        # Over the images first: numpy is many times slower if the innermost reduced dimension is the three channels.
+        # Reduce over the images first. numpy is many times slower if it reduces over images and pixels at once, because
+        # the three channels are then the innermost dimension.
         lowest, highest = self.train_images.min(axis=0), self.train_images.max(axis=0)
         if (lowest.min(axis=(0, 1)) == highest.max(axis=(0, 1))).any():
             raise InputError(
@@ -98,9 +99,10 @@ class Dataset:
             )
 
     def for_recipe(self, recipe: Recipe) -> Dataset:
-        """Return the data that ``recipe`` trains and tests on, after its classes, its subset and its label noise.
+        """Return the data that ``recipe`` trains and tests on.
 
-        The result is the same in every run. It does not depend on the seed of the training.
+        Select its classes and its subset, and apply its label noise. The result is the same in every run. It does not
+        depend on the seed of the training.
         """
         dataset = self
         if recipe.classes:
@@ -180,8 +182,8 @@ def _subset(dataset: Dataset, count: int) -> Dataset:
     largest = k * min(map(len, by_class))
     if not k <= count <= largest:
         raise InputError(
-            f"{dataset.source}: {option('train_subset')} must lie in {k} to {largest}, to be balanced over the "
-            f"classes, not {count}"
+            f"{dataset.source}: {option('train_subset')} must lie in {k} to {largest}, not {count}, so that the "
+            "subset is balanced over the classes"
         )
     chosen = np.sort(np.concatenate([by_class[label][: count // k + (label < count % k)] for label in range(k)]))
     return dataclasses.replace(

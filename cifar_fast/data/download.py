@@ -68,7 +68,7 @@ def download(sources: Sequence[str], path: Path, md5: str) -> None:
                 part.unlink()
                 if before:  # the earlier bytes may be wrong, so this source is retried from the start
                     queue.appendleft(url)
-                raise ValueError("not the published file, its MD5 sum is another")
+                raise ValueError("not the published file: its MD5 sum is different")
             with os_error_as_input_error(str(path)):
                 os.replace(part, path)
             LOGGER.info(f"{path.name} from {url} in {time.monotonic() - start:.0f} s; its MD5 sum is correct")

@@ -30,7 +30,7 @@ class EvalSet:
 
     @property
     def indices(self) -> np.ndarray:
-        """Indices of the images to evaluate, whose class is trained on."""
+        """Indices of the images to evaluate. These are the images whose class is in the training data."""
         return np.flatnonzero(self.labels >= 0)
 
 
@@ -42,8 +42,8 @@ def read_eval_sets(paths: Mapping[str, str | Path], num_classes: int, classes: t
     * a folder of such pairs, or of files of images with one ``labels.npy`` for all, as in CIFAR-10-C. Each file is a
       test set, NAME/FILE.
 
-    ``num_classes`` counts the classes of the training data, before ``classes`` selects those that are trained on. Empty
-    ``classes`` are all. An InputError names a test set that cannot be used.
+    ``num_classes`` is the number of classes of the whole training data. ``classes`` are the classes that are trained
+    on; empty means all. An InputError names a test set that cannot be used.
     """
     eval_sets = []
     for eval_set in (one for name, path in paths.items() for one in _read(str(name), Path(path).expanduser())):

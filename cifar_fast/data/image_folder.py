@@ -66,7 +66,10 @@ def read_folder(root: Path) -> dict[str, np.ndarray]:
 
 
 def _classes(split: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
-    """Return the images of each class folder in ``split``, both in alphabetical order. Count other files by kind."""
+    """Return the images of each class folder in ``split``. Count other files by kind.
+
+    Folders and images are in alphabetical order.
+    """
     try:
         entries = sorted(split.iterdir())
         folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
@@ -126,7 +129,8 @@ def by_kind(ignored: Counter[str]) -> str:
 
 
 def _fingerprint(root: Path, files: list[Path]) -> str:
-    digest = hashlib.sha256(b"transparent over white\0")  # the way of decoding: caches of another are not used
+    # The text names the way of decoding, so that a cache from another way is not used.
+    digest = hashlib.sha256(b"transparent over white\0")
     for file in files:
         status = file.stat()
         line = f"{file.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\0"
@@ -162,7 +166,7 @@ def decode_image(
 ) -> np.ndarray:
     """Decode an image to uint8 ``[32, 32, 3]``, with white behind transparent pixels. ``name`` is for messages.
 
-    ``resize`` makes an RGB image of another size 32 x 32. By default such an image is refused.
+    ``resize`` scales an RGB image of any other size to 32 x 32. By default such an image is refused.
 
     Raises:
         InputError: it is not a whole image, has several frames, the wrong size, or more than 8 bits per channel.

@@ -41,7 +41,7 @@ def load_dataset(
     Args:
         name: cifar10, cifar100, folder, npz, synthetic or hf:OWNER/NAME.
         data_dir: the folder or file to read. For cifar10 and cifar100 it is the folder of the archive, ``data`` by
-            default, or the unpacked folder. synthetic and hf: do not use it.
+            default, or the unpacked folder. The data sets synthetic and hf:OWNER/NAME ignore it.
         data_url: a URL or file with the archive of cifar10 or cifar100, which replaces the public sources. By default
             the environment variable CIFAR_FAST_DATA_URL.
         log: a function for lines about long work. None: no lines.

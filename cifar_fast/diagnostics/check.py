@@ -1,8 +1,8 @@
 """Check that everything a training needs works on this machine, with a yes or a no for each part and the reason.
 
-The check takes at most two minutes: it uses a small batch and the embedded textures. The kernels are held against
-plain torch (:mod:`cifar_fast.diagnostics.kernel_cases`), and a step of the backend that ``auto`` selects here against
-eager (:mod:`cifar_fast.diagnostics.compare`). No part ends the check: an exception is a no, with its first cause.
+The check takes at most two minutes: it uses a small batch and the embedded textures. The kernels are compared with
+plain torch (:mod:`cifar_fast.diagnostics.kernel_cases`). A step of the backend that ``auto`` selects here is compared
+with eager (:mod:`cifar_fast.diagnostics.compare`). No part ends the check: an exception is a no, with its first cause.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BATCH_SIZE = {"cuda": 64, "cpu": 8}
 MIN_BATCH_SIZE = 8  # with fewer images, chance decides whether the losses are as accurate as eager's
 STEPS = 4  # of an epoch
 COMPARED_STEPS = 3  # the comparison uses the median over the steps for gradients
-RUNS = (3, 5)  # of a copy and of a matrix product: warm-up, timed
+RUNS = (3, 5)  # number of warm-up runs and of timed runs, for a copy and for a matrix product
 MAX_MATRIX_SIZE, LONG_PRODUCT = 8192, 0.02  # matrices grow up to this size, or until a product takes so many seconds
 
 
@@ -162,7 +162,7 @@ def skip(reason: str) -> str:
 
 
 def describe_device(device: torch.device) -> str:
-    """Return its name and its size."""
+    """Return the name and the size of ``device``."""
     name = environment(device)["device_name"]
     if device.type == "cpu":
         return f"{name}, {torch.get_num_threads()} threads"
@@ -209,7 +209,7 @@ def compile_kernels(recipe: Recipe, dtype: torch.dtype, device: torch.device) ->
     from cifar_fast.kernels.launch import compile_only, interpreted
 
     if interpreted():
-        skip("no GPU to compile for: below they run in Triton's interpreter")
+        skip("there is no GPU to compile for; the checks below run the kernels in Triton's interpreter")
     cases = [*kernel_cases(recipe, dtype), Head(recipe, dtype)]
     launches = [launch for case in cases for launch in case.launches()]
     return f"{len(cases)} shapes, in {wall(lambda: compile_only(launches, device), device):.0f} s"

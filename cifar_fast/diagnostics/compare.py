@@ -1,17 +1,17 @@
 """Run two backends in lockstep and measure how far apart each layer is.
 
-Before each step the weights, statistics and momentum of the second backend are copied to the first, or with drift only
-before the first step. Both train on the same images and random draws. After the step the relative difference
-|a - b| / |b|, Euclidean over a tensor, is reported for the loss and, in each layer, for
+Before each step, the weights, statistics and momentum of the second backend are copied to the first. If ``drift`` is
+set, they are copied before the first step only. Both train on the same images and random draws. After the step the
+relative difference |a - b| / |b|, Euclidean over a tensor, is reported for the loss and, in each layer, for
 
 * statistics: the running mean and variance of a norm, which come from the activations of the layer;
 * gradients and weights.
 
 The tolerance is relative to eager's rounding error. Each row shows the difference between the backends, the difference
 between eager in this dtype and in the next higher precision, and the errors of the first backend and of eager against
-eager in float64. Eager runs here in the memory format of the first backend, because torch sums in other orders and
-dtypes in each format: a CPU's batch norm sums in float64 in the contiguous format and in float32 in channels_last. All
-sides see the same images, rounded to the dtype. A row passes if the first number is at most ``tolerance`` times the
+eager in float64. Eager runs here in the memory format of the first backend, because the order and the dtype of torch's
+sums depend on the format: a CPU's batch norm sums in float64 in the contiguous format and in float32 in channels_last.
+All sides see the same images, rounded to the dtype. A row passes if the first number is at most ``tolerance`` times the
 second, plus a quarter of the last bit for rows in which eager happens to be exact.
 
 Loss and statistics must pass at every step. For a gradient, and for the weight that it updates, the median over the

@@ -111,8 +111,8 @@ def norm_formula(
 ) -> torch.Tensor:
     """Compute what ``batch_norm_celu_reference`` computes, in separate operations of the dtype of ``tensors``.
 
-    It is exact in float64, where torch's CELU gradient on a CPU is not, and sums in float32, where torch's batch norm
-    on a CPU sums in float64.
+    In float64 it is exact; torch's CELU gradient on a CPU is not. In float32 it sums in float32; torch's batch norm on
+    a CPU sums in float64.
     """
     x, weight, bias, running_mean, running_var = tensors
     pooled = F.max_pool2d(x, pool) if pool > 1 else x
@@ -286,7 +286,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Head:
-    """The loss and the record of a step, for one step more than an epoch of ``STEPS``. Both are too small to time."""
+    """The loss and the record of ``STEPS + 1`` steps, one more than an epoch. Both are too small to time."""
 
     recipe: Recipe
     dtype: torch.dtype
@@ -382,7 +382,7 @@ def bytes_moved(launches: Sequence[Launch]) -> int:
 
 
 def input_sets(case: TimedCase, cache: int) -> int:
-    """Return how many input sets access twice a ``cache`` of so many bytes before the first set is used again."""
+    """Return how many input sets are needed so that together they access more than twice ``cache`` bytes."""
     return 1 + math.ceil(2 * cache / bytes_moved(case.launches()))
 
 

@@ -1,14 +1,14 @@
 """Show where the time of a training step goes: a trace to look at, and a table with a line for each kind of work.
 
 :func:`profile` trains a few steps under torch.profiler. On a GPU the name of a kernel decides its line, because kernels
-that are replayed from a CUDA graph belong to no operator. On a CPU the name of an operator decides the line of its own
-time. If that name says nothing, the time belongs to the line of the caller. Time in which nothing ran is ``idle``. The
-profiler adds to the step, so a step takes a little longer here than in training. If the host has to launch every
-kernel, this shows as idle time.
+that are replayed from a CUDA graph belong to no operator. On a CPU, the time that an operator spends itself belongs to
+the line that its name selects. If the name selects none, the time belongs to the line of the caller. Time in which
+nothing ran is ``idle``. The profiler adds to the step, so a step takes a little longer here than in training. If the
+host has to launch every kernel, this shows as idle time.
 
 The lines sum to the step. Idle time is the wall time minus the union of the intervals in which a kernel ran. Kernels
-that overlap last longer together than that union. The other lines are therefore the kernels' durations times one
-factor, the length of the union over the sum of the durations, which is 1 without overlap.
+that overlap last longer together than that union. The other lines are therefore the kernels' durations,
+multiplied by one factor: the length of the union divided by the sum of the durations. Without overlap the factor is 1.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ OPERATORS = (
 class Row:
     """One line of the table, per step. ``share`` is a fraction of the step, 0 to 1.
 
-    ``launches`` counts kernels, and on a CPU operators that were called from outside the line.
+    ``launches`` counts kernels. On a CPU it counts operators whose caller does not belong to the same line.
     """
 
     line: str

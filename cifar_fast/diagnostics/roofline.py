@@ -12,14 +12,15 @@ counted, because matrix units do none of it. For F FLOP and M bytes, at f FLOP/s
 
     floor of a pass = max(F / f, M / b)        (the roofline of Williams, Waterman and Patterson, 2009).
 
-A step has three lower bounds: arithmetic alone, sum F / f; each pass overlaps only its own memory traffic, the sum of
-the passes' floors; nothing overlaps, sum F / f + sum M / b. All are computed; nothing of the recipe is timed.
+A step has three lower bounds. Arithmetic alone: sum F / f. If each pass overlaps only its own memory traffic: the sum
+of the floors. If nothing overlaps: sum F / f + sum M / b. All are computed; nothing of the recipe is timed.
 
-M counts each tensor that a pass reads or writes once, for the passes of our kernels. The three passes of a convolution
-or linear layer each access input, weights and output, or their gradients. Norm and augmentation access what the
-docstrings in kernels/ list. The pool of the head reads its input and writes its output and an argmax byte per value;
-backward is the reverse. The optimizer reads weights, gradients and momentum, and writes weights and momentum. Weights
-have the dtype of the activations, except float32 weights with bfloat16 activations.
+M counts each tensor once for each pass that reads it and once for each that writes it. The passes are those of our
+kernels. The three passes of a convolution or linear layer each access input, weights and output, or their gradients.
+Norm and augmentation access what the docstrings in kernels/ list. The pool of the head reads its input and writes its
+output and an argmax byte per value; backward is the reverse. The optimizer reads weights, gradients and momentum, and
+writes weights and momentum. Weights have the dtype of the activations, except float32 weights with bfloat16
+activations.
 
 Left out are: values per channel (less than a thousandth of a step of the reference), partial results of reductions,
 the loss, the random draws, launches and evaluation. A cache may keep a tensor from one pass to the next, which saves
@@ -94,7 +95,7 @@ def layer_costs(recipe: Recipe, num_classes: int, dtype: torch.dtype) -> list[Pa
 
 
 def roofline_times(costs: Sequence[Pass], bandwidth: float, flops: float) -> dict[str, float]:
-    """Return lower bounds in seconds at ``bandwidth`` bytes/s and ``flops`` FLOP/s, by what may overlap."""
+    """Return lower bounds in seconds at ``bandwidth`` bytes/s and ``flops`` FLOP/s. Each key says what may overlap."""
     times = [(cost.flop / flops, cost.bytes / bandwidth) for cost in costs]
     arithmetic, memory = (math.fsum(column) for column in zip(*times))
     overlapped = math.fsum(map(max, times))
@@ -102,7 +103,10 @@ def roofline_times(costs: Sequence[Pass], bandwidth: float, flops: float) -> dic
 
 
 def copy_bandwidth(device: torch.device, runs: tuple[int, int] | None = None) -> list[float]:
-    """Measure the bytes/s of copies, counting reads and writes. ``runs``: how many to warm up with and to time."""
+    """Measure the bytes/s of copies, counting reads and writes.
+
+    ``runs``: the number of warm-up runs and the number of timed runs.
+    """
     size = COPY_BYTES[device.type]
     source = torch.empty(size // 8, dtype=torch.int64, device=device).random_()
     # Alternate, so that no copy finds its buffers in a cache.
@@ -115,7 +119,8 @@ def matmul_flops(
 ) -> list[float]:
     """Measure the FLOP/s of products of random square matrices of ``size`` rows.
 
-    In float32 on a GPU they use TF32, as the convolutions do. ``runs``: how many to warm up with and to time.
+    In float32 on a GPU they use TF32, as the convolutions do. ``runs``: the number of warm-up runs and the number of
+    timed runs.
     """
     if (device.type, dtype) == ("cpu", torch.float16):
         raise InputError(f"float16 products take minutes on a CPU; set {option('dtype')} to bfloat16 or float32")

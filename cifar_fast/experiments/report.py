@@ -295,7 +295,7 @@ def read_results(folders: list[str | Path]) -> tuple[dict[str, Result], list[str
     """Read the results of trainings, as far as their runs are finished.
 
     Args:
-        folders: folders of trainings, or of sweeps, each of which means all its variants.
+        folders: folders of trainings or of sweeps; a sweep stands for all its variants.
 
     Returns:
         The results by the names of their folders, or by their paths if two folders have the same name; and a line for

@@ -1,4 +1,4 @@
-"""Variants of the recipe, trained in turn: :class:`Sweep`, which a TOML file states, and :func:`fit_sweep`."""
+"""Variants of the recipe, trained in turn: :class:`Sweep`, which is read from a TOML file, and :func:`fit_sweep`."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ TYPE_NAMES = {str: "text", int: "a whole number", bool: "true or false", dict: "
 
 @dataclass(frozen=True)
 class Sweep(TrainConfig):
-    """Trainings of several recipes with the same options: each of ``variants``, by its name, into ``output``/NAME.
+    """Trainings of several recipes with the same options.
 
-    ``recipe`` is the one that the variants change. ``dataset``, ``data_dir`` and ``data_url`` are as for
-    :func:`cifar_fast.load_dataset`. The other options are those of :class:`TrainConfig`.
+    ``variants`` holds the recipes by name; each is trained into ``output``/NAME. ``recipe`` is the one that the
+    variants change. ``dataset``, ``data_dir`` and ``data_url`` are as for :func:`cifar_fast.load_dataset`. The other
+    options are those of :class:`TrainConfig`.
     """
 
     variants: dict[str, Recipe]
@@ -75,7 +76,7 @@ class Sweep(TrainConfig):
     def from_toml(cls, text: str, output: str) -> Sweep:
         """Read a sweep from TOML: the options at the top, ``[recipe]`` for all variants, ``[variants.NAME]`` for each.
 
-        A list of values for a field with one value makes a variant for each value; see :func:`expand`.
+        If a field takes a single value, a list of values makes a variant for each value; see :func:`expand`.
         """
         try:
             spec = tomllib.loads(text)
@@ -145,7 +146,7 @@ def require_type(where: str, value: Any, hint: Any) -> None:
 
 
 def changed_recipe(where: str, base: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """Return ``base`` with other ``values``. An :class:`InputError` says ``where``."""
+    """Return ``base`` with ``values`` replaced. The message of an :class:`InputError` starts with ``where``."""
     try:
         return dataclasses.replace(base, **values)
     except InputError as error:
@@ -227,8 +228,8 @@ def trainings_of(sweep: Sweep, world: World = World()) -> list[Training]:  # noq
     for name in variants_in(sweep.path) if (sweep.path / SWEEP).exists() else ():
         if name not in sweep.variants and has_training(sweep.path / name):
             raise InputError(
-                f"{sweep.path}: the variant {name} was trained there, and is not part of the sweep now; "
-                "take it back, or give another output"
+                f"{sweep.path}: the variant {name} was trained there, but is no longer part of the sweep; "
+                "add it again, or give another output"
             )
     folders = {name: RunFolder(sweep.path / name, resume=has_training(sweep.path / name)) for name in sweep.variants}
     begun = next((folder.earlier for folder in folders.values() if folder.earlier), None)

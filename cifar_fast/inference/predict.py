@@ -70,8 +70,8 @@ class Prediction:
 def find_images(paths: Iterable[str | Path], class_names: Sequence[str]) -> list[ImageRef]:
     """Return the images in ``paths``: image files, folders with subfolders, and .npz files.
 
-    The images of a folder are in the order of their paths. The label of such an image is the first folder on the way
-    down to it that is named after a class. The labels of a .npz file are its own.
+    The images of a folder are in the order of their paths. The label of such an image comes from its path: the
+    first folder whose name is a class. The labels of a .npz file are its own.
 
     Raises:
         InputError: a path contains no images.

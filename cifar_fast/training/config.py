@@ -42,12 +42,14 @@ class TrainConfig:
     )
     device: str = _field("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = _field(
-        "auto", "float16 and float32 hold everything; bfloat16 keeps float32 weights (autocast)", choices=DTYPES
+        "auto",
+        "float16 and float32: all tensors have this dtype; bfloat16: autocast, with float32 weights",
+        choices=DTYPES,
     )
     memory_format: str = _field(
         "auto",
-        "memory format of the batches; contiguous_format (NCHW) is the reference script's; auto: that for eager, else "
-        "channels_last",
+        "memory format of the batches; the reference script uses contiguous_format (NCHW); auto means "
+        "contiguous_format if the backend is given as eager, and channels_last otherwise",
         choices=MEMORY_FORMATS,
     )
     seed: int = _field(0, "seed of the weights, the order and the augmentation; run i uses seed + i")
@@ -56,7 +58,9 @@ class TrainConfig:
     augment_seed: int | None = _field(None, "seed of the augmentation alone, the same in all runs")
     runs: int = _field(1, "number of trainings from scratch, each with the next seed", may_change=True)
     checkpoint_every: int = _field(
-        1, "epochs between checkpoints; each run writes one at its end, with 0 only that one", may_change=True
+        1,
+        "epochs between checkpoints; each run also writes a checkpoint at its end; 0: only this last one",
+        may_change=True,
     )
     also_test: Mapping[str, str | Path] = _field(
         {},
@@ -115,7 +119,7 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def resuming(self: Config, earlier: TrainConfig) -> Config:
-        """Return this config with ``auto``, and ``threads`` if None, replaced by the values of ``earlier``.
+        """Return this config with values from ``earlier`` for ``auto``, and for ``threads`` if it is None.
 
         ``earlier`` is the config of the training that is resumed.
         """
@@ -124,9 +128,9 @@ class TrainConfig:
         return self.replace(**kept, threads=earlier.threads if self.threads is None else self.threads)
 
     def difference(self, earlier: TrainConfig) -> tuple[str, str, str] | None:
-        """Return name, earlier value and value now of the first difference that a resumed training must not have.
+        """Find the first option that differs but must not change on a resume.
 
-        The result is None if there is no such difference.
+        Return its name, its earlier value and its new value, or None if there is no such option.
         """
         pairs = [(name, getattr(earlier.recipe, name), getattr(self.recipe, name)) for name in vars(self.recipe)]
         for name in self.names():

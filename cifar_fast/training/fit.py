@@ -80,16 +80,16 @@ def fit(
         backend: auto, eager, compiled, fused.
         device: auto, cpu, cuda, cuda:N.
         dtype: auto, float16, bfloat16, float32.
-        memory_format: auto, contiguous_format (NCHW), channels_last. auto is the first for eager by name, else the
-            second.
+        memory_format: auto, contiguous_format (NCHW), channels_last. auto means contiguous_format if ``backend`` is
+            "eager", and channels_last otherwise.
         init_seed, order_seed, augment_seed: seeds of the initial weights, the order and the augmentation alone, the
             same in each run; see :class:`cifar_fast.utils.seeds.Seeds`.
         output: folder for the results; None writes nothing. See :mod:`cifar_fast.training.run_folder`.
         overwrite: replace the results that ``output`` holds.
-        resume: folder of the same call that was stopped, instead of ``output``. The training continues from its
-            checkpoints and ends with the same bits. ``runs`` may grow. ``auto`` keeps its meaning. A finished training
-            is read.
-        checkpoint_every: epochs between checkpoints. Each run writes one at its end; with 0 only that one.
+        resume: ``output`` of an earlier, interrupted call with the same arguments; do not give ``output`` too. The
+            training continues from its checkpoints and ends with the same bits. ``runs`` may grow. ``auto`` keeps its
+            meaning. A finished training is read.
+        checkpoint_every: epochs between checkpoints. Each run also writes one at its end. 0: only this last one.
         also_test: names and paths of other test sets, see :func:`cifar_fast.data.eval_sets.read_eval_sets`.
         save_logits: keep the logits of the test images in ``Result.logits``, and in logits.npz.
         tensorboard: also write TensorBoard's files to ``output``.
@@ -139,7 +139,7 @@ def fit(
 class Training:
     """The runs of one config, trained one at a time.
 
-    The constructor refuses what cannot work whatever the data; :meth:`prepare` then takes the data.
+    The constructor raises for options that cannot work with any data. :meth:`prepare` then takes and checks the data.
 
     Args:
         folder: folder for the results; None keeps them in memory.
@@ -387,8 +387,9 @@ def train_all(
     Args:
         on_step: called after each step, and while this rank waits for others. An error that it raises ends the
             training.
-        diverged: gets the message of each training that diverges, by its name, which then also precedes each line;
-            its other runs are left out. None raises the error instead.
+        diverged: dict that receives the message of each diverged training, with its name as key. The other runs
+            of such a training are left out. If the dict is given, each log line of a training starts with its name. If
+            it is None, the error is raised.
 
     Returns:
         The results on rank 0, without trainings that diverged; none on the other ranks.

@@ -66,9 +66,11 @@ class Result:
     Attributes:
         config: the options; ``auto`` is replaced by the backend, device, dtype and memory format that were used.
         environment: the value of :func:`cifar_fast.utils.device.environment` on rank 0.
-        auto: a line with the reason for the choice of ``auto``, and a line for each backend that failed before.
+        auto: a line with the reason for the choice of ``auto``, and a line for each backend that failed before
+            one worked.
         dataset: the value of :meth:`cifar_fast.Dataset.metadata`, and ``source``.
-        mean, std: statistics of each channel of the training images, from 0 to 255. They normalize the model's input.
+        mean, std: mean and standard deviation of each channel of the training images, whose values are 0 to 255. They
+            normalize the model's input.
         notes: a line for each effect of the recipe on data or backend.
         model: class name of the custom model that ``state_dict`` belongs to; None for the recipe's network.
         parameters: number of trained values.

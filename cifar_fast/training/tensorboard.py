@@ -34,7 +34,8 @@ class TensorBoard:
         """Write ``row`` for the training in ``folder`` and flush it to disk."""
         if row.run != self._run:
             self.close()
-            # After a resume this epoch and later ones are trained again. Readers then drop their older points.
+            # After a resume this epoch and later ones are trained again. ``purge_step`` makes TensorBoard's readers
+            # drop the older points of these epochs.
             self._writer = self._make_writer(str(folder / FOLDER / f"run-{row.run}"), purge_step=row.epoch)
             self._run = row.run
         # The recipe's learning rate at the end of the epoch, for a loss averaged over the batch.

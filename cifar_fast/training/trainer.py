@@ -28,7 +28,8 @@ def train(
         backend: was reset, or restored from a checkpoint.
         order: generator of the permutation of each epoch.
         augmentation: generator of the draws for augmentation; may be ``order``.
-        clock: waits for the device and returns seconds, see :func:`cifar_fast.utils.device.device_timer`.
+        clock: function that waits for the device and returns the time in seconds, such as
+            :func:`cifar_fast.utils.device.device_timer` returns.
         after: row of the last finished epoch, epoch 0 at the start of a run. New rows get its run index.
         on_step: called after each step.
 

@@ -84,7 +84,8 @@ def fused_unavailable_reason(device: torch.device) -> str | None:
 def check_caches() -> None:
     """Raise :class:`InputError` if a compiler's cache folder from the environment is not writable.
 
-    torch creates its folder when something imports its compiler. Its optimizers and torchvision do so too.
+    torch creates its cache folder when its compiler is imported. torch's optimizers and torchvision import the
+    compiler.
     """
     for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         if folder := os.environ.get(variable):

@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # in a notebook: that tqdm guesses, and that ipywidgets is missing
+    # In a notebook, tqdm warns that it guesses the front end and that ipywidgets is missing.
+    warnings.simplefilter("ignore")
     from tqdm.autonotebook import tqdm
 
 NOTEBOOK = "ipykernel.zmqshell" in sys.modules

@@ -74,7 +74,10 @@ def test_auto_avoids_fused_on_other_gpus(monkeypatch, situation, reason):
     situation(monkeypatch)
     chosen = resolve_backend("auto")
     assert chosen.backends == ("compiled", "eager") and chosen.device.type == "cuda"
-    assert f"the fused backend cannot run here ({reason}" in chosen.reason and "compiled instead" in chosen.reason
+    assert (
+        f"the fused backend cannot run here ({reason}" in chosen.reason
+        and "so compiled is used instead" in chosen.reason
+    )
     with pytest.raises(InputError, match=r"the fused backend cannot run here .*; choose backend"):
         resolve_backend("fused")
 
@@ -96,8 +99,8 @@ def test_auto_falls_back_to_the_next_backend_and_logs_it(small, monkeypatch):
         backend, failures = build_backend(config("fused", "compiled", "eager"), RECIPE, device_data(small, CPU))
     assert backend.name == "eager"
     assert failures == [
-        "the fused backend cannot be set up here (RuntimeError: no compiler), compiled instead",
-        "the compiled backend cannot be set up here (RuntimeError: no compiler), eager instead",
+        "the fused backend cannot be set up here (RuntimeError: no compiler), so compiled is used instead",
+        "the compiled backend cannot be set up here (RuntimeError: no compiler), so eager is used instead",
     ]
     assert [line for line in lines if "cannot be set up" in line] == [f"auto: {failure}" for failure in failures]
 

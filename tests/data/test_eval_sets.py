@@ -97,7 +97,7 @@ def test_unusable_set_is_refused_before_training(tmp_path, small, files, words):
     ("flags", "words"),
     [
         ("--also-test here", "'here' is not NAME=PATH"),
-        ("--also-test a=b --also-test a=c", "two test sets have one name"),
+        ("--also-test a=b --also-test a=c", "two test sets have the same name"),
         ("--dataset synthetic --also-test a=none.npz", "none.npz: cannot be read (No such file or directory)"),
         ("--dataset synthetic --also-test a=none.txt", "must be a .npz file, a *_data.npy file or a folder"),
     ],

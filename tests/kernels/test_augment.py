@@ -272,8 +272,8 @@ GOOD_DRAWS = random_draws(3, 4, size=8).tensor
     ("changes", "error", "message"),
     [
         (dict(images=GOOD.images.int()), TypeError, "images must be uint8, not torch.int32"),
-        (dict(images=GOOD.images[:, :7]), ValueError, r"images must have the shape \[N, S, S, C\] and not be empty"),
-        (dict(images=GOOD.images[:0]), ValueError, r"images must have the shape \[N, S, S, C\] and not be empty"),
+        (dict(images=GOOD.images[:, :7]), ValueError, r"images must be a non-empty tensor of shape \[N, S, S, C\]"),
+        (dict(images=GOOD.images[:0]), ValueError, r"images must be a non-empty tensor of shape \[N, S, S, C\]"),
         (dict(images=GOOD.images.permute(0, 2, 1, 3)), ValueError, "images must be contiguous"),
         (dict(images=GOOD.images.repeat(1, 1, 1, 3)), ValueError, "images must have at most 8 channels, not 9"),
         (dict(table=GOOD.table.double()), TypeError, "table must be float16 or bfloat16 or float32, not torch.float64"),

@@ -64,8 +64,8 @@ def test_nan_and_infinity_give_the_same_as_torch(bad):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        (dict(x=torch.zeros(3)), ValueError, r"x must have the shape \[B, K\]"),
-        (dict(x=torch.zeros(0, 10)), ValueError, r"x must have the shape \[B, K\]"),
+        (dict(x=torch.zeros(3)), ValueError, r"x must be a non-empty tensor of shape \[B, K\]"),
+        (dict(x=torch.zeros(0, 10)), ValueError, r"x must be a non-empty tensor of shape \[B, K\]"),
         (dict(x=torch.zeros(3, 10, dtype=torch.float64)), TypeError, "x must be float16 or bfloat16 or float32"),
         (dict(x=torch.zeros(10, 3).T), ValueError, "x must be contiguous"),
         (dict(labels=torch.zeros(3)), TypeError, "labels must be int64"),

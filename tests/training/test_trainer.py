@@ -200,7 +200,7 @@ def test_fallback_reports_the_first_cause_and_logs_the_traceback(monkeypatch, sm
     with caplog.at_level("DEBUG", "cifar_fast"):
         result = fit_with(backend_config, RECIPE, small)
     reason = "the compiled backend cannot be set up here (ValueError: an unsupported type)"
-    assert result.auto == [f"{reason}, eager instead"]
+    assert result.auto == [f"{reason}, so eager is used instead"]
     assert reason in caplog.text and "in failing_compile" in caplog.text
 
 
