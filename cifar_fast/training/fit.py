@@ -439,8 +439,10 @@ def train_all(
 
         world.split(missing, train_one, on_step)
         if diverged is not None:
-            for found in world.gather(diverged):
-                diverged |= found
+            for name, message in sorted({item for found in world.gather(diverged) for item in found.items()}):
+                if name not in diverged:  # on another rank, whose lines are not printed
+                    LOGGER.info(f"{name}: {message}; its other runs are left out")
+                    diverged[name] = message
         results = []
         for training in trainings if world.rank == 0 else ():
             if not diverged or training.name not in diverged:

@@ -132,7 +132,7 @@ def test_torchvision_is_needed_only_for_its_data_sets(tmp_path, npz):
     assert done.returncode == 0, done.stderr
     done = run(f"--dataset cifar10 --data-dir {tmp_path}/none --output {tmp_path}/out2 {NARROW}", env=env)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "which cannot be imported" in done.stderr and "install the torchvision that goes with" in done.stderr
+    assert "which cannot be imported" in done.stderr and "install the torchvision for this torch" in done.stderr
 
 
 @pytest.mark.slow  # starts a process
