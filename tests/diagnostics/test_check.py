@@ -183,7 +183,7 @@ def test_backend_that_cannot_be_set_up_fails_and_the_next_one_is_checked(narrow,
     with lines_to(logged.append):
         found.run()
     lines = {result.name: result for result in found.results}
-    failure = "the compiled backend cannot be set up here (RuntimeError: no compiler), eager instead"
+    failure = "the compiled backend cannot be set up here (RuntimeError: no compiler), so eager is used instead"
     assert not found.passed and not lines["set-up"].ok and lines["set-up"].text == failure
     assert lines["time"].ok and lines["auto selects"].text.startswith("eager, channels_last, float32: for a test")
     assert [line for line in logged if line in map(str, found.results)] == list(map(str, found.results))
