@@ -299,8 +299,13 @@ class RunReader:
         return [run for run in range(runs) if not self.has_result(run)]
 
     def all_written(self, runs: int) -> bool:
-        """Return whether all ``runs`` have finished and the files made from them exist."""
-        return not self.missing(runs) and (self.path / SUMMARY).exists() and (self.path / MODEL).exists()
+        """Return whether all ``runs`` have ended and the files made from them are there."""
+        if self.missing(runs) or not (self.path / MODEL).exists():
+            return False
+        try:  # a process may have been killed before it counted a run that was added
+            return len(json.loads((self.path / SUMMARY).read_text())["runs"]) == runs
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the weights in ``model.pt``."""

@@ -176,6 +176,17 @@ def test_resume_with_more_runs(tmp_path, npz, stopped, ended):
     assert contents(stopped) == contents(tmp_path / "whole")
 
 
+def test_resume_counts_an_added_run_that_ended_before_a_kill(tmp_path, tiny, monkeypatch):
+    fit(RECIPE, tiny, output=tmp_path / "out", **HOW)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "finish", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        fit(RECIPE, tiny, resume=tmp_path / "out", runs=2, **HOW)
+    assert len(json.loads((tmp_path / "out/summary.json").read_text())["runs"]) == 1
+    fit(RECIPE, tiny, resume=tmp_path / "out", runs=2, **HOW)
+    fit(RECIPE, tiny, output=tmp_path / "whole", runs=2, **HOW)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_resume_of_a_finished_training_does_nothing(tmp_path, npz, stopped, capfd):
     assert main(["--resume", str(stopped)]) == 0
     before = {name: (stopped / name).read_bytes() for name in files_in(stopped)}
