@@ -30,7 +30,7 @@ MAX_INTEGER = 2**31 - 1
 
 
 def _constant(default: Any, help: str, choices: tuple[str, ...] | None = None, item: Any = None) -> Any:
-    """Return a field. ``item`` is an example item, for a tuple whose default is empty."""
+    """Return a field. ``item`` is an example item, or several of different types, if the default is an empty tuple."""
     item = default[0] if isinstance(default, tuple) and default else item
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "item": item})
 
@@ -120,8 +120,10 @@ class Recipe:
         "train on this many images, balanced over the classes, the same subset in every run; smaller subsets are "
         "nested in larger ones; 0: all images",
     )
-    classes: tuple[int, ...] = _constant(
-        (), "train and test on these classes only, renumbered from 0 in this order", item=0
+    classes: tuple[int | str, ...] = _constant(
+        (),
+        "train and test on these classes only, given by name or number and renumbered from 0 in this order",
+        item=(0, ""),
     )
 
     def __post_init__(self) -> None:
@@ -164,9 +166,9 @@ class Recipe:
         require(0 <= self.crop_padding < IMAGE_SIZE, "crop_padding", f"lie in 0 to {IMAGE_SIZE - 1}")
         require(0 <= self.cutout_size <= IMAGE_SIZE, "cutout_size", f"lie in 0 to {IMAGE_SIZE}")
         require(self.activation in ACTIVATIONS, "activation", f"be one of {', '.join(ACTIVATIONS)}")
-        classes = self.classes
-        require(min(classes, default=0) >= 0 and len(classes) != 1, "classes", "be two or more numbers from 0")
-        require(len(set(classes)) == len(classes), "classes", "be different numbers")
+        negative = any(isinstance(one, int) and one < 0 for one in self.classes)
+        require(not negative and len(self.classes) != 1, "classes", "be two or more names or numbers from 0")
+        require(len(set(self.classes)) == len(self.classes), "classes", "be different")
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the convolution blocks in order."""
@@ -226,10 +228,17 @@ class Recipe:
 
 
 def _coerce(default: Any, value: Any, name: str, item: Any = None) -> Any:
-    """Return ``value`` as the type of ``default``: int, float, bool, str, or a tuple of the type of ``item``."""
+    """Return ``value`` as the type of ``default``: int, float, bool, str, or a tuple of the type of ``item``.
+
+    ``item`` may be a tuple of values of the types that an item may have.
+    """
     if isinstance(default, tuple):
         if isinstance(value, (list, tuple)):
-            return tuple(_coerce(item, element, name) for element in value)
+            examples = item if isinstance(item, tuple) else (item,)
+            return tuple(
+                _coerce(next((one for one in examples if isinstance(element, type(one))), examples[0]), element, name)
+                for element in value
+            )
         kind = "a list of numbers"
     elif isinstance(default, (bool, str)):
         if isinstance(value, type(default)):

@@ -195,7 +195,9 @@ def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
     elif isinstance(value, tuple):
         item = field.metadata["item"]
         shown = " ".join(f"{one:g}" for one in value) or "all"
-        settings.update(type=type(item), nargs="+", metavar="N" if isinstance(item, int) else "X")
+        kinds = {int: "N", float: "X", tuple: "CLASS"}
+        kind = number_or_name if isinstance(item, tuple) else type(item)
+        settings.update(type=kind, nargs="+", metavar=kinds[type(item)])
     elif isinstance(value, float):
         shown = f"{value:g}"
         settings.update(type=float, metavar="X")
@@ -203,6 +205,11 @@ def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
         settings.update(type=int, metavar="N")
     text = field.metadata["help"] if value is None else f"{field.metadata['help']} (default: {shown})"
     group.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **settings)
+
+
+def number_or_name(text: str) -> int | str:
+    """Return a value of --classes: the integer that ``text`` is, or else ``text``."""
+    return int(text) if text.removeprefix("-").isdecimal() else text
 
 
 def add_device_flags(group: Any, dtype: bool = True) -> None:

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     names = model.class_names
     if not 1 <= args.top <= len(names):
         raise InputError(f"--top must be from 1 to {len(names)}, the number of classes, not {args.top}")
-    images = find_images(args.images, names)
+    images = find_images(args.images, model)
     unreadable: dict[str, str] = {}
 
     def on_unreadable(image: object, reason: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cifar_fast.data.class_names import ClassNames
 from cifar_fast.recipe import IMAGE_SIZE, Recipe
 from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import atomic_write
@@ -32,7 +34,8 @@ class Dataset:
         train_images, test_images: uint8 ``[N, 32, 32, 3]``.
         train_labels, test_labels: integers ``[N]``, from 0 to the number of classes minus 1. Each class needs at least
             one training image.
-        class_names: names of the classes, their numbers by default.
+        class_names: names of the classes in the order of their numbers, or a mapping as for :class:`ClassNames`;
+            their numbers by default.
         notes: lines that say what :meth:`for_recipe` changed.
 
     Raises:
@@ -57,8 +60,8 @@ class Dataset:
             layout: Any = ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE", "ENSUREARRAY"]
             object.__setattr__(self, f"{split}_images", np.require(images, np.uint8, layout))
             object.__setattr__(self, f"{split}_labels", np.require(labels, np.int64, layout))
-        names = self.class_names if len(self.class_names) else range(self.train_labels.max() + 1)
-        object.__setattr__(self, "class_names", tuple(map(_text, names)))
+        names = ClassNames(self.class_names, self.source) or ClassNames(range(self.train_labels.max() + 1))
+        object.__setattr__(self, "class_names", names)
         if not 2 <= self.num_classes <= MAX_CLASSES:
             raise InputError(f"{self.source}: {self.num_classes} class(es); there must be 2 to {MAX_CLASSES}")
         if self.train_labels.max() >= self.num_classes:
@@ -106,12 +109,16 @@ class Dataset:
         """
         dataset = self
         if recipe.classes:
-            dataset = _only_classes(dataset, recipe.classes)
+            dataset = _only_classes(dataset, dataset.class_numbers(recipe.classes))
         if recipe.train_subset:
             dataset = _subset(dataset, recipe.train_subset)
         if recipe.label_noise:
             dataset = _with_label_noise(dataset, recipe.label_noise, recipe.label_noise_seed)
         return dataset
+
+    def class_numbers(self, classes: Sequence[int | str]) -> tuple[int, ...]:
+        """Return the numbers of ``classes``, which are names and numbers; see :meth:`ClassNames.choose`."""
+        return ClassNames(self.class_names).choose(classes, str(self.source))
 
     def save(self, path: str | Path) -> None:
         """Write the arrays and class names to the .npz file ``path``. ``load_dataset("npz", path)`` reads it."""
@@ -145,11 +152,6 @@ class Dataset:
 
 
 def _only_classes(dataset: Dataset, classes: tuple[int, ...]) -> Dataset:
-    if max(classes) >= dataset.num_classes:
-        raise InputError(
-            f"{dataset.source}: {option('classes')} must lie in 0 to {dataset.num_classes - 1}, "
-            f"not {' '.join(map(str, classes))}"
-        )
     train_labels, test_labels = (new_labels(labels, classes) for labels in (dataset.train_labels, dataset.test_labels))
     in_train, in_test = train_labels >= 0, test_labels >= 0
     names = tuple(dataset.class_names[old] for old in classes)
@@ -230,8 +232,3 @@ def check_images(source: str, images: np.ndarray, labels: np.ndarray, prefix: st
         raise InputError(
             f"{source}: {prefix}labels must lie in 0 to {MAX_CLASSES - 1}, not {labels.min()} to {labels.max()}"
         )
-
-
-def _text(name: Any) -> str:
-    """Return a class name as text. It is bytes in pickles of Python 2 and in numpy's "S" arrays."""
-    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import check_images, new_labels
 from cifar_fast.utils.errors import InputError, first_line, option
 
@@ -21,12 +22,15 @@ KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels")
 class EvalSet:
     """A named test set: uint8 images ``[N, 32, 32, 3]`` and int64 labels ``[N]``, -1 for a class not trained on.
 
+    ``class_names`` are the names of the classes in its file, if it has any.
+
     Images of a .npy file stay on disk until they are used.
     """
 
     name: str
     images: np.ndarray
     labels: np.ndarray
+    class_names: ClassNames | None = None
 
     @property
     def indices(self) -> np.ndarray:
@@ -34,30 +38,30 @@ class EvalSet:
         return np.flatnonzero(self.labels >= 0)
 
 
-def read_eval_sets(paths: Mapping[str, str | Path], num_classes: int, classes: tuple[int, ...] = ()) -> list[EvalSet]:
+def read_eval_sets(
+    paths: Mapping[str, str | Path], class_names: Sequence[str], classes: tuple[int, ...] = ()
+) -> list[EvalSet]:
     """Read the test sets at ``paths``. Each path is one of
 
-    * a ``.npz`` file with ``images`` and ``labels``, as in CIFAR-10.2, or ``test_images`` and ``test_labels``;
+    * a ``.npz`` file with ``images`` and ``labels``, as in CIFAR-10.2, or ``test_images`` and ``test_labels``; its
+      ``class_names``, if there are any, are compared with those of the training data;
     * a ``*_data.npy`` file with its ``*_labels.npy`` in the same folder, as in CIFAR-10.1;
     * a folder of such pairs, or of files of images with one ``labels.npy`` for all, as in CIFAR-10-C. Each file is a
       test set, NAME/FILE.
 
-    ``num_classes`` is the number of classes of the whole training data. ``classes`` are the classes that are trained
+    ``class_names`` are those of the whole training data. ``classes`` are the numbers of the classes that are trained
     on; empty means all. An InputError names a test set that cannot be used.
     """
     eval_sets = []
     for eval_set in (one for name, path in paths.items() for one in _read(str(name), Path(path).expanduser())):
         name = f"{option('also_test')} {eval_set.name}"
         check_images(name, eval_set.images, eval_set.labels)
-        labels = eval_set.labels.astype(np.int64)
-        if labels.max() >= num_classes:
-            raise InputError(
-                f"{name}: its labels go up to {labels.max()}, but the training data has {num_classes} classes"
-            )
+        labels = ClassNames(class_names).renumber(eval_set.labels, eval_set.class_names, f"test set {eval_set.name}")
         if classes:
             labels = new_labels(labels, classes)
             if (labels < 0).all():
-                raise InputError(f"{name}: has no image of {option('classes')} {' '.join(map(str, classes))}")
+                chosen = " ".join(class_names[number] for number in classes)
+                raise InputError(f"{name}: has no image of {option('classes')} {chosen}")
         eval_sets.append(dataclasses.replace(eval_set, labels=labels))
     return eval_sets
 
@@ -66,25 +70,31 @@ def _read(name: str, path: Path) -> list[EvalSet]:
     if path.is_dir():
         return _read_folder(name, path)
     if path.suffix == ".npz":
-        images, labels = read_npz(path)
+        images, labels, class_names = read_npz(path)
         if labels is None:
             raise InputError(f"{path}: holds images without labels; it must hold both")
-        return [EvalSet(name, images, labels)]
+        return [EvalSet(name, images, labels, class_names)]
     if not path.name.endswith("_data.npy"):
         raise InputError(f"{path}: must be a .npz file, a *_data.npy file or a folder of .npy files")
     return [_read_pair(name, path)]
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the images of an .npz file in a published format, and its labels or None, both unchecked."""
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, ClassNames | None]:
+    """Return images, labels or None, and class names or None of an .npz file in a published format.
+
+    Images and labels are unchecked.
+    """
     arrays = _load(path)
-    for images, labels in KEYS:
-        if images in arrays and labels in arrays:
-            return arrays[images], arrays[labels]
-    for images, _ in KEYS:
-        if images in arrays:
-            return arrays[images], None
-    raise InputError(f"{path}: holds {', '.join(arrays)}; it must hold images and labels")
+    found = [pair for pair in KEYS if pair[0] in arrays and pair[1] in arrays]
+    found = found or [pair for pair in KEYS if pair[0] in arrays]
+    if not found:
+        raise InputError(f"{path}: holds {', '.join(arrays)}; it must hold images and labels")
+    images, labels = found[0]
+    for other in found[1:]:
+        if not all(np.array_equal(arrays[a], arrays[b]) for a, b in zip(found[0], other) if b in arrays):
+            raise InputError(f"{path}: holds {images} and {other[0]}, which differ; it must hold one test set")
+    names = ClassNames(arrays["class_names"], str(path)) if "class_names" in arrays else None
+    return arrays[images], arrays.get(labels), names
 
 
 def _read_folder(name: str, folder: Path) -> list[EvalSet]:

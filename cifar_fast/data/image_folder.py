@@ -1,22 +1,25 @@
 """Images as files in ``ROOT/train/CLASS/`` and ``ROOT/test/CLASS/``, decoded once and then cached.
 
-The cache is one ``.npz`` file next to ROOT. It holds a fingerprint of the path, size and modification time of every
-image file, and is written again when the fingerprint changes.
+The cache is one ``.npz`` file next to ROOT. It holds a fingerprint of the bytes of every image file, and is written
+again when the fingerprint changes. Sizes and times are no fingerprint, because copies may keep them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
+import PIL
 from PIL import Image
 
+from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import ARRAYS
 from cifar_fast.recipe import IMAGE_SIZE
 from cifar_fast.utils.errors import InputError, option
@@ -24,9 +27,11 @@ from cifar_fast.utils.files import atomic_write
 from cifar_fast.utils.progress import LOGGER, progress_bar
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits per channel, so RGB loses nothing
+MAX_WAYS = 1000
+"""The largest number of ways to one folder. Links among a few folders could otherwise lead through millions."""
 
 
-def read_folder(root: Path) -> dict[str, np.ndarray]:
+def read_folder(root: Path) -> dict[str, Any]:
     """Read the images below ``root`` as the arrays of ``ARRAYS`` and ``class_names``.
 
     Classes are in alphabetical order, the images of a class in the order of their paths. An InputError names a folder
@@ -48,7 +53,7 @@ def read_folder(root: Path) -> dict[str, np.ndarray]:
     n = sum(map(len, train.values()))
 
     cache = root.with_name(f"{root.name}.cifar_fast.npz")
-    fingerprint = _fingerprint(root, files)
+    fingerprint = _fingerprint(files)
     images = _read_cache(cache, fingerprint)
     if images is None or len(images) != len(files):
         LOGGER.info(f"decoding {len(files)} images under {root}")
@@ -62,7 +67,7 @@ def read_folder(root: Path) -> dict[str, np.ndarray]:
                 f"could not cache the decoded images in {cache} ({error.strerror}); the next start decodes them again"
             )
     arrays = images[:n], labels[:n], images[n:], labels[n:]
-    return dict(zip(ARRAYS, arrays), class_names=np.array(names))
+    return dict(zip(ARRAYS, arrays), class_names=names)
 
 
 def _classes(split: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
@@ -71,10 +76,11 @@ def _classes(split: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
     Folders and images are in alphabetical order.
     """
     try:
-        entries = sorted(split.iterdir())
-        folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
-        ignored.update(_kind(path) for path in entries if path not in folders)
-        classes = {folder.name: sorted(images_below(folder, ignored)) for folder in folders}
+        entries = _entries(split)
+        ignored.update(_kind(path) for path, type_ in entries if type_ != "folder")
+        folders = [path for path, type_ in entries if type_ == "folder"]
+        found = dict(zip(ClassNames((path.name for path in folders), str(split)), folders))
+        classes = {name: list(images_below(folder, ignored)) for name, folder in sorted(found.items())}
     except OSError as error:
         raise InputError(
             f"{error.filename}: {error.strerror}; {option('data_dir')} must be a folder that contains train/CLASS/ "
@@ -85,32 +91,51 @@ def _classes(split: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
     for name, images in classes.items():
         if not images:
             raise InputError(
-                f"{split / name}: an empty class, without images that Pillow reads; add some or delete the folder"
+                f"{found[name]}: an empty class, without images that Pillow reads; add some or delete the folder"
             )
     return classes
 
 
 def images_below(folder: Path, ignored: Counter[str]) -> Iterator[Path]:
-    """Yield the images in ``folder`` and its subfolders. Follow links, as torchvision's ImageFolder does.
+    """Yield the images in ``folder`` and its subfolders, in the order of their paths.
 
-    ``ignored`` counts other files by their kind. Raises OSError.
+    Links are followed, as by torchvision's ImageFolder. A folder that can be reached in several ways is read each time.
+    ``ignored`` counts other files by their kind. It also counts links to a folder that holds the link. Raises OSError.
     """
+    reached = Counter[str]()
+    pending: list[tuple[Path, str, tuple[str, ...]]] = [(folder, "folder", ())]
+    while pending:
+        path, type_, parents = pending.pop()
+        real = os.path.realpath(path) if type_ == "folder" else ""
+        if real in parents:
+            ignored["link to a parent folder"] += 1
+        elif type_ == "folder":
+            reached[real] += 1
+            if reached[real] > MAX_WAYS:
+                raise InputError(f"{path}: links lead to this folder in over {MAX_WAYS} ways; remove some of them")
+            pending += [(*entry, (*parents, real)) for entry in reversed(_entries(path))]
+        elif type_ == "file" and path.suffix.lower() in _readable_suffixes():
+            yield path
+        else:
+            ignored[_kind(path)] += 1
 
-    def fail(error: OSError) -> NoReturn:
-        raise error
 
-    readable, seen = _readable_suffixes(), set[str]()
-    for path, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        real = os.path.realpath(path)
-        if real in seen:  # a link to a parent folder
-            folders.clear()
-            continue
-        seen.add(real)
-        for file in map(Path(path).joinpath, files):
-            if file.suffix.lower() in readable and not file.name.startswith("."):
-                yield file
-            else:
-                ignored[_kind(file)] += 1
+def _entries(folder: Path) -> list[tuple[Path, str]]:
+    """Return the entries of ``folder`` in alphabetical order, each with its type: "folder", "file" or "other"."""
+    with os.scandir(folder) as entries:
+        return [(Path(entry.path), _type(entry)) for entry in sorted(entries, key=lambda entry: entry.name)]
+
+
+def _type(entry: os.DirEntry[str]) -> str:
+    """Return "other" for a hidden entry, and for one without contents, such as a named pipe."""
+    if entry.name.startswith("."):
+        return "other"
+    with contextlib.suppress(OSError):  # a link to itself
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+    return "other" if os.path.exists(entry.path) else "file"  # a broken link is reported when it is opened
 
 
 @functools.cache
@@ -128,13 +153,11 @@ def by_kind(ignored: Counter[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
 
 
-def _fingerprint(root: Path, files: list[Path]) -> str:
+def _fingerprint(files: list[Path]) -> str:
     # The text names the way of decoding, so that a cache from another way is not used.
-    digest = hashlib.sha256(b"transparent over white\0")
+    digest = hashlib.sha256(f"transparent over white, Pillow {PIL.__version__}".encode())
     for file in files:
-        status = file.stat()
-        line = f"{file.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\0"
-        digest.update(line.encode(errors="surrogateescape"))
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 

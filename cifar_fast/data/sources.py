@@ -75,8 +75,7 @@ def read_dataset(name: str, data_dir: str | Path | None = None, data_url: str | 
             arrays = _read_npz(path)
     except OSError as error:
         raise InputError(f"{error.filename or source}: {error.strerror or error}; check {option('data_dir')}") from None
-    names = tuple(np.atleast_1d(arrays.pop("class_names", ())).tolist())
-    return Dataset(name=name, source=source, class_names=names, notes=(), **arrays)
+    return Dataset(name=name, source=source, **arrays)
 
 
 def check_named(name: str, data_dir: str | Path | None) -> None:
@@ -92,7 +91,7 @@ def is_dataset(name: str) -> bool:
     return re.fullmatch(r"hf:[\w.-]+/[\w.-]+", name) is not None if name.startswith("hf:") else name in DATASETS
 
 
-def _read_cifar(name: str, root: Path, data_url: str | None) -> dict[str, np.ndarray]:
+def _read_cifar(name: str, root: Path, data_url: str | None) -> dict[str, Any]:
     try:
         from torchvision.datasets import CIFAR10, CIFAR100  # here, because it imports torch
     except Exception as error:  # a torchvision for another torch raises a RuntimeError
@@ -119,7 +118,7 @@ def _read_cifar(name: str, root: Path, data_url: str | None) -> dict[str, np.nda
         sources = [data_url] if data_url else [MIRRORS[name], kind.url]
         train, test = _ensure_downloaded(kind, root, sources, splits)
     arrays = train.data, np.array(train.targets), test.data, np.array(test.targets)
-    return dict(zip(ARRAYS, arrays), class_names=np.array(train.classes))
+    return dict(zip(ARRAYS, arrays), class_names=train.classes)
 
 
 def _ensure_downloaded(kind: Any, root: Path, sources: list[str], splits: Callable[[], list[Any]]) -> list[Any]:
@@ -158,7 +157,7 @@ def _ensure_downloaded(kind: Any, root: Path, sources: list[str], splits: Callab
         ) from None
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _read_npz(path: Path) -> dict[str, Any]:
     if path.is_dir():
         files = list(path.glob("*.npz"))
         if len(files) != 1:
@@ -186,8 +185,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _read_synthetic() -> dict[str, np.ndarray]:
+def _read_synthetic() -> dict[str, Any]:
     from cifar_fast.data.synthetic import PATTERNS, textures
 
     train, test = textures(10_000, seed=0), textures(2_000, seed=1)
-    return dict(zip(ARRAYS, (*train, *test)), class_names=np.array(list(PATTERNS)))
+    return dict(zip(ARRAYS, (*train, *test)), class_names=list(PATTERNS))

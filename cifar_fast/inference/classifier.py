@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.tensors import Normalization
 from cifar_fast.model import CNN
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
@@ -34,7 +35,7 @@ class Classifier(nn.Module):
         self, model: nn.Module, recipe: Recipe, class_names: Sequence[str], mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
-        self.model, self.recipe, self.class_names = model, recipe, tuple(class_names)
+        self.model, self.recipe, self.class_names = model, recipe, ClassNames(class_names)
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
 

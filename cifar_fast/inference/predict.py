@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import check_images
 from cifar_fast.data.eval_sets import read_npz
 from cifar_fast.data.image_folder import by_kind, decode_image, images_below
@@ -67,21 +68,22 @@ class Prediction:
     probabilities: torch.Tensor
 
 
-def find_images(paths: Iterable[str | Path], class_names: Sequence[str]) -> list[ImageRef]:
+def find_images(paths: Iterable[str | Path], model: Classifier) -> list[ImageRef]:
     """Return the images in ``paths``: image files, folders with subfolders, and .npz files.
 
     The images of a folder are in the order of their paths. The label of such an image comes from its path: the
-    first folder whose name is a class. The labels of a .npz file are its own.
+    folder that is named after a class of ``model``. The labels of a .npz file are its own. They are compared by the
+    file's class names, or by number if it has none.
 
     Raises:
-        InputError: a path contains no images.
+        InputError: a path contains no images, or a label is not a class of ``model``.
     """
     images: list[ImageRef] = []
     for path in (Path(path).expanduser() for path in paths):
         if path.is_dir():
-            images += _images_of_folder(path, class_names)
+            images += _images_of_folder(path, model.class_names)
         elif path.suffix == ".npz":
-            images += _images_of_npz(path, len(class_names))
+            images += _images_of_npz(path, model)
         elif path.is_file():
             images.append(ImageRef(path))
         else:
@@ -89,32 +91,40 @@ def find_images(paths: Iterable[str | Path], class_names: Sequence[str]) -> list
     return images
 
 
-def _images_of_folder(folder: Path, class_names: Sequence[str]) -> list[ImageRef]:
+def _images_of_folder(folder: Path, class_names: ClassNames) -> list[ImageRef]:
     ignored: Counter[str] = Counter()
     try:
-        files = sorted(images_below(folder, ignored))
+        files = list(images_below(folder, ignored))
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; give folders that can be read") from None
     if not files:
         raise InputError(f"{folder}: no image that Pillow reads; give image files, folders of them, or .npz files")
     if ignored:
         LOGGER.info(f"ignored {ignored.total()} files under {folder} that are not images: {by_kind(ignored)}")
-    class_indices = {name: index for index, name in enumerate(class_names)}
-    images = []
-    for file in files:
-        folders = file.relative_to(folder).parts[:-1]
-        label = next((class_indices[name] for name in folders if name in class_indices), None)
-        images.append(ImageRef(file, label))
-    return images
+    return [ImageRef(file, _label_of_path(file, folder, class_names)) for file in files]
 
 
-def _images_of_npz(path: Path, num_classes: int) -> list[ImageRef]:
-    images, labels = read_npz(path)
+def _label_of_path(file: Path, folder: Path, class_names: ClassNames) -> int | None:
+    """Return the number of the class that a folder of ``file`` below ``folder`` is named after, or None."""
+    folders = map(class_names.number, file.relative_to(folder).parts[:-1])
+    numbers = sorted({number for number in folders if number is not None})
+    if len(numbers) > 1:
+        names = " and ".join(class_names[number] for number in numbers)
+        raise InputError(f"{file}: lies in folders of several classes, {names}; give the folder that holds the classes")
+    return numbers[0] if numbers else None
+
+
+def _images_of_npz(path: Path, model: Classifier) -> list[ImageRef]:
+    images, labels, names = read_npz(path)
     check_images(str(path), images, np.zeros(images.shape[:1], int) if labels is None else labels)
     if labels is None:
         return [ImageRef(path, None, index, pixels) for index, pixels in enumerate(images)]
-    if labels.max() >= num_classes:
-        raise InputError(f"{path}: the largest label is {labels.max()}, but the model has {num_classes} classes")
+    if model.recipe.classes and not names:
+        raise InputError(
+            f"{path}: has labels but no class_names, and the model was trained on some classes of its data, "
+            f"{model.class_names}; add class_names, or remove the labels"
+        )
+    labels = model.class_names.renumber(labels, names, str(path))
     return [ImageRef(path, label, index, pixels) for index, (label, pixels) in enumerate(zip(labels.tolist(), images))]
 
 

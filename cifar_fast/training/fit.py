@@ -12,6 +12,7 @@ import torch
 
 from cifar_fast.backends.base import Backend
 from cifar_fast.backends.select import BackendCache, BackendConfig, local_device, resolve_backend
+from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.eval_sets import EvalSet, read_eval_sets
 from cifar_fast.data.tensors import device_data
@@ -218,11 +219,19 @@ class Training:
             InputError: the data cannot be trained on, or is not what the resumed training was trained on.
         """
         config = self.config
-        self.eval_sets: list[EvalSet] = read_eval_sets(config.also_test, dataset.num_classes, config.recipe.classes)
+        classes = dataset.class_numbers(config.recipe.classes)
+        self.eval_sets: list[EvalSet] = read_eval_sets(config.also_test, dataset.class_names, classes)
         self.dataset = dataset.for_recipe(config.recipe)
         self.dataset.check_trainable(config.recipe.batch_size)
         if self.folder and self.folder.earlier:
             before, now = self.folder.earlier.dataset["digest"], self.dataset.digest
+            names = ClassNames(self.folder.earlier.dataset["class_names"])
+            if now == before and names != self.dataset.class_names:
+                raise InputError(
+                    f"{self.folder.name}: the classes of {dataset.source} were {names}, not "
+                    f"{ClassNames(self.dataset.class_names)}; name the data set that was trained on with "
+                    f"{option('data_dir')}"
+                )
             if now != before:
                 raise InputError(
                     f"{self.folder.name}: {dataset.source} is not the data set that was trained on (digest {now[:12]}, "

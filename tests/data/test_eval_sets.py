@@ -8,7 +8,7 @@ import pytest
 
 from cifar_fast import InputError, Recipe, fit
 from cifar_fast.train import main
-from tests.helpers import DEVICE, NARROW, save_npz, small_dataset
+from tests.helpers import DEVICE, HOW, NARROW, save_npz, small_dataset
 
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
 FLAGS = "--widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu --backend eager"
@@ -90,6 +90,14 @@ def test_unusable_set_is_refused_before_training(tmp_path, small, files, words):
     with pytest.raises(InputError, match=words):
         fit(RECIPE, small, also_test={"x": path}, backend="eager", device="cpu", log=lines.append)
     assert not lines
+
+
+def test_file_with_two_different_test_sets_is_refused(tmp_path, small):
+    path = save_npz(tmp_path / "x.npz", small, images=255 - small.test_images, labels=small.test_labels)
+    with pytest.raises(
+        InputError, match=r"x.npz: holds images and test_images, which differ; it must hold one test set"
+    ):
+        fit(RECIPE, small, also_test={"x": path}, **HOW)
 
 
 @pytest.mark.slow  # whole trainings

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cifar_fast import InputError, load_dataset
+from cifar_fast.data.image_folder import images_below
 from tests.helpers import save_npz, small_dataset
 
 
@@ -185,7 +187,63 @@ def test_all_image_formats_and_subfolders_are_read(tmp_path):
     dataset = load_dataset("folder", root, log=lines.append)
     assert list(np.bincount(dataset.train_labels)) == [6 + 5, 6 + 2]
     assert np.array_equal(dataset.train_images[6], dataset.train_images[0])  # b/deep/er/x.BMP, after 005.png
-    assert not any(line.startswith("ignored") for line in lines)
+    (line,) = [line for line in lines if line.startswith("ignored")]
+    assert line.endswith(": 1 link to a parent folder")
+
+
+def test_linked_folders_are_read_in_the_order_of_their_paths(tmp_path):
+    """The order in which the folder lists its entries has no effect, nor which of two paths is the link."""
+    root = make_folder(tmp_path / "set")
+    (root / "train/ant/z").mkdir()
+    (root / "train/ant/000.png").rename(root / "train/ant/z/000.png")
+    (root / "train/ant/a").symlink_to("z")
+    (root / "train/ant/self").symlink_to("self")
+    (root / "test/cow").symlink_to(root / "train/ant/z/..", target_is_directory=True)
+    (root / "train/cow").symlink_to(tmp_path / "elsewhere")
+    (root / "test/ant").rename(tmp_path / "elsewhere")
+    (root / "test/ant").symlink_to(root / "train/bee")
+    found = [str(path.relative_to(root)) for path in images_below(root, Counter())]
+    ant = [*(f"00{i}.png" for i in range(1, 6)), "a/000.png", "z/000.png"]
+    bee = [f"00{i}.png" for i in range(6)]
+    expected = {"test/ant": bee, "test/bee": bee[:2], "test/cow": ant, "train/ant": ant}
+    expected |= {"train/bee": bee, "train/cow": bee[:2]}
+    assert found == [f"{folder}/{name}" for folder, names in expected.items() for name in names]
+    dataset = load_dataset("folder", root, log=None)
+    assert list(np.bincount(dataset.train_labels)) == [7, 6, 2] and list(np.bincount(dataset.test_labels)) == [6, 2, 7]
+
+
+@pytest.mark.parametrize("folders", [3, 12])
+def test_folders_that_link_to_one_another_end(tmp_path, folders):
+    paths = [tmp_path / f"folder-{i}" for i in range(folders)]
+    for path in paths:
+        path.mkdir()
+        (path / "x.png").touch()
+        for other in paths:
+            (path / f"to-{other.name}").symlink_to(other)
+    ignored = Counter()
+    if folders == 3:  # each of the 15 ways to a folder without passing one twice
+        assert len(list(images_below(tmp_path, ignored))) == 15
+        assert ignored == {"link to a parent folder": 3 + 6 * 2 + 6 * 3}
+    else:
+        with refusal("links lead to this folder in over 1000 ways"):
+            list(images_below(tmp_path, ignored))
+
+
+def test_hidden_folders_and_pipes_are_ignored(tmp_path):
+    root = make_folder(tmp_path / "set")
+    (root / "train/ant/.trash").mkdir()
+    shutil.copy(root / "train/bee/000.png", root / "train/ant/.trash/000.png")
+    os.mkfifo(root / "train/ant/pipe.png")
+    lines = []
+    assert len(load_dataset("folder", root, log=lines.append).train_images) == 12
+    assert lines[0].endswith("that are not images of a class: 1 .png, 1 hidden")
+
+
+def test_broken_link_to_an_image_is_named(tmp_path):
+    root = make_folder(tmp_path / "set")
+    (root / "train/ant/x.png").symlink_to(tmp_path / "none.png")
+    with refusal("train/ant/x.png: No such file"):
+        load_dataset("folder", root, log=None)
 
 
 def test_ignored_files_are_counted_in_one_line(tmp_path):
@@ -253,6 +311,32 @@ def test_cache_is_read_until_the_folder_changes(tmp_path):
     assert len(load_dataset("folder", root, log=lines.append).train_images) == 11
     assert [line.split()[1] for line in lines if line.startswith("decoding ")] == ["16", "16", "15", "15"]
     assert sorted(os.listdir(tmp_path)) == ["set", "set.cifar_fast.npz"]
+
+
+def test_cache_is_not_used_for_other_images_of_equal_size_and_time(tmp_path):
+    """Copies may keep times, and sizes of images may be equal by chance, as those of BMP always are."""
+    root = make_folder(tmp_path / "set", suffix="bmp")
+    first = load_dataset("folder", root, log=None)
+    one, other = root / "train/ant/000.bmp", root / "train/bee/000.bmp"
+    for file in (one, other):
+        os.utime(file, ns=(10**18, 10**18))
+    load_dataset("folder", root, log=None)
+    one.rename(root / "x")
+    other.rename(one)
+    (root / "x").rename(other)
+    swapped = load_dataset("folder", root, log=None)
+    assert np.array_equal(swapped.train_images[0], first.train_images[6])
+    assert np.array_equal(swapped.train_images[6], first.train_images[0])
+
+
+def test_cache_is_used_for_the_same_images_under_other_names(tmp_path):
+    root = make_folder(tmp_path / "set")
+    load_dataset("folder", root, log=None)
+    (root / "train/ant/000.png").rename(root / "train/ant/0000.png")
+    os.utime(root / "train/ant/001.png", ns=(10**18, 10**18))
+    lines = []
+    load_dataset("folder", root, log=lines.append)
+    assert not lines
 
 
 def load_in_a_pool(root):

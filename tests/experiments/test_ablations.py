@@ -71,8 +71,8 @@ def test_flag_changes_the_training_and_is_in_the_summary(tmp_path, npz, name):
         ("--train-subset -1", "--train-subset must be at least 0"),
         ("--train-subset 2", "tiny.npz: --train-subset must lie in 3 to 24, "),
         ("--train-subset 25", "tiny.npz: --train-subset must lie in 3 to 24, "),
-        ("--classes 1", "--classes must be two or more numbers from 0, not 1"),
-        ("--classes 0 0", "--classes must be different numbers"),
+        ("--classes 1", "--classes must be two or more names or numbers from 0, not 1"),
+        ("--classes 0 0", "--classes must be different, not 0 0"),
         ("--classes 0 3", "tiny.npz: --classes must lie in 0 to 2, not 0 3"),
     ],
 )

@@ -174,13 +174,30 @@ def test_other_files_in_a_folder_are_counted(tmp_path, trained, capfd):
     assert lines[0] == f"ignored 1 files under {tmp_path} that are not images: 1 .txt" and len(lines) == 2
 
 
+def test_linked_folders_are_followed_and_loops_counted(tmp_path, trained, capfd):
+    for name in ("cat", "truck"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+    write_image(tmp_path / "set/truck/a.png")
+    write_image(tmp_path / "set/cat/b.png")
+    (tmp_path / "set/dog").symlink_to("truck")
+    (tmp_path / "set/all").symlink_to(".")
+    lines, _ = predict(capfd, trained, tmp_path / "set", "--json", tmp_path / "out.json")
+    images = json.loads((tmp_path / "out.json").read_text())["images"]
+    assert [(image["path"].removeprefix(f"{tmp_path}/set/"), image["label"]) for image in images] == [
+        ("cat/b.png", "cat"),
+        ("dog/a.png", "dog"),
+        ("truck/a.png", "truck"),
+    ]
+    assert lines[0].endswith("that are not images: 1 link to a parent folder")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("{trained} none.png", "none.png: no such file"),
         ("{trained} {tmp}/empty", "empty: no image that Pillow reads;"),
         ("{trained} {tmp}/float.npz", "images must be uint8"),
-        ("{trained} {tmp}/labels.npz", "the largest label is 3, but the model has 3 classes"),
+        ("{trained} {tmp}/labels.npz", "labels go up to 3, but the training data has 3 classes"),
         ("{trained} {tmp}/other.npz", "holds pixels; it must hold images"),
         ("{trained} {tmp}/a.png --top 4", "--top must be from 1 to 3"),
         ("{trained} {tmp}/a.png --batch-size 0", "--batch-size must be at least 1"),
