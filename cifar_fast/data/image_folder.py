@@ -27,7 +27,7 @@ from cifar_fast.utils.files import atomic_write
 from cifar_fast.utils.progress import LOGGER, progress_bar
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits per channel, so RGB loses nothing
-MAX_WAYS = 1000
+MAX_WAYS = 100
 """The largest number of ways to one folder. Links among a few folders could otherwise lead through millions."""
 
 
@@ -102,18 +102,20 @@ def images_below(folder: Path, ignored: Counter[str]) -> Iterator[Path]:
     Links are followed, as by torchvision's ImageFolder. A folder that can be reached in several ways is read each time.
     ``ignored`` counts other files by their kind. It also counts links to a folder that holds the link. Raises OSError.
     """
-    reached = Counter[str]()
-    pending: list[tuple[Path, str, tuple[str, ...]]] = [(folder, "folder", ())]
+    reached = Counter[tuple[int, int]]()
+    pending: list[tuple[Path, str, tuple[tuple[int, int], ...]]] = [(folder, "folder", ())]
     while pending:
         path, type_, parents = pending.pop()
-        real = os.path.realpath(path) if type_ == "folder" else ""
-        if real in parents:
-            ignored["link to a parent folder"] += 1
-        elif type_ == "folder":
-            reached[real] += 1
-            if reached[real] > MAX_WAYS:
+        if type_ == "folder":
+            status = os.stat(path)
+            identity = status.st_dev, status.st_ino
+            if identity in parents:
+                ignored["link to a parent folder"] += 1
+                continue
+            reached[identity] += 1
+            if reached[identity] > MAX_WAYS:
                 raise InputError(f"{path}: links lead to this folder in over {MAX_WAYS} ways; remove some of them")
-            pending += [(*entry, (*parents, real)) for entry in reversed(_entries(path))]
+            pending += [(*entry, (*parents, identity)) for entry in reversed(_entries(path))]
         elif type_ == "file" and path.suffix.lower() in _readable_suffixes():
             yield path
         else:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import re
+import shutil
+import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,8 +116,10 @@ def _read_cifar(name: str, root: Path, data_url: str | None) -> dict[str, Any]:
         train, test = splits()
     except RuntimeError:  # torchvision's, if files are missing or damaged
         if unpacked:
+            wrong = [path.name for path in _unpublished(kind, root)] or ["another"]
             raise InputError(
-                f"{root}: a file of {kind.__name__} is missing or damaged there; unpack {kind.filename} again"
+                f"{root}: a file of {kind.__name__} is missing or damaged there; unpack {kind.filename} again "
+                f"({', '.join(wrong)})"
             ) from None
         sources = [data_url] if data_url else [MIRRORS[name], kind.url]
         train, test = _ensure_downloaded(kind, root, sources, splits)
@@ -123,7 +129,7 @@ def _read_cifar(name: str, root: Path, data_url: str | None) -> dict[str, Any]:
 
 def _ensure_downloaded(kind: Any, root: Path, sources: list[str], splits: Callable[[], list[Any]]) -> list[Any]:
     """Unpack the archive of torchvision's data set ``kind`` in ``root``, downloaded if needed. Return ``splits()``."""
-    from torchvision.datasets.utils import check_integrity, extract_archive
+    from torchvision.datasets.utils import check_integrity
 
     from cifar_fast.data.download import download
 
@@ -134,10 +140,19 @@ def _ensure_downloaded(kind: Any, root: Path, sources: list[str], splits: Callab
         with made_folder(root), locked(root, lambda: LOGGER.info(waiting)):
             with contextlib.suppress(RuntimeError):  # another process may have unpacked it, and may be reading it now
                 return splits()
+            changed = [path for path in _unpublished(kind, root / kind.base_folder) if path.exists()]
             if not check_integrity(archive, kind.tgz_md5):
-                download(sources, archive, kind.tgz_md5)
+                if _is_whole_gzip(archive):
+                    changed.append(archive)
+                if not changed:
+                    download(sources, archive, kind.tgz_md5)
+            if changed:
+                raise InputError(
+                    f"{changed[0]}: differs from the published file, and is not overwritten; move it away to get the "
+                    f"published one, save data of your own for {option('dataset')} npz"
+                )
             with os_error_as_input_error(str(root)):
-                extract_archive(archive, root)
+                _unpack(archive, root)
             return splits()
     except InputError as error:
         raise InputError(
@@ -155,6 +170,41 @@ def _ensure_downloaded(kind: Any, root: Path, sources: list[str], splits: Callab
             f"into {root}, name a source with {option('data_url')}, or try {option('dataset')} synthetic, which needs "
             "no files"
         ) from None
+
+
+def _unpublished(kind: Any, folder: Path) -> list[Path]:
+    """Return the files of torchvision's data set ``kind`` that are missing in ``folder`` or have another MD5 sum."""
+    from torchvision.datasets.utils import check_integrity
+
+    sums = (*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"]))
+    return [folder / name for name, md5 in sums if not check_integrity(folder / name, md5)]
+
+
+def _is_whole_gzip(path: Path) -> bool:
+    """Return whether ``path`` is a gzip file up to its end. A download that was cut off is not."""
+    try:
+        with gzip.open(path) as file:
+            while file.read(1 << 20):
+                pass
+    except (OSError, EOFError, zlib.error):
+        return False
+    return True
+
+
+def _unpack(archive: Path, root: Path) -> None:
+    """Add the files of ``archive`` that ``root`` lacks. Each appears there completely or not at all."""
+    from torchvision.datasets.utils import extract_archive
+
+    prefix = f".{archive.name}."
+    for left in root.glob(f"{prefix}*"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=root) as temporary:
+        extract_archive(archive, temporary)
+        for path in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
+            place = root / path.relative_to(temporary)
+            if not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
 
 
 def _read_npz(path: Path) -> dict[str, Any]:

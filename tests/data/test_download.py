@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -199,6 +200,58 @@ def test_corrupt_archive_is_downloaded_again(cifar10, serve):
     archive.write_bytes(whole[:-100])
     dataset = load_dataset("cifar10", cifar10, data_url=serve(whole).url, log=None)
     assert len(dataset.train_images) == 100 and archive.read_bytes() == whole
+
+
+@pytest.mark.parametrize("edited", ["data_batch_2", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("has_archive", [True, False])
+def test_edited_files_are_never_overwritten(cifar10, serve, edited, has_archive):
+    archive = cifar10 / KINDS["cifar10"].filename
+    server = serve(archive.read_bytes())
+    load_dataset("cifar10", cifar10, log=None)
+    file = cifar10 / "cifar-10-batches-py" / edited
+    content = pickle.loads(file.read_bytes(), encoding="latin1")
+    content |= (
+        {"label_names": content["label_names"][::-1]} if "meta" in edited else {"labels": content["labels"][::-1]}
+    )
+    file.write_bytes(pickle.dumps(content))
+    before = file.read_bytes()
+    (file.parent / "data_batch_3").unlink()  # others may be missing
+    if not has_archive:
+        archive.unlink()
+    with pytest.raises(InputError, match=f"py/{edited}: differs from the published file, and is not overwritten; move"):
+        load_dataset("cifar10", cifar10, data_url=server.url, log=None)
+    assert file.read_bytes() == before and not server.asked and archive.exists() == has_archive
+    file.rename(cifar10 / "mine")
+    assert len(load_dataset("cifar10", cifar10, data_url=server.url, log=None).train_images) == 100
+    assert sorted(os.listdir(cifar10)) == ["cifar-10-batches-py", archive.name, "mine"]
+
+
+def test_edited_archive_is_never_overwritten(cifar10, serve):
+    archive = cifar10 / KINDS["cifar10"].filename
+    server = serve(archive.read_bytes())
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(__file__, "cifar-10-batches-py/data_batch_1")
+    before = archive.read_bytes()
+    with pytest.raises(InputError, match=r"python\.tar\.gz: differs from the published file, and is not overwritten"):
+        load_dataset("cifar10", cifar10, data_url=server.url, log=None)
+    assert archive.read_bytes() == before and not server.asked and os.listdir(cifar10) == [archive.name]
+
+
+def test_unpacking_that_was_killed_is_repeated(cifar10, tmp_path):
+    archive = cifar10 / KINDS["cifar10"].filename
+    code = (
+        "import os, sys; from cifar_fast.data import sources; from pathlib import Path; number = [0]\n"
+        "def replace(*paths):\n"
+        "    number[0] += 1\n"
+        "    number[0] < 4 or os._exit(9)\n"
+        "    rename(*paths)\n"
+        "rename, os.replace = os.replace, replace\n"
+        "sources._unpack(*map(Path, sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, archive, cifar10], env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == 9 and len(os.listdir(cifar10 / "cifar-10-batches-py")) == 3
+    assert len(load_dataset("cifar10", cifar10, log=None).train_images) == 100
+    assert sorted(os.listdir(cifar10)) == ["cifar-10-batches-py", archive.name]
 
 
 def test_next_source_resumes_after_a_slow_one(tmp_path, serve):
