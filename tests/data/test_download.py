@@ -1,10 +1,9 @@
-"""Downloads from faulty servers on the loopback address, and data sets of a local Hugging Face Hub."""
+"""Downloads from faulty servers on the loopback address."""
 
 import contextlib
 import functools
 import hashlib
 import http.server
-import io
 import json
 import multiprocessing
 import os
@@ -21,7 +20,6 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from cifar_fast import InputError, load_dataset
 from cifar_fast.data.download import download
@@ -29,7 +27,7 @@ from cifar_fast.data.sources import MIRRORS
 from cifar_fast.train import main
 from cifar_fast.utils.files import locked
 from cifar_fast.utils.progress import lines_to
-from tests.helpers import KINDS, small_dataset
+from tests.helpers import KINDS
 
 module = sys.modules[download.__module__]
 TINY = "--widths 4 8 8 8 16 32 32 32 --epochs 1 --batch-size 32 --device cpu --dtype float32 --backend eager"
@@ -433,106 +431,3 @@ def test_lock_is_released(tmp_path):
     for _ in range(2):
         with locked(tmp_path, lambda: pytest.fail("busy")):
             pass
-
-
-def png(image):
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A local hub with one data set, "someone/images".
-
-    Yields the columns of its tables, which a test may change, and the data set.
-    """
-    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: the extra hf")
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra hf")
-    parquet_files = pytest.importorskip("pyarrow.parquet")
-
-    small = small_dataset(96, 40, 3)
-    columns = {"img": "images", "label": "labels"}
-    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-
-    def parquet(split):
-        images, labels = getattr(small, f"{split}_images"), getattr(small, f"{split}_labels")
-        made = {"images": pyarrow.array([{"bytes": png(image), "path": None} for image in images], kind)}
-        made["labels"] = pyarrow.array(labels)
-        about = {"info": {"features": {"label": {"names": ["ant", "bee", "cat"], "_type": "ClassLabel"}}}}
-        table = pyarrow.table({name: made[what] for name, what in columns.items()})
-        file = io.BytesIO()
-        parquet_files.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), file)
-        return file.getvalue()
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.do_GET()
-
-        def do_GET(self):
-            path, body, found = self.path.split("?")[0], b"", False
-            if path.startswith("/api/datasets/someone/images/tree"):
-                names = [f"plain_text/{split}-00000-of-00001.parquet" for split in ("train", "test")]
-                entries = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]
-                body, found = json.dumps(entries).encode(), True
-            elif path.startswith("/api/datasets/someone/images"):
-                names = [{"rfilename": f"plain_text/{split}-00000-of-00001.parquet"} for split in ("train", "test")]
-                body, found = json.dumps({"id": "someone/images", "sha": "0" * 40, "siblings": names}).encode(), True
-            elif path.startswith("/datasets/someone/images/resolve/"):
-                body, found = parquet(path.split("/")[-1].split("-")[0]), True
-            self.send_response(200 if found else 404)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", '"' + str(hash(path)) + '"')
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    # The client reads its environment at import, so it must be imported again.
-    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "huggingface_hub"]:
-        monkeypatch.delitem(sys.modules, loaded)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    monkeypatch.chdir(tmp_path)
-    yield columns, small
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.slow
-def test_hub_dataset_trains(hub, tmp_path):
-    _, small = hub
-    assert main([*TINY.split(), "--dataset", "hf:someone/images"]) == 0
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("hf-someone-images-")
-    metadata = json.loads((folder / "summary.json").read_text())["dataset"]
-    assert metadata["digest"] == small.digest and metadata["class_names"] == ["ant", "bee", "cat"]
-
-
-@pytest.mark.parametrize(
-    ("changed", "name", "words"),
-    [
-        ({"fine": "labels", "coarse": "labels"}, "someone/images", "one of labels are needed, not img, fine, coarse"),
-        ({}, "someone/else", "hf:someone/else: cannot be read"),
-    ],
-)
-def test_unreadable_hub_dataset_is_reported_in_one_line(hub, capsys, changed, name, words):
-    columns, _ = hub
-    if changed:
-        del columns["label"]
-        columns |= changed
-    assert main([*TINY.split(), "--dataset", f"hf:{name}"]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ") and words in last
-
-
-def test_missing_hub_package_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"hf:a/b needs huggingface_hub: pip install 'cifar_fast\[hf\]'"):
-        load_dataset("hf:a/b")
