@@ -190,9 +190,16 @@ class Recipe:
 
         The last step of the training gets the last of ``lr_values``.
         """
+        return float(self._learning_rate_at(step / steps_per_epoch))
+
+    def learning_rates(self, steps_per_epoch: int) -> np.ndarray:
+        """Return the learning rate of each step of the training."""
+        return self._learning_rate_at(np.arange(1, self.epochs * steps_per_epoch + 1) / steps_per_epoch)
+
+    def _learning_rate_at(self, epochs: Any) -> Any:
         knots = [knot * self.epochs / self.lr_knots[-1] for knot in self.lr_knots]
         values = [value / self.batch_size for value in self.lr_values]
-        return float(np.interp(step / steps_per_epoch, knots, values))
+        return np.interp(epochs, knots, values)
 
     def to_json(self) -> str:
         """Return all constants as a JSON object."""

@@ -24,6 +24,7 @@ from cifar_fast.training.evaluate import accuracy, plain_logits
 from cifar_fast.training.metrics import EpochRow, Run
 from cifar_fast.training.results import Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
+from cifar_fast.training.schedule import schedule_notes
 from cifar_fast.training.tensorboard import TensorBoard
 from cifar_fast.training.trainer import train
 from cifar_fast.utils.device import device_guard, device_timer, environment, short_name
@@ -223,6 +224,7 @@ class Training:
         self.eval_sets: list[EvalSet] = read_eval_sets(config.also_test, dataset.class_names, classes)
         self.dataset = dataset.for_recipe(config.recipe)
         self.dataset.check_trainable(config.recipe.batch_size)
+        self.schedule_notes = schedule_notes(config.recipe, self.dataset)
         if self.folder and self.folder.earlier:
             before, now = self.folder.earlier.dataset["digest"], self.dataset.digest
             names = ClassNames(self.folder.earlier.dataset["class_names"])
@@ -332,7 +334,7 @@ class Training:
             for name in AFFECTS_BITS:
                 if before[name] != facts[name]:
                     LOGGER.info(f"{name} was {before[name]}, now {facts[name]}: the last bits may differ")
-            for line in self.dataset.notes:
+            for line in (*self.dataset.notes, *self.schedule_notes):
                 LOGGER.info(line)
         backend, failures = self.backends.get(
             self.backend_config, config.recipe, lambda: device_data(self.dataset, self.device), self.custom_model

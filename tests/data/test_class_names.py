@@ -154,7 +154,7 @@ def test_predict_refuses_a_class_that_the_model_lacks(tmp_path, trained, twelve,
 
 
 def test_predict_with_a_model_of_some_classes_needs_names(tmp_path, folder, twelve):
-    recipe = dataclasses.replace(RECIPE, classes=(3, 10), batch_size=8)
+    recipe = dataclasses.replace(RECIPE, classes=(3, 10), batch_size=4)
     fit(recipe, load_dataset("folder", folder, log=None), output=tmp_path / "out", **HOW)
     model = load_model(tmp_path / "out")
     assert model.class_names == ("3", "10")

@@ -60,7 +60,9 @@ def test_own_test_set_as_eval_set_has_the_same_accuracy(tmp_path, backend, dtype
     dataset = small_dataset(train=32)
     path = save_npz(tmp_path / "x.npz", dataset)
     options = dict(backend=backend, device=DEVICE.type, dtype=dtype, log=None)
-    (run,) = fit(dataclasses.replace(RECIPE, epochs=1), dataset, also_test={"same": path}, **options).runs
+    (run,) = fit(
+        dataclasses.replace(RECIPE, epochs=1, batch_size=16), dataset, also_test={"same": path}, **options
+    ).runs
     # The plain model evaluates it. Its rounding may change the prediction of one of the 40 images of fused.
     one_image = 0 if backend == "eager" else 100 / 40
     assert run.also_test["same"] == pytest.approx(run.test_accuracy, abs=one_image + 1e-4)

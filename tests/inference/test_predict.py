@@ -323,7 +323,7 @@ def test_added_runs_extend_the_saved_logits(tmp_path, npz):
     [("eager", "bfloat16"), ("compiled", "float32"), pytest.param("fused", "float32", marks=pytest.mark.slow)],
 )
 def test_each_backend_returns_the_logits(backend, dtype, uncompiled, few_programs):
-    few = small_dataset(train=4, test=4)
+    few = small_dataset(train=8, test=4)
     recipe = Recipe(epochs=1, batch_size=4, widths=(4, 8))
     how = dict(backend=backend, device=DEVICE.type, dtype=dtype, log=None)
     result = fit(recipe, few, save_logits=True, **how)
