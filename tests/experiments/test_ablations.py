@@ -278,7 +278,7 @@ def test_train_subset_is_balanced_and_nested(tmp_path, npz, tiny, count, of_each
     assert len({image.tobytes() for image in subset.train_images}) == count and len(subset.test_images) == 9
     more = tiny.for_recipe(Recipe(train_subset=min(count + 5, 24)))
     assert {image.tobytes() for image in subset.train_images} <= {image.tobytes() for image in more.train_images}
-    summary, _ = run(npz, tmp_path / "out", f"--train-subset {count} --batch-size 4 --seed {count}")
+    summary, _ = run(npz, tmp_path / "out", f"--train-subset {count} --batch-size 3 --seed {count}")
     assert (summary["dataset"]["train_images"], summary["dataset"]["digest"]) == (count, subset.digest)
 
 
@@ -306,7 +306,7 @@ def test_extra_test_sets_are_limited_to_the_same_classes(tmp_path, npz):
 
 
 def test_training_on_some_classes_resumes(tmp_path, npz):
-    run(npz, tmp_path / "out", "--classes 2 0 --train-subset 12 --label-noise 0.25")
+    run(npz, tmp_path / "out", "--classes 2 0 --train-subset 12 --label-noise 0.25 --batch-size 4")
     assert train(f"--resume {tmp_path}/out --runs 2".split()) == 0
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert len(summary["runs"]) == 2 and len(summary["notes"]) == 3
