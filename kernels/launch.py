@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 TABLE = Path(__file__).with_name("launch.json")
 
@@ -110,6 +111,26 @@ def compile_only(launches: Iterable[Launch], device: torch.device) -> None:
 def interpreted() -> bool:
     """Return whether TRITON_INTERPRET=1 is set: Triton then interprets kernels, on tensors of any device."""
     return triton.knobs.runtime.interpret
+
+
+INTERPRETED: tl.constexpr = tl.constexpr(interpreted())  # ``triton.jit`` decides at the same time, for good
+
+
+@triton.jit
+def convert(value, dtype: tl.constexpr):
+    """Return ``value``, float32 or float64, in the floating-point ``dtype``, rounded to nearest even.
+
+    In bfloat16 Triton's interpreter would cut the last bits off. The bits are rounded here, as in compiled code.
+    """
+    if dtype == tl.bfloat16 and value.dtype == tl.float64:
+        value = value.to(tl.float32)  # Triton does not convert float64 to bfloat16 reliably
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet = tl.where(value == value, rounded, 0x7FC0)  # the bits of a NaN must not be rounded
+        return quiet.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
 
 
 _tables: list[Table] = [json.loads(TABLE.read_text())]

@@ -1,7 +1,8 @@
 """Each kernel at each shape of the recipe, and the one check of its results against plain torch.
 
-The error of a result against float64 may be about twice the error of plain torch in the same dtype. Outputs that are
-only copied or counted must be those of plain torch bit for bit. ``cifar-fast check``, the tests and the benchmarks all
+The error of a result against float64 may be about twice the error of plain torch in the same dtype. Our results in half
+precision must be the exact ones, rounded once; plain torch rounds after each operation. Outputs that are only copied or
+counted must be those of plain torch bit for bit. ``cifar-fast check``, the tests and the benchmarks all
 use this check. The benchmarks time no result that fails it.
 
 Every case has four methods. ``launches()`` returns our launches, on meta tensors. ``inputs(device)`` returns random
@@ -40,6 +41,8 @@ DIRECTIONS = ("forward", "backward", "inference")
 IMAGES = 50_000
 IMPLEMENTATIONS = ("fused", "compiled", "eager")
 STEPS = 4
+MISROUNDED = 0.05
+"""The largest share of half precision results that may be rounded wrongly, because the arithmetic is not exact."""
 
 Tensors = dict[str, torch.Tensor]
 Function = Callable[..., Any]
@@ -65,11 +68,14 @@ class Expected:
     ulps: float = 1
 
 
-def check(outputs: Tensors, expected: Expected) -> str:
+def check(outputs: Tensors, expected: Expected, *, rounded_once: bool = False) -> str:
     """Return the largest error in words, or raise :class:`WrongResult`.
 
     An error may be twice eager's plus ``expected.ulps`` units in the last place, both for the largest element and in
     the Euclidean norm. Eager may overflow although the exact result does not. Then any finite result passes.
+
+    ``rounded_once``: results in half precision must also be the exact ones, rounded to nearest even. Only one element
+    and ``MISROUNDED`` of all may differ. This finds a wrong rounding, which the error alone does not show.
     """
     plain = expected.eager[0]
     if outputs.keys() != plain.keys():
@@ -103,6 +109,11 @@ def check(outputs: Tensors, expected: Expected) -> str:
                 raise WrongResult(f"{name} is off by {errors_in_words}: more than twice as large")
             if limit and error / limit > worst:
                 worst, text = error / limit, f"{name} is off by {errors_in_words}"
+        if rounded_once and eager.element_size() == 2:
+            normal = exact.abs() >= torch.finfo(eager.dtype).tiny
+            wrong = int((normal & (result[finite] != exact.to(eager.dtype))).sum())
+            if wrong > 1 + MISROUNDED * exact.numel():
+                raise WrongResult(f"{name} has {wrong} of {exact.numel()} elements that are rounded wrongly")
     return text
 
 
@@ -365,7 +376,7 @@ def check_kernel(case: Case, device: torch.device) -> str:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         given = case.inputs(device)
-    return check(case.call("fused", given)(), case.expected(given))
+    return check(case.call("fused", given)(), case.expected(given), rounded_once=isinstance(case, Norm))
 
 
 def check_replay(replay: Callable[[], object], outputs: Tensors, expected: Expected) -> None:

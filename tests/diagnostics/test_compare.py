@@ -66,6 +66,14 @@ def test_fused_matches_eager_in_every_layer(tmp_path, npz, few_programs, capsys,
     assert "step 3" in shown and "67 of 67 tensors are within 3 times" in shown
 
 
+@pytest.mark.slow  # the interpreter
+@pytest.mark.parametrize("seed", range(3))
+def test_fused_matches_eager_in_bfloat16(uncompiled, few_programs, capsys, seed):
+    flags = f"--dataset synthetic {NARROW} --batch-size 8 --backend fused --dtype bfloat16 --steps 1 --seed {seed}"
+    assert main(flags.split()) == 0
+    assert "67 of 67 tensors are within 3 times" in capsys.readouterr().out
+
+
 def alpha(patch):
     patch.setattr(
         cifar_fast.backends.fused,
