@@ -2,7 +2,7 @@
 
     z = scale * x                          the logits
     loss = log(sum exp z) - (1 - s) z[label] - s mean z
-    correct = (argmax(z) == label)         the first maximum, if there are several
+    correct = (argmax(z) == label)         the first maximum, if there are several; a NaN counts as the largest
     dx = scale * (softmax(z) - (1 - s) onehot(label) - s / K)
 
 The loss is ``torch.nn.functional.cross_entropy(z, label, reduction="none", label_smoothing=s)`` for K classes, and dx
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, operator, require, require_tensor
+from .launch import Launch, convert, operator, require, require_tensor
 
 ROWS = 16  # rows per program
 
@@ -58,7 +58,7 @@ def cross_entropy_kernel(
     offset = row.to(tl.int64)[:, None] * K + column
     exists = (row < size)[:, None] & (column < K)
     # Rounding the product as torch does gives the same ties.
-    z = (tl.load(x + offset, mask=exists, other=0.0).to(tl.float32) * SCALE).to(x.dtype.element_ty).to(tl.float32)
+    z = convert(tl.load(x + offset, mask=exists, other=0.0).to(tl.float32) * SCALE, x.dtype.element_ty).to(tl.float32)
     z = tl.where(column < K, z, float("-inf"))
     largest = tl.max(z, axis=1)
     shifted = z - largest[:, None]
@@ -68,11 +68,13 @@ def cross_entropy_kernel(
     at_label = tl.sum(tl.where(hit, shifted, 0.0), axis=1)
     mean = tl.sum(tl.where(column < K, shifted, 0.0), axis=1) / K
     value = tl.log(total) - (1.0 - SMOOTHING) * at_label - SMOOTHING * mean
-    first = tl.min(tl.where(z == largest[:, None], column, BLOCK_K), axis=1)
-    tl.store(loss + row, value.to(loss.dtype.element_ty), mask=row < size)
+    # A NaN comes before every number, as in torch's argmax. No row lacks both a NaN and a largest number.
+    rank = tl.where(z != z, column, tl.where(z == largest[:, None], BLOCK_K + column, 2 * BLOCK_K))
+    first = tl.min(rank, axis=1) % BLOCK_K
+    tl.store(loss + row, convert(value, loss.dtype.element_ty), mask=row < size)
     tl.store(correct + row, (first == label).to(tl.uint8), mask=row < size)
     gradient = power / total[:, None] - tl.where(hit, 1.0 - SMOOTHING, 0.0) - SMOOTHING / K
-    tl.store(dx + offset, (gradient * SCALE).to(dx.dtype.element_ty), mask=exists)
+    tl.store(dx + offset, convert(gradient * SCALE, dx.dtype.element_ty), mask=exists)
 
 
 def cross_entropy_outputs(
@@ -115,7 +117,7 @@ def cross_entropy(
 
     Returns:
         loss: ``[B]`` in the dtype of ``x`` (float32 for bfloat16).
-        correct: bool ``[B]``, whether the label is the index of the first largest logit.
+        correct: bool ``[B]``, whether the label is the index of the first largest logit, or of the first NaN.
         dx: ``[B, K]`` in the dtype of ``x``, the gradient of the sum of the losses with respect to ``x``.
 
     Raises:
