@@ -7,6 +7,7 @@ if __name__ != "cifar_fast.kernels":
 from .augment import augment, normalization_table
 from .batch_norm_celu import BatchNormCELU2d, batch_norm_celu
 from .cross_entropy import cross_entropy
+from .fuse import fuse_norms, unfuse_norms
 from .record_step import StepState, record
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "augment",
     "batch_norm_celu",
     "cross_entropy",
+    "fuse_norms",
     "normalization_table",
     "record",
+    "unfuse_norms",
 ]

@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .launch import Launch, empty_channels_last, operator, parameters, require, require_tensor
+from .launch import Launch, convert, empty_channels_last, operator, parameters, require, require_tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -193,7 +193,7 @@ def statistics_kernel(
         if POOL == 2:
             value, index = _load_window(x, row, channel, exists, H, W, C, ACC)
             offset = row.to(tl.int64) * C + channel
-            tl.store(pooled + offset, value.to(pooled.dtype.element_ty), mask=exists)
+            tl.store(pooled + offset, convert(value, pooled.dtype.element_ty), mask=exists)
             tl.store(argmax + offset, index.to(tl.uint8), mask=exists)
         else:
             value = _load_pooled(x, row, channel, exists, H, W, C, POOL, ACC)
@@ -273,8 +273,8 @@ def merge_statistics_kernel(
         old_var = tl.load(running_var + column, mask=column < C, other=0.0).to(tl.float64)
         new_mean = (MOMENTUM * (mean + first) + (1 - MOMENTUM) * old_mean).to(acc)
         new_var = (MOMENTUM * unbiased + (1 - MOMENTUM) * old_var).to(acc)
-        tl.store(running_mean + column, new_mean.to(running_mean.dtype.element_ty), mask=column < C)
-        tl.store(running_var + column, new_var.to(running_var.dtype.element_ty), mask=column < C)
+        tl.store(running_mean + column, convert(new_mean, running_mean.dtype.element_ty), mask=column < C)
+        tl.store(running_var + column, convert(new_var, running_var.dtype.element_ty), mask=column < C)
     if COUNTED:
         if tl.program_id(0) == 0:
             tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1)
@@ -324,7 +324,7 @@ def apply_kernel(
         row, channel, exists = _tile(program * BLOCKS + k, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
         z, _centered = _affine(_load_pooled(x, row, channel, exists, H, W, C, POOL, ACC), center, scale, shift)
         offset = row.to(tl.int64) * C + channel
-        tl.store(y + offset, _celu(z, ALPHA, TERMS).to(y.dtype.element_ty), mask=exists)
+        tl.store(y + offset, convert(_celu(z, ALPHA, TERMS), y.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -415,8 +415,8 @@ def merge_sums_kernel(
     tl.store(totals + column, of_q / rows, mask=column < C)
     tl.store(totals + C + column, of_qx * invstd / rows, mask=column < C)
     acc = totals.dtype.element_ty  # a detour, because Triton does not convert float64 to bfloat16 reliably
-    tl.store(dbias + column, of_q.to(acc).to(dbias.dtype.element_ty), mask=column < C)
-    tl.store(dweight + column, of_qx.to(acc).to(dweight.dtype.element_ty), mask=column < C)
+    tl.store(dbias + column, convert(of_q.to(acc), dbias.dtype.element_ty), mask=column < C)
+    tl.store(dweight + column, convert(of_qx.to(acc), dweight.dtype.element_ty), mask=column < C)
 
 
 @triton.jit
@@ -468,7 +468,7 @@ def backward_apply_kernel(
             q = tl.fma(centered, -slope, q - level)
         gradient = q * scale
         if POOL == 1:
-            tl.store(dx + row.to(tl.int64) * C + channel, gradient.to(dx.dtype.element_ty), mask=exists)
+            tl.store(dx + row.to(tl.int64) * C + channel, convert(gradient, dx.dtype.element_ty), mask=exists)
         else:
             index = tl.load(argmax + row.to(tl.int64) * C + channel, mask=complete, other=4).to(tl.int32)
             corner = dx + ((n * H + top * 2) * W + left * 2).to(tl.int64) * C + channel
@@ -476,7 +476,7 @@ def backward_apply_kernel(
                 inside = exists
                 if H % 2 + W % 2 > 0:
                     inside = exists & (top * 2 + pixel // 2 < H) & (left * 2 + pixel % 2 < W)
-                value = tl.where(index == pixel, gradient, 0.0).to(dx.dtype.element_ty)
+                value = convert(tl.where(index == pixel, gradient, 0.0), dx.dtype.element_ty)
                 tl.store(corner + ((pixel // 2) * W + pixel % 2) * C, value, mask=inside)
 
 
@@ -745,7 +745,10 @@ def _backward(ctx, dy):
 
 
 def _double_backward(ctx, *gradients):
-    raise RuntimeError("batch_norm_celu supports first derivatives only; its backward is not differentiable")
+    raise RuntimeError(
+        "batch_norm_celu supports first derivatives only; its backward is not differentiable. "
+        "Use torch.func, or unfuse_norms of cifar_fast.kernels for torch's own modules"
+    )
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -772,7 +775,7 @@ def batch_norm_celu(
     elements in the dtype of x) and its argmax (m C bytes); the statistics (12 C bytes), weight and bias.
 
     Args:
-        x: ``[N, C, H, W]`` in channels_last, in float16, bfloat16, float32 or float64. In evaluation N may be 0.
+        x: ``[N, C, H, W]`` in channels_last, in float16, bfloat16, float32 or float64. N may be 0.
         weight, bias: ``[C]``, each in any of these dtypes. None means ones and zeros.
         running_mean, running_var: ``[C]``, each in any of these dtypes. None in training: they are not tracked.
         training: whether to normalize by the statistics of the batch; otherwise by the running statistics.
@@ -788,18 +791,24 @@ def batch_norm_celu(
 
     Raises:
         TypeError, ValueError: a dtype, shape or layout is not as above.
-        RuntimeError: the tensors are on different devices, or on a device without Triton; a second or a forward-mode
-            derivative was requested.
+        RuntimeError: the tensors are on different devices, or on a device without Triton; a second derivative was
+            requested.
+
+    Plain torch computes the result if N is 0, under the transforms of ``torch.func`` (grad, vmap, jvp and others), in
+    forward-mode differentiation, and in ``torch.jit.trace``.
     """
-    _refuse_forward_mode(x, weight, bias)
-    require(x.dim() == 4, ValueError, f"x must have the shape [N, C, H, W], not {list(x.shape)}")
+    message = f"x must be a tensor, not {type(x).__name__}; call unfuse_norms(model) of cifar_fast.kernels for torch.fx"
+    require(isinstance(x, Tensor), TypeError, message)
+    plain = _needs_plain_torch(x, weight, bias)
+    if not torch.jit.is_tracing():  # which warns of every look at a size
+        _check(x, weight, bias, running_mean, running_var, training, eps, alpha, pool, any_layout=plain)
     weight = x.new_ones(x.shape[1]) if weight is None else weight
     bias = x.new_zeros(x.shape[1]) if bias is None else bias
-    _check(x, weight, bias, running_mean, running_var, training, eps, alpha, pool)
-    if x.shape[0] == 0:  # Triton cannot launch an empty grid
-        return batch_norm_celu_reference(
-            x, weight, bias, running_mean, running_var, training=False, alpha=alpha, eps=eps, pool=pool
-        )
+    if plain or x.shape[0] == 0:  # Triton cannot launch an empty grid
+        if training and num_batches_tracked is not None and not isinstance(momentum, Tensor):
+            num_batches_tracked.add_(1)
+        settings: dict[str, Any] = dict(alpha=alpha, momentum=float(momentum), eps=eps, pool=pool)
+        return batch_norm_celu_reference(x, weight, bias, running_mean, running_var, training=training, **settings)
     if not training:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias)):
             return _evaluate_with_autograd(x, weight, bias, running_mean, running_var, eps, alpha, pool)
@@ -815,30 +824,33 @@ def batch_norm_celu(
     return forward_op(x, pooled, argmax, statistics, weight, bias, True, alpha, pool)
 
 
-def _refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise for dual tensors, whose tangents the operators would drop without a word."""
+def _needs_plain_torch(*tensors: Tensor | None) -> bool:
+    """Return whether something is at work that follows torch's own operators only."""
     if torch.compiler.is_compiling():
-        return
-    tangents = [forward_ad.unpack_dual(tensor).tangent for tensor in tensors if tensor is not None]
-    message = "batch_norm_celu has no forward-mode derivative (jvp, jacfwd); use autograd.grad or backward"
-    require(all(tangent is None for tangent in tangents), RuntimeError, message)
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return True
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None)
 
 
-def _check(x, weight, bias, running_mean, running_var, training: bool, eps: float, alpha: float, pool: int) -> None:
+def _check(
+    x, weight, bias, running_mean, running_var, training: bool, eps: float, alpha: float, pool: int, any_layout: bool
+) -> None:
+    require(x.dim() == 4, ValueError, f"x must have the shape [N, C, H, W], not {list(x.shape)}")
     require(x.dtype in DTYPES, TypeError, f"x must be float16, bfloat16, float32 or float64, not {x.dtype}")
     require(pool in (1, 2), ValueError, f"pool must be 1 or 2, not {pool}")
     require(alpha > 0 and eps > 0, ValueError, f"alpha and eps must be above 0, not {alpha} and {eps}")
     n, channels, height, width = x.shape
     pixels = (height // pool) * (width // pool)
     message = f"x must have at least one value per channel after the pool, not the shape {list(x.shape)}"
-    require(pixels > 0 and channels > 0 and (n > 0 or not training), ValueError, message)
+    require(pixels > 0 and channels > 0, ValueError, message)
     message = f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"  # as torch says
-    require(not training or n * pixels > 1, ValueError, message)
+    require(not training or n * pixels != 1, ValueError, message)
     message = f"x must be in channels_last (torch.channels_last), but has the strides {x.stride()}"
-    require(x.is_contiguous(memory_format=torch.channels_last), ValueError, message)
+    require(any_layout or x.is_contiguous(memory_format=torch.channels_last), ValueError, message)
     both = (running_mean is None) == (running_var is None)
     require(both, ValueError, "running_mean and running_var must both be given, or neither")
-    named = dict(weight=weight, bias=bias)
+    named = {name: tensor for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
     if not training or running_mean is not None:
         named |= dict(running_mean=running_mean, running_var=running_var)
     for name, tensor in named.items():
@@ -867,8 +879,13 @@ class BatchNormCELU2d(nn.BatchNorm2d):
     It has the options and the state dict of ``torch.nn.BatchNorm2d``, and converts x to channels_last if necessary.
     Tools work if they do not replace the module, such as ``torch.optim.swa_utils.update_bn`` and
     ``torch.func.replace_all_batch_norm_modules_``. ``SyncBatchNorm.convert_sync_batchnorm`` and ``fuse_conv_bn_eval``
-    would drop the pool and CELU. Such tools read ``eps``, which raises a TypeError here; the value is in ``epsilon``.
+    would drop the pool and CELU. Such tools read ``eps``, which the module therefore does not have; the value is in
+    ``epsilon``. ``unfuse_norms`` replaces the module by torch's own for them.
     """
+
+    __constants__ = sorted(
+        {*nn.BatchNorm2d.__constants__, "epsilon"} - {"eps"}
+    )  # for torch.jit, which warns of a wrong one
 
     def __init__(
         self,
@@ -885,16 +902,16 @@ class BatchNormCELU2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
         self.alpha, self.pool = alpha, pool
 
-    @property
-    def eps(self) -> float:
-        raise TypeError(
-            "BatchNormCELU2d includes a max-pool and CELU. Tools that replace or fold batch norms would drop them. "
-            "Use MaxPool2d, BatchNorm2d and CELU with such tools; their state dict is the same"
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__("epsilon" if name == "eps" else name, value)
 
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self.epsilon = value
+    def __getattr__(self, name: str) -> Any:
+        if name == "eps":
+            raise AttributeError(
+                "BatchNormCELU2d includes a max-pool and CELU. Tools that replace or fold batch norms would drop them. "
+                "Call unfuse_norms(model) of cifar_fast.kernels before such tools; the value of eps is in epsilon"
+            )
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         # The choice of statistics and their update follow torch.nn.BatchNorm2d.forward.
@@ -908,7 +925,8 @@ class BatchNormCELU2d(nn.BatchNorm2d):
         momentum = 0.0 if momentum is None else momentum
         running = (self.running_mean, self.running_var) if tracking or not self.training else (None, None)
         training = self.training or (self.running_mean is None and self.running_var is None)
-        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        if isinstance(x, Tensor) and x.dim() == 4 and not _needs_plain_torch(x):  # vmap knows no channels_last
+            x = x.contiguous(memory_format=torch.channels_last)
         options: dict[str, Any] = dict(alpha=self.alpha, momentum=momentum, eps=self.epsilon, pool=self.pool)
         options |= dict(training=training, num_batches_tracked=count)
         return batch_norm_celu(x, self.weight, self.bias, *running, **options)

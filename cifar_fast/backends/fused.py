@@ -19,7 +19,7 @@ from torch import nn
 
 from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, make_sgd, warm_up_draws
 from cifar_fast.data.augment import Draws
-from cifar_fast.kernels import BatchNormCELU2d, StepState, augment, cross_entropy, record
+from cifar_fast.kernels import BatchNormCELU2d, StepState, augment, cross_entropy, fuse_norms, record
 from cifar_fast.model import CNN, build_model, loss_dtype
 from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
 
@@ -202,18 +202,9 @@ def fuse(model: CNN) -> CNN:
     The result takes images with ``PADDED_CHANNELS`` channels. Other norms and activations stay plain, for the
     compiler. Modules keep their indices, so the names in the state dict do not change.
     """
-    layers = list(model.seq)
-    for i, layer in enumerate(layers):
-        if isinstance(layer, nn.BatchNorm2d) and isinstance(celu := layers[i + 1], nn.CELU):
-            pool_size = 1
-            if isinstance(pool := layers[i - 1], nn.MaxPool2d):
-                pool_size = cast(int, pool.kernel_size)
-                model.seq[i - 1] = nn.Identity()
-            norm = BatchNormCELU2d(layer.num_features, layer.eps, layer.momentum, alpha=celu.alpha, pool=pool_size)
-            norm.load_state_dict(layer.state_dict())
-            model.seq[i], model.seq[i + 1] = norm, nn.Identity()
-    model.seq[len(layers) - 3] = GlobalMaxPool2d()  # before flatten and linear
-    first = layers[0]
+    fuse_norms(model.seq)
+    model.seq[-3] = GlobalMaxPool2d()  # before flatten and linear
+    first = model.seq[0]
     assert isinstance(first, nn.Conv2d)
     model.seq[0] = PaddedConv2d(first, PADDED_CHANNELS)
     return model
