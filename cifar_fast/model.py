@@ -73,6 +73,22 @@ class CNN(nn.Module):
         return x
 
 
+class Float32Linear(nn.Linear):
+    """The ``linear`` layer, in float32 also under autocast.
+
+    The two largest logits of about one image in a hundred are equal in bfloat16.
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        assert isinstance(linear, nn.Linear)
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 def make_activation(recipe: Recipe) -> nn.Module:
     """Return the recipe's activation."""
     if recipe.activation == "celu":
@@ -169,11 +185,15 @@ def build_model(
 ) -> nn.Module:
     """Return a model on ``device`` for activations of ``dtype``, with weights that are to be overwritten.
 
-    It is the custom model if there is one. Otherwise it is the recipe's network after ``change``.
+    It is the custom model if there is one. Otherwise it is the recipe's network after ``change``. In bfloat16, that
+    network computes its logits in float32.
     """
     generator = torch.Generator()
     if custom_model:
         model = custom_model(recipe, num_classes, generator)
     else:
-        model = change(CNN(recipe, num_classes, generator))
+        plain = CNN(recipe, num_classes, generator)
+        if dtype == torch.bfloat16:
+            plain.seq[-1] = Float32Linear(plain.seq[-1])
+        model = change(plain)
     return model.to(parameter_dtype(dtype)).to(device)

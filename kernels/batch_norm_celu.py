@@ -883,9 +883,8 @@ class BatchNormCELU2d(nn.BatchNorm2d):
     ``epsilon``. ``unfuse_norms`` replaces the module by torch's own for them.
     """
 
-    __constants__ = sorted(
-        {*nn.BatchNorm2d.__constants__, "epsilon"} - {"eps"}
-    )  # for torch.jit, which warns of a wrong one
+    # torch.jit warns of a constant that does not exist.
+    __constants__ = sorted({*nn.BatchNorm2d.__constants__, "epsilon"} - {"eps"})
 
     def __init__(
         self,

@@ -26,9 +26,9 @@ class Backend(ABC):
         recipe: the training recipe.
         data: the data set, on ``device``.
         device: where everything is computed.
-        dtype: dtype of the activations. In float16 and float32 the weights, the batch norm and the momentum have the
-            same dtype, as in the reference. bfloat16 has too few bits to add a small update to a weight, so there the
-            weights and their updates are float32, under autocast.
+        dtype: dtype of the activations in training. In float16 and float32 the weights, the batch norm and the momentum
+            have the same dtype, as in the reference. bfloat16 has too few bits to add a small update to a weight, so
+            there the weights and their updates are float32, under autocast. An evaluation has the dtype of the weights.
         memory_format: memory format of the batches.
         custom_model: the caller's network; None trains the recipe's.
 
@@ -43,7 +43,7 @@ class Backend(ABC):
     name: str
     model: nn.Module
     optimizer: torch.optim.SGD
-    test_images: torch.Tensor  # normalized, [N, C, S, S]
+    test_images: torch.Tensor  # normalized, [N, C, S, S], in the dtype of the weights
     notes: Sequence[str] = ()
 
     def __init__(
@@ -83,8 +83,12 @@ class Backend(ABC):
     ) -> torch.Tensor:
         """Return the results of ``correct_fn`` for all batches of test images and labels. The last may be short."""
         self.model.eval()
-        batches = zip(self.test_images.split(batch_size), self.data.test_labels.split(batch_size))
-        return torch.cat([correct_fn(*batch) for batch in batches])
+        correct = []
+        for images, labels in zip(self.test_images.split(batch_size), self.data.test_labels.split(batch_size)):
+            if self.custom_model:  # which may write into its input
+                images = images.clone()
+            correct.append(correct_fn(images, labels))
+        return torch.cat(correct)
 
     def new_model(self, generator: torch.Generator) -> nn.Module:
         """Return a fresh plain model for a run, on the CPU, with initial weights drawn from ``generator``."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, make_sgd, warm_up_draws
 from cifar_fast.data.augment import Draws, augment
-from cifar_fast.model import build_model, loss_and_correct
+from cifar_fast.model import build_model, loss_and_correct, parameter_dtype
 
 
 class Eager(Backend):
@@ -24,13 +24,13 @@ class Eager(Backend):
     def _set_up(self) -> None:
         normalization = self.data.normalization
         self.train_images = normalization.apply(self.data.train_images, self.dtype)  # [N, S, S, C], to gather from
-        test_images = normalization.apply(self.data.test_images, self.dtype).permute(0, 3, 1, 2)
+        test_images = normalization.apply(self.data.test_images, parameter_dtype(self.dtype)).permute(0, 3, 1, 2)
         self.test_images = test_images.contiguous(memory_format=self.memory_format)
-        recipe, device, dtype = self.recipe, self.device, self.dtype
-        self.model = model = build_model(recipe, self.data.num_classes, device, dtype, self.custom_model)
+        recipe, device = self.recipe, self.device
+        self.model = model = build_model(recipe, self.data.num_classes, device, self.dtype, self.custom_model)
 
         def loss_fn(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with autocast(device, dtype):
+            with autocast(device, images.dtype):
                 return loss_and_correct(model(images), labels, recipe)
 
         self.loss_fn = loss_fn

@@ -20,7 +20,7 @@ from torch import nn
 from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, make_sgd, warm_up_draws
 from cifar_fast.data.augment import Draws
 from cifar_fast.kernels import BatchNormCELU2d, StepState, augment, cross_entropy, fuse_norms, record
-from cifar_fast.model import CNN, build_model, loss_dtype
+from cifar_fast.model import CNN, build_model, loss_dtype, parameter_dtype
 from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
 
 PADDED_CHANNELS = 8
@@ -49,7 +49,7 @@ class Fused(Backend):
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.channels = PADDED_CHANNELS if custom_model is None else IMAGE_CHANNELS
         self.table = data.normalization.table(dtype)
-        test_images = data.normalization.apply(data.test_images, dtype)
+        test_images = data.normalization.apply(data.test_images, parameter_dtype(dtype))
         self.test_images = F.pad(test_images, (0, self.channels - IMAGE_CHANNELS)).permute(0, 3, 1, 2)
         self.draws = warm_up_draws(n, device)
         rates = [recipe.learning_rate(step + 1, self.steps) for step in range(recipe.epochs * self.steps)]
@@ -63,7 +63,7 @@ class Fused(Backend):
         if custom_model is None and not any(isinstance(layer, BatchNormCELU2d) for layer in self.model.modules()):
             self.notes = ["fused: its norm kernel needs batch norm with CELU; the compiler's kernels are used instead"]
         outputs, scale = (self.model, 1.0) if custom_model else (cast(CNN, self.model).outputs, recipe.output_scale)
-        self.loss_grad_fn = compile_loss_fn(make_loss_grad_fn(outputs, scale, recipe, device, dtype))
+        self.loss_grad_fn = compile_loss_fn(make_loss_grad_fn(outputs, scale, recipe, device))
         # torch 2.11's fused SGD is wrong in half precision on a CPU.
         self.optimizer = make_sgd(self.model, recipe, lr=self.state.lr, fused=device.type == "cuda")
         for parameter in self.model.parameters():
@@ -180,7 +180,6 @@ def make_loss_grad_fn(
     scale: float,
     recipe: Recipe,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]:
     """Return a function of images ``[B, C, S, S]`` and labels ``[B]``. Logits are outputs of ``model`` times ``scale``.
 
@@ -189,7 +188,7 @@ def make_loss_grad_fn(
     """
 
     def loss_grad_fn(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with autocast(device, dtype):
+        with autocast(device, images.dtype):
             outputs = model(images).contiguous()
         return outputs, *cross_entropy(outputs, labels, label_smoothing=recipe.label_smoothing, scale=scale)
 

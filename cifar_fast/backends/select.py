@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from cifar_fast.backends.base import Backend, autocast
 from cifar_fast.backends.eager import Compiled, Eager
 from cifar_fast.data.tensors import DeviceData
-from cifar_fast.model import CustomModel, build_model
+from cifar_fast.model import CustomModel, build_model, parameter_dtype
 from cifar_fast.recipe import BACKENDS, DTYPES, IMAGE_CHANNELS, IMAGE_SIZE, MEMORY_FORMATS, Recipe
 from cifar_fast.utils.device import check_caches, default_dtype, fused_unavailable_reason, resolve_device, short_name
 from cifar_fast.utils.errors import InputError, first_cause, first_line, option, out_of_memory
@@ -203,27 +205,38 @@ class BackendCache:
                 torch.cuda.empty_cache()
 
 
-@torch.no_grad()
 def check_logits(custom_model: CustomModel, config: BackendConfig, recipe: Recipe, num_classes: int) -> None:
-    """Raise :class:`InputError` unless ``custom_model`` makes logits ``[B, num_classes]`` of images."""
-    device, dtype, memory_format = config.device, config.dtype, config.memory_format
-    model = build_model(recipe, num_classes, device, dtype, custom_model).to(memory_format=memory_format).eval()
+    """Raise :class:`InputError` unless ``custom_model`` makes logits ``[B, num_classes]`` of images in both modes."""
     shape = (2, IMAGE_CHANNELS, IMAGE_SIZE, IMAGE_SIZE)
-    images = torch.zeros(shape, dtype=dtype, device=device).contiguous(memory_format=memory_format)
-    try:
-        with autocast(device, dtype):
-            logits = model(images)
-    except Exception as error:  # the caller's model may raise anything
-        cause = first_cause(error)
+    expected = (shape[0], num_classes)
+    model = build_model(recipe, num_classes, config.device, config.dtype, custom_model)
+
+    @torch.no_grad()
+    def outputs(training: bool, memory_format: torch.memory_format) -> Any:
+        dtype = config.dtype if training else parameter_dtype(config.dtype)
+        images = torch.zeros(shape, dtype=dtype, device=config.device).contiguous(memory_format=memory_format)
+        with custom_model.preserve_rng(config.device), autocast(config.device, dtype):
+            return model.to(memory_format=memory_format).train(training)(images)
+
+    for training, mode in ((False, ""), (True, " in training")):
+        try:
+            logits = outputs(training, config.memory_format)
+        except Exception as error:  # the caller's model may raise anything
+            cause, cure = first_cause(error), ""
+            if config.memory_format == torch.channels_last:
+                with contextlib.suppress(Exception):
+                    outputs(training, torch.contiguous_format)
+                    cure = f'; it can with {option("memory_format")}="contiguous_format"'
+            raise InputError(
+                f"model {custom_model.name} cannot take images of shape {shape} in {config.memory_format}{mode} "
+                f"({type(cause).__name__}: {first_line(cause)}){cure}"
+            ) from error
+        if not isinstance(logits, torch.Tensor):
+            got = f"{type(logits).__name__}; wrap it in a module that returns the logits alone"
+        elif tuple(logits.shape) != expected or not logits.is_floating_point():
+            got = f"{logits.dtype} of shape {tuple(logits.shape)}; its last layer must give a number for each class"
+        else:
+            continue
         raise InputError(
-            f"model {custom_model.name} cannot take images of shape {shape} in {memory_format} "
-            f"({type(cause).__name__}: {first_line(cause)})"
-        ) from error
-    expected = (len(images), num_classes)
-    if not isinstance(logits, torch.Tensor):
-        got = type(logits).__name__
-    elif tuple(logits.shape) != expected or not logits.is_floating_point():
-        got = f"{logits.dtype} of shape {tuple(logits.shape)}"
-    else:
-        return
-    raise InputError(f"model {custom_model.name} must return logits of shape {expected} for two images, not {got}")
+            f"model {custom_model.name} must return logits of shape {expected} for two images{mode}, not {got}"
+        )

@@ -41,6 +41,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits ``[N, classes]`` for uint8 images ``[N, 32, 32, 3]`` on the module's device."""
+        if isinstance(images, torch.Tensor) and not torch.jit.is_tracing():  # tracers have other objects and sizes
+            _check_images(images)
         normalized = Normalization(self.mean, self.std).apply(images, self.mean.dtype)
         return self.model(normalized.permute(0, 3, 1, 2).contiguous())
 
@@ -48,7 +50,7 @@ class Classifier(nn.Module):
     def predict(
         self, images: np.ndarray | torch.Tensor, *, flip_average: bool = False, batch_size: int = 512
     ) -> torch.Tensor:
-        """Return the probability of each class.
+        """Return the probability of each class, in eval mode whatever mode the module is in.
 
         Training with a label smoothing of s aims at a probability of 1 - s + s / classes for the correct class, not
         at 1.
@@ -66,17 +68,29 @@ class Classifier(nn.Module):
         """
         if not isinstance(images, torch.Tensor):
             images = torch.from_numpy(np.require(images, requirements=["C_CONTIGUOUS", "WRITEABLE"]))
-        shape = (IMAGE_SIZE, IMAGE_SIZE, IMAGE_CHANNELS)
-        if images.dtype != torch.uint8 or images.shape[1:] != shape:
-            raise InputError(f"images must be uint8 of shape (N, 32, 32, 3), not {images.dtype} of {(*images.shape,)}")
-        probabilities = []
-        for batch in images.split(batch_size):
-            batch = batch.to(self.mean.device)
-            logits = self(batch)
-            if flip_average:
-                logits = (logits + self(batch.flip(2))) / 2
-            probabilities.append(logits.softmax(dim=1))
-        return torch.cat(probabilities)
+        _check_images(images)
+        in_training = [module for module in self.modules() if module.training]
+        self.eval()  # in training, each batch would change the statistics of the norms
+        try:
+            probabilities = []
+            for batch in images.split(batch_size):
+                batch = batch.to(self.mean.device)
+                logits = self(batch)
+                if flip_average:
+                    logits = (logits + self(batch.flip(2))) / 2
+                probabilities.append(logits.softmax(dim=1))
+            return torch.cat(probabilities)
+        finally:
+            for module in in_training:
+                module.training = True
+
+
+def _check_images(images: torch.Tensor) -> None:
+    if images.dtype != torch.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, IMAGE_CHANNELS):
+        raise InputError(
+            f"images must be uint8 of shape (N, 32, 32, 3), not {images.dtype} of {(*images.shape,)}; "
+            "the classifier itself normalizes values from 0 to 255"
+        )
 
 
 def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:

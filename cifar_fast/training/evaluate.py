@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cifar_fast.backends.base import Backend, autocast
+from cifar_fast.backends.base import Backend
 from cifar_fast.data.eval_sets import EvalSet
 from cifar_fast.model import parameter_dtype
 
@@ -14,10 +14,10 @@ from cifar_fast.model import parameter_dtype
 def plain_logits(backend: Backend, images: np.ndarray, indices: np.ndarray | None = None) -> torch.Tensor:
     """Return the logits ``[N, classes]`` of uint8 ``images`` ``[N, 32, 32, 3]``, or only of the images at ``indices``.
 
-    The plain model computes them on the device of ``backend``, with its weights and in its dtype.
+    The plain model computes them on the device of ``backend``, with its weights and in their dtype.
     """
-    device, dtype, memory_format = backend.device, backend.dtype, backend.memory_format
-    model = backend.new_model(torch.Generator()).to(parameter_dtype(dtype)).to(device).to(memory_format=memory_format)
+    device, dtype, memory_format = backend.device, parameter_dtype(backend.dtype), backend.memory_format
+    model = backend.new_model(torch.Generator()).to(dtype).to(device).to(memory_format=memory_format)
     model.load_state_dict(backend.state_dict())
     model.eval()
     indices = np.arange(len(images)) if indices is None else indices
@@ -26,8 +26,7 @@ def plain_logits(backend: Backend, images: np.ndarray, indices: np.ndarray | Non
         batch = images[indices[start : start + backend.recipe.batch_size]]
         pixels = torch.tensor(np.ascontiguousarray(batch), device=device)
         pixels = backend.data.normalization.apply(pixels, dtype).permute(0, 3, 1, 2)
-        with autocast(device, dtype):
-            logits.append(model(pixels.contiguous(memory_format=memory_format)))
+        logits.append(model(pixels.contiguous(memory_format=memory_format)))
     return torch.cat(logits)
 
 

@@ -301,7 +301,7 @@ class Training:
                 LOGGER.info(f"also tested on {images.name}, {len(images.indices)} images: {percent:.2f} %")
             logits = None
             if config.save_logits:
-                logits = plain_logits(backend, self.dataset.test_images).to("cpu", torch.float16)
+                logits = plain_logits(backend, self.dataset.test_images).cpu()
             last = rows[-1]
             record = Run(
                 run,

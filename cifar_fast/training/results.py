@@ -37,7 +37,7 @@ class RunResult:
     """A finished run with its rows, backend and environment.
 
     ``environment`` is the value of :func:`cifar_fast.utils.device.environment`. ``logits`` holds the plain model's
-    logits of the test images, float16 ``[N, classes]``, or None if they were not kept.
+    logits of the test images ``[N, classes]`` in the dtype of the weights, or None if they were not kept.
     """
 
     run: Run

@@ -1,15 +1,21 @@
 """Trainings of a custom model in each backend."""
 
 import json
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit, load_model
+from cifar_fast import CNN, InputError, Loader, Recipe, draw_epoch, fit, load_model
 from cifar_fast.backends.fused import Fused, fastest_deterministic_convolutions
+from cifar_fast.backends.select import build_backend, resolve_backend
+from cifar_fast.data.eval_sets import EvalSet
 from cifar_fast.data.tensors import device_data
+from cifar_fast.inference.classifier import Classifier
 from cifar_fast.model import CustomModel
+from cifar_fast.training.evaluate import accuracy
 from tests.helpers import NARROW, small_dataset
 
 CUDA = torch.cuda.is_available()
@@ -170,6 +176,32 @@ class Pair(nn.Linear):
         return super().forward(images.mean((2, 3))), 0
 
 
+class Outputs(NamedTuple):
+    logits: torch.Tensor
+    auxiliary: torch.Tensor
+
+
+class Auxiliary(MyNet):
+    """A model that returns more than the logits in training, as GoogLeNet does."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return Outputs(logits, logits) if self.training else logits
+
+
+class Views(MyNet):
+    """A model that needs images of contiguous memory, as many small networks do."""
+
+    def __init__(self, only_in_training=False):
+        super().__init__()
+        self.flat = nn.Linear(3 * 32 * 32, 3)
+        self.only_in_training = only_in_training
+
+    def forward(self, images):
+        flat = images.view(len(images), -1) if self.training or not self.only_in_training else images.flatten(1)
+        return self.flat(flat) + super().forward(images)
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -178,7 +210,10 @@ class Pair(nn.Linear):
             "model MyNet must return logits of shape (2, 3) for two images, not torch.float32 of ",
         ),
         (lambda: Pair(3, 3), "model Pair must return logits of shape (2, 3) for two images, not tuple"),
+        (Auxiliary, "for two images in training, not Outputs; wrap it in a module that returns the logits alone"),
         (lambda: nn.Linear(7, 3), "model Linear cannot take images of shape (2, 3, 32, 32)"),
+        (Views, '); it can with memory_format="contiguous_format"'),
+        (lambda: Views(only_in_training=True), "in torch.channels_last in training (RuntimeError: view size"),
         (nn.Flatten(), "model Flatten has no parameter to train"),
         (lambda: 3, "model must make a torch.nn.Module, not int"),
         (Pair, f"model cannot be made by calling {Pair!r} without arguments (TypeError: "),
@@ -190,6 +225,78 @@ def test_invalid_model_is_refused_before_anything_is_written(tmp_path, small, mo
     with pytest.raises(InputError) as caught:
         train(model, small, output=tmp_path / "out")
     assert words in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_model_that_needs_contiguous_images_trains_with_them(small):
+    assert train(Views, small, backend="eager").memory_format == "contiguous_format"
+
+
+class Centers(nn.Module):
+    """A model that writes into its input, or that does not."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images):
+        images = images.sub_(0.7).mul_(1.5) if self.in_place else (images - 0.7) * 1.5
+        return self.head(self.body(images).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("backend", "compiled"),
+    [
+        ("eager", False),
+        ("compiled", False),
+        pytest.param("compiled", True, marks=pytest.mark.nightly),
+        ("fused", False),
+        pytest.param("fused", True, marks=pytest.mark.nightly),
+    ],
+)
+def test_model_that_writes_into_its_input_changes_no_stored_image(few_programs, request, backend, compiled):
+    if not compiled:
+        request.getfixturevalue("uncompiled")
+    dataset = small_dataset(train=10, test=6)
+    images = {name: getattr(dataset, name).copy() for name in ("train_images", "test_images")}
+    also = EvalSet("same", dataset.test_images, dataset.test_labels)
+    config = resolve_backend(backend, DEVICE, "float32")
+    results = []
+    for in_place in (True, False):
+        own = CustomModel(lambda in_place=in_place: Centers(in_place))
+        trained, _ = build_backend(config, TINY, device_data(dataset, config.device), own)
+        trained.reset(own(TINY, 3, torch.Generator().manual_seed(0)))
+        stored, seen = trained.test_images.clone(), []
+        for seed in range(2):
+            generator = torch.Generator(config.device).manual_seed(seed)
+            draws = draw_epoch(10, device=config.device, generator=generator)
+            seen += [tensor.clone() for step in trained.train_epoch(draws) for tensor in step]
+            seen += [trained.evaluate().clone(), trained.evaluate().clone(), torch.tensor(accuracy(trained, also))]
+        assert torch.equal(trained.test_images, stored)
+        results.append(seen)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert all(np.array_equal(getattr(dataset, name), before) for name, before in images.items())
+
+
+def test_classifier_and_loader_hand_out_images_that_a_model_may_write_into():
+    dataset = small_dataset(train=10, test=6)
+    mean, std = [100.0] * 3, [50.0] * 3
+    classifier = Classifier(Centers(in_place=True), TINY, ["a", "b", "c"], mean, std).eval()
+    images = torch.from_numpy(dataset.test_images.copy())
+    first, again = (classifier.predict(images, flip_average=True) for _ in range(2))
+    assert torch.equal(first, again) and np.array_equal(images, dataset.test_images)
+    for split in ("train", "test"):
+        loader = Loader(dataset, 4, split=split, augment=False, shuffle=False, drop_last=False, device=DEVICE)
+        kept = loader.images.clone(), loader.labels.clone()
+        batches = [[tensor.clone() for tensor in batch] for batch in loader]
+        for batch, expected in zip(loader, batches, strict=True):
+            assert all(map(torch.equal, batch, expected))
+            for tensor in batch:
+                tensor.zero_()
+        assert torch.equal(loader.images, kept[0]) and torch.equal(loader.labels, kept[1])
+        assert all(torch.equal(*pair) for batch in zip(loader, batches) for pair in zip(*batch))
 
 
 @pytest.mark.nightly
