@@ -43,7 +43,7 @@ class TrainConfig:
     device: str = _field("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = _field(
         "auto",
-        "float16 and float32: all tensors have this dtype; bfloat16: autocast, with float32 weights",
+        "float16 and float32: all tensors have this dtype; bfloat16: autocast in training, with float32 weights",
         choices=DTYPES,
     )
     memory_format: str = _field(

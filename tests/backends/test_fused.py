@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import cifar_fast.backends.fused
 from cifar_fast import CNN, Recipe, draw_epoch, fit
+from cifar_fast.backends.base import autocast
 from cifar_fast.backends.eager import Compiled, Eager
 from cifar_fast.backends.fused import (
     PADDED_CHANNELS,
@@ -20,6 +21,7 @@ from cifar_fast.backends.fused import (
 )
 from cifar_fast.data.tensors import device_data
 from cifar_fast.kernels.record_step import record_reference
+from cifar_fast.model import build_model
 from cifar_fast.train import main
 from tests.helpers import DEVICE, NARROW, save_npz, small_dataset
 
@@ -65,6 +67,20 @@ def test_fuse_replaces_every_norm_activation_and_pool():
     assert layers.count("BatchNormCELU2d") == 8 and layers.count("PaddedConv2d") == 1 and layers.count("Conv2d") == 7
     assert not {"BatchNorm2d", "CELU", "MaxPool2d"} & set(layers) and layers.count("GlobalMaxPool2d") == 1
     assert [layer.pool for layer in fuse(CNN(Recipe(), 10)).seq if hasattr(layer, "pool")] == [1, 2, 1, 1, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("change", [lambda model: model, fuse], ids=["plain", "fused"])
+def test_logits_are_float32_also_in_bfloat16(few_programs, change):
+    """In bfloat16, two largest logits of an image are often equal."""
+    model = build_model(RECIPE, 3, DEVICE, torch.bfloat16, change=change).to(memory_format=torch.channels_last)
+    assert list(model.state_dict()) == list(CNN(RECIPE, 3).state_dict())
+    channels = model.seq[0].weight.shape[1]
+    images = torch.randn(2, channels, 32, 32).to(DEVICE, torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    with autocast(DEVICE, torch.bfloat16):
+        logits = model(images)
+        assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16())
+    logits.sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_padded_channels_change_the_first_convolution_only_by_rounding():

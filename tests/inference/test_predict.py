@@ -1,5 +1,6 @@
 """``cifar-fast predict``, ``load_model``, and the logits that a training saves."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_fast import CNN, InputError, Recipe, fit, load_model
+from cifar_fast import CNN, InputError, Recipe, fit, load_dataset, load_model
 from cifar_fast.cli.main import main
 from cifar_fast.training.run_folder import RunReader
 from cifar_fast.utils.progress import lines_to
-from tests.helpers import DEVICE, HOW, save_npz, small_dataset, stop_after
+from tests.helpers import DEVICE, HOW, NARROW, save_npz, small_dataset, stop_after
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -273,6 +274,48 @@ def test_predict_on_a_gpu(trained, dataset, capfd, npz):
     assert len(predict(capfd, trained, npz, "--device", "cuda")[0]) == 41
 
 
+@pytest.mark.parametrize("method", ["__call__", "predict"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda images: images.float() / 255,
+        lambda images: images.float(),
+        lambda images: images.permute(0, 3, 1, 2),
+        lambda images: images[..., :1],
+        lambda images: images[0],
+    ],
+    ids=["floats of 0 to 1", "floats", "NCHW", "gray", "a single image"],
+)
+def test_classifier_takes_bytes_only(trained, dataset, method, change):
+    model = load_model(trained)
+    with pytest.raises(
+        InputError, match=r"images must be uint8 of shape \(N, 32, 32, 3\), not .*; the classifier itself"
+    ):
+        getattr(model, method)(change(torch.tensor(dataset.test_images[:4])))
+
+
+def test_predict_is_in_eval_mode_and_leaves_each_module_in_its_own(trained, dataset):
+    model = load_model(trained)
+    expected = model.predict(dataset.test_images)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for change in (model.train, model.model.train, lambda: model.model.seq[2].eval()):
+        change()
+        modes = [module.training for module in model.modules()]
+        assert torch.equal(model.predict(dataset.test_images), expected)
+        with pytest.raises(InputError):
+            model.predict(dataset.test_images / 255)
+        assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_exported_and_traced_classifiers_give_the_same_logits(trained, dataset):
+    images = torch.tensor(dataset.test_images[:4])
+    model = load_model(trained)
+    expected = model(images)
+    assert torch.equal(torch.export.export(model, (images,)).module()(images), expected)
+    assert torch.allclose(torch.fx.symbolic_trace(model)(images), expected)
+
+
 def saved_logits(folder):
     with np.load(folder / "logits.npz") as arrays:
         return dict(arrays)
@@ -335,6 +378,27 @@ def test_each_backend_returns_the_logits(backend, dtype, uncompiled, few_program
     assert logits.dtype == torch.float32
     assert torch.allclose(logits, expected, atol=1e-4)
     assert fit(recipe, few, **how).logits == []
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["eager", pytest.param("compiled", marks=pytest.mark.slow), pytest.param("fused", marks=pytest.mark.nightly)],
+)
+def test_accuracy_of_a_training_in_bfloat16_is_that_of_predict(tmp_path, backend, uncompiled, few_programs):
+    """In bfloat16, two largest logits of an image are often equal."""
+    textures = load_dataset("synthetic")
+    train = dict(train_images=textures.train_images[:32], train_labels=textures.train_labels[:32])
+    test = dict(test_images=textures.test_images[:300], test_labels=textures.test_labels[:300])
+    dataset = dataclasses.replace(textures, **train, **test)
+    also = save_npz(tmp_path / "also.npz", dataset)
+    options = dict(backend=backend, device=DEVICE.type, dtype="bfloat16", log=None, save_logits=True)
+    recipe = Recipe(epochs=1, batch_size=8, widths=NARROW)
+    result = fit(recipe, dataset, seed=1, output=tmp_path / "out", also_test={"also": also}, **options)
+    told = result.runs[0].test_accuracy, result.runs[0].also_test["also"]
+    probabilities = load_model(tmp_path / "out").predict(dataset.test_images)
+    for predictions in (probabilities.numpy(), result.logits[0].numpy()):
+        percent = 100 * (predictions.argmax(1) == dataset.test_labels).mean()
+        assert told == (pytest.approx(percent), pytest.approx(percent))
 
 
 def test_result_of_a_folder_has_the_logits(tmp_path, dataset):
