@@ -26,7 +26,7 @@ import triton.language as tl
 TABLE = Path(__file__).with_name("launch.json")
 
 FP_FUSION = False
-"""No contraction of a * b + c: Triton's default differs between releases, and forward and backward must round alike."""
+"""No contraction of a * b + c, whatever Triton's default is: forward and backward must round alike."""
 
 Table = dict[str, dict[str, dict[str, int]]]
 """Launch parameters by kernel and shape class."""
