@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -234,22 +235,36 @@ class Recipe:
             raise InputError(f"{path}: {error!s}") from None  # the names as in the file, not as flags
 
 
+def plain(value: Any) -> Any:
+    """Return the values of an array or tensor as Python's, and a sequence as a list. Anything else stays as it is.
+
+    Configuration libraries have list types of their own, which are sequences but no subclasses of list.
+    """
+    if isinstance(getattr(value, "shape", None), tuple) and callable(getattr(value, "tolist", None)):
+        value = value.tolist()
+    if isinstance(value, (str, bytes, bytearray, Mapping)):
+        return value
+    is_sequence = isinstance(value, Sequence) or all(hasattr(value, name) for name in ("__len__", "__getitem__"))
+    return list(value) if is_sequence and not isinstance(value, type) else value
+
+
 def _coerce(default: Any, value: Any, name: str, item: Any = None) -> Any:
     """Return ``value`` as the type of ``default``: int, float, bool, str, or a tuple of the type of ``item``.
 
     ``item`` may be a tuple of values of the types that an item may have.
     """
+    value = plain(value)
     if isinstance(default, tuple):
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, list):
             examples = item if isinstance(item, tuple) else (item,)
             return tuple(
                 _coerce(next((one for one in examples if isinstance(element, type(one))), examples[0]), element, name)
-                for element in value
+                for element in map(plain, value)
             )
         kind = "a list of numbers"
     elif isinstance(default, (bool, str)):
         if isinstance(value, type(default)):
-            return value
+            return type(default)(value)  # numpy's text is a subclass of str
         kind = "true or false" if isinstance(default, bool) else "a name"
     elif isinstance(default, int):
         if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) <= MAX_INTEGER:

@@ -1,3 +1,4 @@
+import collections
 import json
 
 import numpy as np
@@ -145,3 +146,41 @@ def test_widths_determine_the_pools_and_the_head():
 
 def test_to_json_writes_plain_json():
     assert json.loads(Recipe().to_json())["lr_values"] == [0.1, 0.6, 0.0]
+
+
+class Numbers:
+    """The least that a sequence needs: a length, and items by index."""
+
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        return self.numbers[index]
+
+
+@pytest.mark.parametrize(
+    "make", [tuple, lambda numbers: Numbers(*numbers), collections.deque, collections.UserList, np.array, torch.tensor]
+)
+def test_any_sequence_is_read_as_the_numbers_it_holds(make):
+    recipe = Recipe(
+        widths=make([4, 8]), lr_knots=make([0, 1.5, 4]), lr_values=make([0.5, 1, 0]), classes=make([7, 2])
+    )
+    assert recipe == Recipe(widths=[4, 8], lr_knots=[0, 1.5, 4], lr_values=[0.5, 1, 0], classes=[7, 2])
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    with pytest.raises(InputError, match="widths must be a whole number, not 8.5"):
+        Recipe(widths=make([8.5]))
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor, lambda value: np.array([value])[0]])
+def test_scalar_of_an_array_library_is_read_as_the_number_it_is(make):
+    recipe = Recipe(epochs=make(3), momentum=make(0.5), flip=make(False))
+    assert recipe == Recipe(epochs=3, momentum=0.5, flip=False) and Recipe.from_json(recipe.to_json()) == recipe
+
+
+@pytest.mark.parametrize("value", ["64 128", b"ab", {4: 8}, {4, 8}, np.array(4), np.array([[4, 8]]), np.array(["4"])])
+def test_values_without_an_order_of_numbers_are_not_widths(value):
+    with pytest.raises(InputError, match="widths must be a (list of numbers|whole number)"):
+        Recipe(widths=value)

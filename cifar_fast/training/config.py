@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cifar_fast.recipe import BACKENDS, DTYPES, MEMORY_FORMATS, Recipe
+from cifar_fast.recipe import BACKENDS, DTYPES, MEMORY_FORMATS, Recipe, plain
 from cifar_fast.utils.errors import InputError, option
 
 Config = TypeVar("Config", bound="TrainConfig")
@@ -81,7 +81,7 @@ class TrainConfig:
             if value is None and getattr(TrainConfig, name) is None:  # the default
                 continue
             try:
-                object.__setattr__(self, name, operator.index(value))
+                object.__setattr__(self, name, operator.index(plain(value)))
             except TypeError:
                 raise InputError(f"{option(name)} must be a whole number, not {value!r}") from None
         for name, lowest in {"runs": 1, "checkpoint_every": 0, "threads": 1}.items():
@@ -92,6 +92,13 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63 - self.runs:
                 raise InputError(f"{option(name)} must lie between 0 and 2^63, not {value}")
+        for name in ("save_logits", "tensorboard"):
+            value = plain(getattr(self, name))
+            if not isinstance(value, bool):
+                raise InputError(f"{option(name)} must be true or false, not {value!r}")
+            object.__setattr__(self, name, value)
+        if not isinstance(self.also_test or {}, Mapping):
+            raise InputError(f"{option('also_test')} must be paths by names, not {self.also_test!r}")
         also_test = {str(name): str(path) for name, path in (self.also_test or {}).items()}
         object.__setattr__(self, "also_test", also_test)
 

@@ -5,7 +5,9 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from cifar_fast import InputError, Recipe, Sweep, fit
 from cifar_fast.cli.flags import config_of
@@ -139,3 +141,24 @@ def test_bad_value_is_an_error_that_names_the_option(name, value, words):
         TrainConfig(**{name: value})
     assert str(caught.value) == f"{name} {words}"
     assert with_flags(caught.value.message) == f"--{name.replace('_', '-')} {words}"
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_scalars_of_array_libraries_become_options_that_json_can_hold(make):
+    options = dict(seed=3, runs=2, threads=1, save_logits=True, tensorboard=False)
+    config = TrainConfig(**{name: make(value) for name, value in options.items()})
+    assert config == TrainConfig(**options)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(save_logits=1), "save_logits must be true or false, not 1"),
+        (dict(seed=np.array([1])), r"seed must be a whole number, not array\(\[1\]\)"),
+        (dict(also_test=["test.npz"]), r"also_test must be paths by names, not \['test.npz'\]"),
+    ],
+)
+def test_option_of_another_kind_is_refused_with_its_name(options, words):
+    with pytest.raises(InputError, match=words):
+        TrainConfig(**options)
