@@ -165,12 +165,10 @@ class Numbers:
     "make", [tuple, lambda numbers: Numbers(*numbers), collections.deque, collections.UserList, np.array, torch.tensor]
 )
 def test_any_sequence_is_read_as_the_numbers_it_holds(make):
-    recipe = Recipe(
-        widths=make([4, 8]), lr_knots=make([0, 1.5, 4]), lr_values=make([0.5, 1, 0]), classes=make([7, 2])
-    )
+    recipe = Recipe(widths=make([4, 8]), lr_knots=make([0, 1.5, 4]), lr_values=make([0.5, 1, 0]), classes=make([7, 2]))
     assert recipe == Recipe(widths=[4, 8], lr_knots=[0, 1.5, 4], lr_values=[0.5, 1, 0], classes=[7, 2])
     assert Recipe.from_json(recipe.to_json()) == recipe
-    with pytest.raises(InputError, match="widths must be a whole number, not 8.5"):
+    with pytest.raises(InputError, match=r"widths must be a whole number, not 8\.5"):
         Recipe(widths=make([8.5]))
 
 
@@ -182,5 +180,5 @@ def test_scalar_of_an_array_library_is_read_as_the_number_it_is(make):
 
 @pytest.mark.parametrize("value", ["64 128", b"ab", {4: 8}, {4, 8}, np.array(4), np.array([[4, 8]]), np.array(["4"])])
 def test_values_without_an_order_of_numbers_are_not_widths(value):
-    with pytest.raises(InputError, match="widths must be a (list of numbers|whole number)"):
+    with pytest.raises(InputError, match=r"widths must be a (list of numbers|whole number)"):
         Recipe(widths=value)

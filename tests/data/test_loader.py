@@ -1,14 +1,16 @@
 """Loader: its batches equal those of the trainer, both with torch's gather and with the kernel."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DistributedSampler
 
-from cifar_fast import InputError, Loader, Recipe, draw_epoch
+from cifar_fast import Dataset, InputError, Loader, Recipe, draw_epoch
 from cifar_fast.data.augment import augment
 from tests.helpers import normalize, small_dataset
 
@@ -130,6 +132,13 @@ def test_wrong_edit_is_refused_at_the_next_epoch(small, edit, words):
         (dict(dtype="int8"), "unknown dtype 'int8'; the choices are auto, float16, bfloat16, float32"),
         (dict(dtype=torch.float64), "unknown dtype 'float64'"),
         (dict(device="tpu"), "unknown device 'tpu'"),
+        (dict(memory_format="nhwc"), "unknown memory format 'nhwc'; the choices are contiguous_format, channels_last"),
+        (dict(memory_format=torch.preserve_format), "unknown memory format 'preserve_format'"),
+        (dict(rank=2, world_size=2), "rank must lie in 0 to world_size - 1, which is 1, not 2"),
+        (dict(rank=1), "rank must lie in 0 to world_size - 1, which is 0, not 1"),
+        (dict(world_size=2), "world_size is 2, and torch.distributed is not initialized; give rank too"),
+        (dict(rank=0.0, world_size=2), "rank must be a whole number, not 0.0"),
+        (dict(batch_size=49, rank=0, world_size=2), "96 images are fewer than one batch of 49 for each of 2 ranks"),
     ],
 )
 def test_wrong_arguments_are_refused(small, arguments, words):
@@ -150,3 +159,84 @@ def test_own_loop_learns(small, gather):
             optimizer.step()
     correct = torch.cat([model(images).argmax(1) == labels for images, labels in test])
     assert np.mean(correct.tolist()) > 0.9
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous_format", torch.contiguous_format])
+def test_batches_in_contiguous_format_have_the_same_values_and_can_be_viewed(either_path, memory_format):
+    dataset = small_dataset(train=10, test=6)
+    ours, theirs = list(Loader(dataset, 4, memory_format=memory_format)), list(Loader(dataset, 4))
+    assert same(ours, theirs)
+    assert [images.view(4, -1).shape for images, _ in ours] == [(4, 3072)] * 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_unnormalized_batches_hold_the_pixel_values_and_cut_out_the_mean_color(either_path, dtype):
+    dataset = small_dataset(train=10, test=6)
+    normalized, raw = Loader(dataset, 10), Loader(dataset, 10, normalize=False, dtype=dtype)
+    (theirs, _), (ours, _) = next(iter(normalized)), next(iter(raw))
+    mean, std = normalized.mean.view(3, 1, 1), normalized.std.view(3, 1, 1)
+    cut = theirs == 0
+    assert cut.any() and torch.equal(ours.float(), torch.where(cut, mean.round(), (theirs * std + mean).round()))
+    (plain, _), *_ = Loader(dataset, 10, normalize=False, dtype=dtype, **UNCHANGED)
+    assert torch.equal(plain, raw.images.permute(0, 3, 1, 2).to(plain.dtype))
+
+
+def test_constant_channel_can_be_loaded_without_normalization(small, gather):
+    images = np.zeros_like(small.train_images)
+    loader = Loader(dataclasses.replace(small, train_images=images), 32, normalize=False)
+    assert not any(batch.any() for batch, _ in loader)
+
+
+def test_loader_keeps_the_data_set(small, gather):
+    assert Loader(small, 8).dataset is small
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_an_epoch_as_torch_samplers_do(either_path, world_size):
+    dataset, batch_size = small_dataset(train=17, test=11), 2
+    for drop_last in (False, True):
+        whole = list(Loader(dataset, 1, seed=3, drop_last=False))
+        ranks = [
+            Loader(dataset, batch_size, seed=3, drop_last=drop_last, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        shares = [list(loader) for loader in ranks]
+        assert {len(loader) for loader in ranks} == {len(share) for share in shares} == {len(shares[0])}
+        for rank, share in enumerate(shares):
+            sampler = DistributedSampler(range(17), world_size, rank, shuffle=False, drop_last=drop_last)
+            chosen = [whole[position] for position in sampler]
+            chosen = chosen[: len(chosen) // batch_size * batch_size] if drop_last else chosen
+            for k, parts in enumerate(zip(*chosen)):
+                assert torch.equal(torch.cat([batch[k] for batch in share]), torch.cat(parts))
+
+
+def test_ranks_share_the_test_images_in_order(gather):
+    dataset = small_dataset(train=6, test=5)
+    labels = [torch.cat([y for _, y in Loader(dataset, 2, split="test", rank=r, world_size=2)]) for r in range(2)]
+    assert [part.tolist() for part in labels] == [dataset.test_labels[[0, 2, 4]].tolist(), [1, 0, 0]]
+
+
+def ranks_of_a_group(rank, folder, dataset):
+    """Write the labels that this rank gets, with a loader made before the group and one made in it."""
+    before = Loader(dataset, 4, device="cpu")
+    alone = len(list(before))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    every = Loader(dataset, 4, device="cpu", world_size=1)
+    labels = [
+        torch.cat([y for _, y in loader]).tolist() for loader in (before, Loader(dataset, 4, device="cpu"), every)
+    ]
+    (folder / f"{rank}.json").write_text(json.dumps([alone, *labels]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_of_a_group_get_different_images_unless_asked_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    images, labels = small_dataset(train=24, test=6).train_images, np.arange(24)
+    dataset = Dataset("npz", "many.npz", images, labels, images, labels)
+    torch.multiprocessing.spawn(ranks_of_a_group, (tmp_path, dataset), nprocs=2)
+    ours, theirs = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert ours[0] == theirs[0] == 6
+    for k in (1, 2):
+        assert len(ours[k]) == len(theirs[k]) == 12 and sorted(ours[k] + theirs[k]) == list(range(24))
+    assert ours[3] == theirs[3] and sorted(ours[3]) == list(range(24))
