@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import math
+import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -125,6 +127,11 @@ class CustomModel:
         given: a module, whose weights each run starts from; or a class or function that makes a module, called for each
             run under the run's seed.
 
+    Attributes:
+        name: name of the class of the module.
+        digest: SHA-256 of its layers with their settings and of the shapes of its state, in hexadecimal. The weights
+            that each run starts from belong to it too, if ``given`` is a module. The code of the class does not.
+
     Raises:
         InputError: ``given`` makes no module with parameters to train.
     """
@@ -148,6 +155,7 @@ class CustomModel:
         self.name = type(made).__name__
         if any(nn.parameter.is_lazy(tensor) for tensor in (*made.parameters(), *made.buffers())):
             raise InputError(f"model {self.name} has lazy layers, whose sizes are not known; give it an image first")
+        self.digest = _digest(made, with_weights=isinstance(given, nn.Module))
         if not any(parameter.requires_grad for parameter in made.parameters()):
             raise InputError(f"model {self.name} has no parameter to train")
 
@@ -173,6 +181,18 @@ class CustomModel:
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
         return [generator.manual_seed(derive_seed(seed, NOISE)) for generator in generators]
+
+
+def _digest(model: nn.Module, with_weights: bool) -> str:
+    layers = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model))  # addresses in the memory of this process
+    digest = hashlib.sha256(layers.encode())
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):  # a module may have other state
+            continue
+        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        if with_weights:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def build_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from cifar_fast.utils.errors import InputError, first_line, option
 
 KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels"))
 """Names of images and labels in an .npz file: in CIFAR-10.2, in this project's files, and in others."""
+
+
+IMAGES_AT_ONCE = 5000
+"""Number of images that are read from disk at once for a digest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +41,21 @@ class EvalSet:
     def indices(self) -> np.ndarray:
         """Indices of the images to evaluate. These are the images whose class is in the training data."""
         return np.flatnonzero(self.labels >= 0)
+
+    def digest(self, class_names: Sequence[str]) -> str:
+        """Return the SHA-256 of the evaluated images and their classes in hexadecimal, whatever their file.
+
+        ``class_names`` are the names of the labels. Two numberings of the same classes have the same digest.
+        """
+        digest, indices = hashlib.sha256(), self.indices
+        used = sorted(class_names[label] for label in np.unique(self.labels[indices]))
+        number = {name: k for k, name in enumerate(used)}
+        numbers = np.array([number.get(name, -1) for name in class_names])
+        digest.update(repr((len(indices), used)).encode())
+        digest.update(numbers[self.labels[indices]].tobytes())
+        for start in range(0, len(indices), IMAGES_AT_ONCE):
+            digest.update(self.images[indices[start : start + IMAGES_AT_ONCE]].tobytes())
+        return digest.hexdigest()
 
 
 def read_eval_sets(

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cifar_fast.data.class_names import ClassNames
 from cifar_fast.experiments.sweep import SWEEP, changes, variants_in
 from cifar_fast.training.metrics import confidence_interval_95
 from cifar_fast.training.plots import default_style, save_figure
 from cifar_fast.training.results import Result, RunReader
+from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error, write_json
 
@@ -31,6 +33,9 @@ EPOCH_METRICS = {
     "train_loss": "training loss",
 }
 """Metrics that each epoch's row has, with a label for axes and tables."""
+
+ENVIRONMENT = {"device_name": "devices", "threads": "numbers of CPU threads"}
+"""Parts of the environment that are no versions, with their names in warnings."""
 
 VARIANTS_FIGURE, CURVES_FIGURE = "report-variants.png", "report-curves.png"
 
@@ -269,21 +274,47 @@ def _metric_values(name: str, result: Result, metric: str) -> list[float]:
 
 def _differing_settings(results: Mapping[str, Result]) -> list[str]:
     """Return a line for each setting that affects the figures and differs between ``results``."""
-    settings: dict[str, Callable[[Result], str]] = {
-        "data sets": lambda result: f"{result.dataset['name']} ({result.dataset['digest'][:12]})",
-        "models": lambda result: result.model or "the recipe's network",
-        "epochs": lambda result: str(result.recipe.epochs),
-        "backends": lambda result: f"{result.backend} in {result.dtype}, {result.memory_format}",
-        "devices": lambda result: result.environment["device_name"],
+    sources: dict[str, str] = {}  # equal data has the name that it has first
+    for result in results.values():
+        sources.setdefault(result.dataset["digest"], result.dataset["name"])
+
+    def dataset(result: Result) -> list[str]:
+        digest = result.dataset["digest"]
+        return [f"{sources[digest]} ({digest[:12]})"]
+
+    def model(result: Result) -> list[str]:
+        digest = f" ({result.model_digest[:12]})" if result.model_digest else ""
+        return [(result.model or "the recipe's network") + digest]
+
+    def extra_set(name: str) -> Callable[[Result], list[str]]:
+        def value_of(result: Result) -> list[str]:
+            found = result.dataset["also_test"].get(name)
+            return [f"{found['images']} images, {found['digest'][:12]}"] if found else []
+
+        return value_of
+
+    def part(name: str) -> Callable[[Result], list[str]]:
+        return lambda result: result.environment_values(name)
+
+    extra_sets = dict.fromkeys(name for result in results.values() for name in result.dataset["also_test"])
+    settings: dict[str, Callable[[Result], list[str]]] = {
+        "data sets": dataset,
+        "class names": lambda result: [str(ClassNames(result.dataset["class_names"]))],
+        **{f"test sets {name}": extra_set(name) for name in extra_sets},
+        "models": model,
+        "epochs": lambda result: [str(result.recipe.epochs)],
+        "backends": lambda result: [f"{result.backend} in {result.dtype}, {result.memory_format}"],
+        **{ENVIRONMENT.get(name, f"versions of {name}"): part(name) for name in AFFECTS_FIGURES},
     }
     lines = []
-    for setting, value_of in settings.items():
-        variants: dict[str, list[str]] = {}
+    for setting, values_of in settings.items():
+        variants: dict[tuple[str, ...], list[str]] = {}
         for name, result in results.items():
-            variants.setdefault(value_of(result), []).append(name)
-        if len(variants) > 1:
-            values = "; ".join(f"{value} ({_shorten(names)})" for value, names in variants.items())
-            lines.append(f"different {setting}: {values}")
+            if values := values_of(result):
+                variants.setdefault(tuple(values), []).append(name)
+        if len({value for values in variants for value in values}) > 1:
+            shown = "; ".join(f"{' and '.join(values)} ({_shorten(names)})" for values, names in variants.items())
+            lines.append(f"different {setting}: {shown}")
     return lines
 
 

@@ -23,11 +23,13 @@ class Checkpoint:
     """The rows of the epochs that have ended, and the state that the next epoch of the run depends on.
 
     ``state`` is the value of :meth:`cifar_fast.backends.base.Backend.training_state`. ``generators`` are the uint8
-    states of the generators of order, augmentation and a custom model.
+    states of the generators of order, augmentation and a custom model. ``environments`` are those of the epochs, as in
+    :class:`cifar_fast.training.results.RunResult`.
     """
 
     rows: list[EpochRow]
     setup_seconds: float
+    environments: list[dict[str, Any]]
     state: dict[str, Any] = field(repr=False)
     generators: list[torch.Tensor] = field(repr=False)
 

@@ -27,15 +27,12 @@ from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.training.schedule import schedule_notes
 from cifar_fast.training.tensorboard import TensorBoard
 from cifar_fast.training.trainer import train
-from cifar_fast.utils.device import device_guard, device_timer, environment, short_name
+from cifar_fast.utils.device import AFFECTS_FIGURES, device_guard, device_timer, environment, short_name
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, StopTraining, option, out_of_memory
 from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, prefix_lines, print_line
 from cifar_fast.utils.seeds import Seeds
 from cifar_fast.utils.torch_defaults import DEFAULT_NUM_THREADS, torch_defaults
-
-AFFECTS_BITS = ("torch", "triton", "cuda", "cudnn", "device_name", "threads")
-"""Parts of the environment that the last bits of a training depend on."""
 
 
 def fit(
@@ -132,9 +129,9 @@ def fit(
     custom_model = None if model is None else CustomModel(model)
     with lines_to(log):
         training = Training(config, folder, custom_model=custom_model, on_epoch=on_epoch)
+        training.prepare(dataset)  # first, because it refuses another data set
         if finished := training.finished():
             return finished
-        training.prepare(dataset)
         return train_all([training])[0]
 
 
@@ -175,6 +172,7 @@ class Training:
         self.backends = backends or BackendCache()
         self.result = None if earlier is None else dataclasses.replace(earlier, config=self.config)
         self._runs: dict[int, RunResult] = {}  # trained by this process
+        self._told: list[str] = []  # changes of the environment
         if folder and earlier:
             self._refuse_differences(folder.name, earlier)
         if folder and config.tensorboard:
@@ -186,6 +184,12 @@ class Training:
             raise InputError(
                 f"{where}: the model was {earlier.model or 'not given'}, now {model or 'not given'}; resume in Python "
                 "with the model that was trained, by fit(..., model=, resume=)"
+            )
+        digest = self.custom_model.digest if self.custom_model else None
+        if digest != earlier.model_digest:
+            raise InputError(
+                f"{where}: the model {model} has other layers or other initial weights than the one that was trained; "
+                "resume with that one"
             )
         if changed := self.config.difference(earlier.config):
             name, before, now = changed
@@ -224,6 +228,8 @@ class Training:
         self.eval_sets: list[EvalSet] = read_eval_sets(config.also_test, dataset.class_names, classes)
         self.dataset = dataset.for_recipe(config.recipe)
         self.dataset.check_trainable(config.recipe.batch_size)
+        names = self.dataset.class_names
+        self.also_test = {one.name: {"digest": one.digest(names), "images": len(one.indices)} for one in self.eval_sets}
         self.schedule_notes = schedule_notes(config.recipe, self.dataset)
         if self.folder and self.folder.earlier:
             before, now = self.folder.earlier.dataset["digest"], self.dataset.digest
@@ -239,6 +245,13 @@ class Training:
                     f"{self.folder.name}: {dataset.source} is not the data set that was trained on (digest {now[:12]}, "
                     f"not {before[:12]}); name that one with {option('data_dir')}"
                 )
+            sets_before = self.folder.earlier.dataset["also_test"]
+            for name in sets_before | self.also_test:
+                if sets_before.get(name) != self.also_test.get(name):
+                    raise InputError(
+                        f"{self.folder.name}: the test set {name} is not the one that the training began with, its "
+                        f"images or labels differ; name that one with {option('also_test')}"
+                    )
 
     def missing(self) -> list[int]:
         """Return the indices of the runs to train."""
@@ -268,15 +281,19 @@ class Training:
             if self.custom_model:
                 generators += self.custom_model.generators(device, seeds.seed)
             backend.reset(backend.new_model(weights))
-            rows, setup_seconds = [], 0.0
+            rows, setup_seconds, environments = [], 0.0, []
             if checkpoint := folder.checkpoint(run) if folder else None:
                 checkpoint.restore(backend, generators)
                 rows, setup_seconds = checkpoint.rows, checkpoint.setup_seconds
+                environments = checkpoint.environments
                 LOGGER.info(f"resuming after epoch {rows[-1].epoch}")
+                self._tell_changes(environments[-1], facts)
             setup_seconds += clock() - start
 
             stopped = False
             after = rows[-1] if rows else EpochRow(run, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+            if not environments or environments[-1] | facts != environments[-1]:
+                environments = [*environments, {"first_epoch": after.epoch + 1} | facts]
             for row in train(backend, order, augmentation, clock, after=after, on_step=on_step):
                 rows.append(row)
                 if folder:
@@ -285,7 +302,9 @@ class Training:
                 due = config.checkpoint_every and row.epoch % config.checkpoint_every == 0
                 if folder and (due or row.epoch == config.recipe.epochs):
                     states = [generator.get_state() for generator in generators]
-                    folder.save_checkpoint(run, Checkpoint(rows, setup_seconds, backend.training_state(), states))
+                    folder.save_checkpoint(
+                        run, Checkpoint(rows, setup_seconds, environments, backend.training_state(), states)
+                    )
                 try:
                     if self.on_epoch:
                         self.on_epoch(row)
@@ -313,7 +332,7 @@ class Training:
                 also_test=also_test,
                 stopped=stopped,
             )
-            self._runs[run] = RunResult(record, rows, backend.name, facts, logits)
+            self._runs[run] = RunResult(record, rows, backend.name, environments, logits)
             if run == config.runs - 1:
                 weights_now = backend.state_dict().items()
                 result.state_dict.update((name, tensor.detach().cpu().clone()) for name, tensor in weights_now)
@@ -330,10 +349,7 @@ class Training:
             )
             if self.backend_config.reason:
                 LOGGER.info(f"auto: {self.backend_config.reason}")
-            before = self.result.environment if self.result else facts
-            for name in AFFECTS_BITS:
-                if before[name] != facts[name]:
-                    LOGGER.info(f"{name} was {before[name]}, now {facts[name]}: the last bits may differ")
+            self._tell_changes(self.result.environment if self.result else facts, facts)
             for line in (*self.dataset.notes, *self.schedule_notes):
                 LOGGER.info(line)
         backend, failures = self.backends.get(
@@ -347,16 +363,25 @@ class Training:
                 config=self.config,
                 environment=facts,
                 auto=[line for line in (self.backend_config.reason, *failures) if line],
-                dataset=self.dataset.metadata() | {"source": str(self.dataset.source)},
+                dataset=self.dataset.metadata() | {"source": str(self.dataset.source), "also_test": self.also_test},
                 mean=normalization.mean.tolist(),
                 std=normalization.std.tolist(),
                 notes=[*self.dataset.notes, *backend.notes],
                 model=self.custom_model.name if self.custom_model else None,
+                model_digest=self.custom_model.digest if self.custom_model else None,
                 parameters=sum(tensor.numel() for name, tensor in backend.state_dict().items() if name in trained),
             )
             if self.folder:
                 self.folder.begin(self.result)
         return backend, self.result
+
+    def _tell_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """Log a line, once, for each part of the environment that the figures depend on and that has changed."""
+        for name in AFFECTS_FIGURES:
+            line = f"{name} was {before[name]}, now {now[name]}: the last bits may differ"
+            if before[name] != now[name] and line not in self._told:
+                self._told.append(line)
+                LOGGER.info(line)
 
     def finish(self) -> Result:
         """Return the result of all runs, of other processes too, and write the files made from them.
@@ -380,7 +405,8 @@ class Training:
             runs.append(found)
         state_dict = result.state_dict or (folder.state_dict() if folder else {})
         result = dataclasses.replace(result, run_results=runs, state_dict=state_dict)
-        LOGGER.info(result.summary_line())
+        for line in (*result.environment_changes(), result.summary_line()):
+            LOGGER.info(line)
         if folder:
             folder.finish(result, self.dataset.test_labels)
         return result

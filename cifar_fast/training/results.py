@@ -22,6 +22,7 @@ from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.metrics import EpochRow, Run, confidence_interval_95
 from cifar_fast.training.plots import curves_figure, draw_curves
+from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, first_line, option
 from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING
 
@@ -34,16 +35,18 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run with its rows, backend and environment.
+    """A finished run with its rows, backend and environments.
 
-    ``environment`` is the value of :func:`cifar_fast.utils.device.environment`. ``logits`` holds the plain model's
-    logits of the test images ``[N, classes]`` in the dtype of the weights, or None if they were not kept.
+    ``environments`` are the values of :func:`cifar_fast.utils.device.environment` in their order, each with the
+    ``first_epoch`` that was trained there. There are several if the run was resumed in another environment. ``logits``
+    holds the plain model's logits of the test images ``[N, classes]`` in the dtype of the weights, or None if they were
+    not kept.
     """
 
     run: Run
     rows: list[EpochRow]
     backend: str
-    environment: dict[str, Any]
+    environments: list[dict[str, Any]]
     logits: torch.Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,7 +59,7 @@ class RunResult:
     def from_dict(cls, values: dict[str, Any]) -> RunResult:
         """Return the run that :meth:`to_dict` stored, without logits."""
         rows = [EpochRow(**row) for row in values["rows"]]
-        return cls(Run(**values["run"]), rows, values["backend"], values["environment"])
+        return cls(Run(**values["run"]), rows, values["backend"], values["environments"])
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,18 @@ class Result:
 
     Attributes:
         config: the options; ``auto`` is replaced by the backend, device, dtype and memory format that were used.
-        environment: the value of :func:`cifar_fast.utils.device.environment` on rank 0.
+        environment: the value of :func:`cifar_fast.utils.device.environment` on rank 0 when the training began. Each
+            run has its own.
         auto: a line with the reason for the choice of ``auto``, and a line for each backend that failed before
             one worked.
-        dataset: the value of :meth:`cifar_fast.Dataset.metadata`, and ``source``.
+        dataset: the value of :meth:`cifar_fast.Dataset.metadata`, ``source``, and ``also_test``: for each extra test
+            set its ``digest`` and the number of ``images`` that are evaluated.
         mean, std: mean and standard deviation of each channel of the training images, whose values are 0 to 255. They
             normalize the model's input.
         notes: a line for each effect of the recipe on data or backend.
         model: class name of the custom model that ``state_dict`` belongs to; None for the recipe's network.
         parameters: number of trained values.
+        model_digest: the value of :attr:`cifar_fast.model.CustomModel.digest`; None for the recipe's network.
         run_results: the finished runs, in order.
         state_dict: weights of the last run.
         unwritten: a line for each file that could not be written.
@@ -91,6 +97,7 @@ class Result:
     run_results: list[RunResult] = field(default_factory=list)
     state_dict: dict[str, torch.Tensor] = field(default_factory=dict)
     unwritten: list[str] = field(default_factory=list)
+    model_digest: str | None = None
 
     @classmethod
     def load(cls, folder: str | Path, weights: bool = True) -> Result:
@@ -139,7 +146,10 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of ``training.json``: everything known before the first epoch."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-3]}
+        after = ("run_results", "state_dict", "unwritten")
+        values = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in after
+        }
         return values | {"config": self.config.to_dict()}
 
     @classmethod
@@ -175,8 +185,18 @@ class Result:
     def title(self) -> str:
         """Return data set, backend, dtype, device and number of runs in one line."""
         runs = f"{len(self.runs)} runs" if len(self.runs) > 1 else "1 run"
-        device = self.environment["device_name"]
-        return f"{self.dataset['name']}, {self.backend} backend, {self.dtype}, {device}, {runs}"
+        devices = " and ".join(self.environment_values("device_name"))
+        return f"{self.dataset['name']}, {self.backend} backend, {self.dtype}, {devices}, {runs}"
+
+    def environment_values(self, name: str) -> list[str]:
+        """Return the different values of a part of the environments that the runs were trained in."""
+        environments = [each for result in self.run_results for each in result.environments] or [self.environment]
+        return list(dict.fromkeys("none" if each.get(name) is None else str(each[name]) for each in environments))
+
+    def environment_changes(self) -> list[str]:
+        """Return a line for each part of the environment that the figures depend on and that changed between epochs."""
+        found = {name: self.environment_values(name) for name in AFFECTS_FIGURES}
+        return [f"{name} was not always the same: {', '.join(values)}" for name, values in found.items() if values[1:]]
 
     def checkpoint(self) -> dict[str, Any]:
         """Return the contents of ``model.pt``: the weights, and everything needed to use them."""
@@ -197,6 +217,7 @@ class Result:
         return {
             "recipe": dataclasses.asdict(self.recipe),
             "model": self.model,
+            "model_digest": self.model_digest,
             "parameters": self.parameters,
             "environment": self.environment,
             "backend": self.backend,
@@ -207,6 +228,9 @@ class Result:
             "dataset": self.dataset,
             "settings": self.settings,
             "runs": [dataclasses.asdict(run) for run in self.runs],
+            "environments": [
+                {"run": result.run.run} | each for result in self.run_results for each in result.environments
+            ],
             "test_accuracy_mean": statistics.fmean(accuracies),
             "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
             "test_accuracy_ci95": confidence_interval_95(accuracies),

@@ -16,11 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from cifar_fast import __version__
 from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import check_writable
 
 OLDEST_GPU = (7, 5)
 """The lowest compute capability for which the tests compile the kernels."""
+
+
+AFFECTS_FIGURES = ("cifar_fast", "torch", "triton", "cuda", "cudnn", "device_name", "threads")
+"""Parts of :func:`environment` that the last bits of a training, or more, depend on."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -132,6 +137,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Return the versions, the device and the number of threads, which measurements depend on."""
     cuda = device.type == "cuda"
     return {
+        "cifar_fast": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a subclass of str, which torch.load with weights_only refuses
         "torchvision": _version("torchvision"),

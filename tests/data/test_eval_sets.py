@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cifar_fast import InputError, Recipe, fit
+from cifar_fast.data.eval_sets import EvalSet
 from cifar_fast.train import main
 from tests.helpers import DEVICE, HOW, NARROW, save_npz, small_dataset
 
@@ -117,3 +118,19 @@ def test_wrong_flags_give_one_line(tmp_path, monkeypatch, capfd, flags, words):
     assert main(f"{flags} {FLAGS}".split()) == 2
     error = capfd.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_digest_follows_the_content_and_not_the_numbers_of_the_classes(small):
+    names, images, labels = ("ant", "bee", "cat"), small.test_images, small.test_labels
+    digest = EvalSet("a", images, labels).digest(names)
+    assert EvalSet("b", images.copy(), 2 - labels).digest(names[::-1]) == digest
+    edited = images.copy()
+    edited[-1, -1, -1, -1] ^= 1
+    for other in (
+        EvalSet("a", edited, labels).digest(names),
+        EvalSet("a", images, 2 - labels).digest(names),
+        EvalSet("a", images, labels).digest(("ant", "bee", "dog")),
+        EvalSet("a", images[:-1], labels[:-1]).digest(names),
+        EvalSet("a", images, np.where(labels == 2, -1, labels)).digest(names),
+    ):
+        assert other != digest

@@ -42,8 +42,9 @@ def made_up(accuracies, *, epochs=2, dataset="cifar10", device="A10", also=None,
             rows.append(EpochRow(index, epoch, *numbers, epoch, 0.1))
         also_test = {"other": accuracy / 2} if also else {}
         run = Run(index, index, None, None, None, accuracy, 10.0 + index**2, 1.0, 0.2, also_test)
-        runs.append(RunResult(run, rows, "eager", environment))
-    metadata = {"name": dataset, "digest": dataset * 9, "train_images": 9, "test_images": 9, "class_names": ["x"]}
+        runs.append(RunResult(run, rows, "eager", [{"first_epoch": 1} | environment]))
+    metadata = {"name": dataset, "digest": dataset * 9, "train_images": 9, "test_images": 9}
+    metadata |= {"class_names": ["x"], "also_test": {}}
     weights = {"w": torch.zeros(1)}
     return Result(config, environment, [], metadata, [0.0], [1.0], [], None, 1, runs, weights)
 
@@ -151,6 +152,49 @@ def test_different_models_give_a_warning():
     other = dataclasses.replace(made_up([90.0]), model="MyNet")
     report = make_report({"a": made_up([90.0]), "b": other})
     assert report.warnings == ["different models: the recipe's network (a); MyNet (b)"]
+
+
+def test_models_of_one_name_but_different_content_give_a_warning():
+    a, b = (dataclasses.replace(made_up([90.0]), model="MyNet", model_digest=letter * 64) for letter in "xy")
+    assert make_report({"a": a, "b": b}).warnings == [
+        "different models: MyNet (xxxxxxxxxxxx) (a); MyNet (yyyyyyyyyyyy) (b)"
+    ]
+
+
+def with_dataset(**facts):
+    result = made_up([90.0], also=True)
+    return dataclasses.replace(result, dataset=result.dataset | facts)
+
+
+def test_extra_test_sets_of_one_name_but_different_content_give_a_warning(tmp_path, capfd):
+    sets = [{"other": {"digest": letter * 64, "images": 7}} for letter in "xyx"]
+    a, b, c = (with_dataset(also_test=each) for each in sets)
+    line = "different test sets other: 7 images, xxxxxxxxxxxx (a, c); 7 images, yyyyyyyyyyyy (b)"
+    assert make_report({"a": a, "b": b, "c": c}, metric="other").warnings == [line]
+    assert make_report({"a": a, "c": c, "d": made_up([90.0])}).warnings == []
+    paths = [write(tmp_path / name, result) for name, result in {"a": a, "b": b, "c": c}.items()]
+    assert main(["report", *paths, "--output", str(tmp_path / "out")]) == 0
+    assert f"Warning: {line}\n" in capfd.readouterr().out
+    assert json.loads((tmp_path / "out/report.json").read_text())["warnings"] == [line]
+
+
+def test_data_sets_are_compared_by_content_and_class_names():
+    renamed, other_names = with_dataset(name="folder"), with_dataset(class_names=["y"])
+    assert make_report({"a": made_up([90.0]), "b": renamed}).warnings == []
+    assert make_report({"a": renamed, "b": other_names}).warnings == ["different class names: x (a); y (b)"]
+
+
+def test_environments_of_all_epochs_are_compared():
+    mixed, (same, *_) = made_up([90.0, 91.0]), [made_up([90.0])]
+    old = {"device_name": "A10", "cifar_fast": "0.0.1"}
+    mixed.run_results[0].environments[:] = [old | {"first_epoch": 1}, old | {"first_epoch": 2, "device_name": "T4"}]
+    versions = "different versions of cifar_fast: 0.0.1 and none (a); none (b)"
+    assert make_report({"a": mixed, "b": same}).warnings == [versions, "different devices: A10 and T4 (a); A10 (b)"]
+    assert make_report({"a": mixed}).warnings == [
+        "different versions of cifar_fast: 0.0.1 and none (a)",
+        "different devices: A10 and T4 (a)",
+    ]
+    assert "A10 and T4" in mixed.title()
 
 
 @pytest.mark.parametrize(

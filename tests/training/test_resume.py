@@ -1,5 +1,6 @@
 """A training that was stopped at any moment resumes, and ends with the bits of an uninterrupted one."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -11,16 +12,19 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from cifar_fast import CNN, InputError, Recipe, Result, draw_epoch, fit
+from cifar_fast import CNN, InputError, Recipe, Result, __version__, draw_epoch, fit, make_report
 from cifar_fast.backends.fused import Fused
 from cifar_fast.cli.flags import interruptible
 from cifar_fast.data.tensors import device_data
 from cifar_fast.train import main
+from cifar_fast.training import fit as training_fit
 from cifar_fast.training import trainer
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.fit import Training
 from cifar_fast.training.run_folder import RunFolder
+from cifar_fast.utils.device import environment
 from cifar_fast.utils.progress import lines_to
 from tests.helpers import DEVICE, HOW, contents, files_in, files_of, save_npz, small_dataset, stop_after
 
@@ -311,6 +315,102 @@ def test_resume_on_another_machine_prints_what_changed(stopped, capfd):
     lines = capfd.readouterr().out.splitlines()
     assert f"torch was 2.0.0, now {torch.__version__}: the last bits may differ" in lines
     assert any(line.startswith("device_name was another, now ") for line in lines)
+
+
+def in_environment(monkeypatch, **facts):
+    """Make trainings believe that they run in an environment with these facts."""
+    monkeypatch.setattr(training_fit, "environment", lambda device: environment(device) | facts)
+
+
+def test_run_keeps_each_environment_with_its_first_epoch(tmp_path, tiny, monkeypatch):
+    folder, lines = tmp_path / "out", []
+    with pytest.raises(KeyboardInterrupt):
+        fit(RECIPE, tiny, output=folder, **HOW | {"log": stop_after((0, 2))})
+    in_environment(monkeypatch, device_name="another", cifar_fast="0.2")
+    with pytest.raises(KeyboardInterrupt):
+        fit(RECIPE, tiny, resume=folder, **HOW | {"log": stop_after((0, 3))})
+    in_environment(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        fit(RECIPE, tiny, resume=folder, **HOW | {"log": stop_after((0, 3))})
+    here = environment(torch.device("cpu"))["device_name"]
+    result = fit(RECIPE, tiny, resume=folder, **HOW | {"log": lines.append})
+    found = [
+        (each["first_epoch"], each["device_name"], each["cifar_fast"]) for each in result.run_results[0].environments
+    ]
+    assert found == [(1, here, __version__), (2, "another", "0.2"), (3, here, __version__)]
+    assert f"device_name was another, now {here}: the last bits may differ" in lines
+    assert f"device_name was not always the same: {here}, another" in lines and f"{here} and another" in result.title()
+
+    stored = json.loads((folder / "run-0/result.json").read_text())["environments"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert stored == result.run_results[0].environments
+    assert summary["environments"] == [{"run": 0} | each for each in stored]
+    assert summary["environment"]["cifar_fast"] == __version__
+    warnings = make_report({"out": Result.load(folder)}).warnings
+    assert f"different devices: {here} and another (out)" in warnings
+    assert f"different versions of cifar_fast: {__version__} and 0.2 (out)" in warnings
+
+
+def test_added_run_keeps_its_own_environment(tmp_path, tiny, monkeypatch):
+    fit(RECIPE, tiny, output=tmp_path / "out", **HOW)
+    in_environment(monkeypatch, torch="9.9")
+    result = fit(RECIPE, tiny, resume=tmp_path / "out", runs=2, **HOW)
+    assert [each["torch"] for run in result.run_results for each in run.environments] == [torch.__version__, "9.9"]
+
+
+def extra_set(path, dataset, **changes):
+    return save_npz(path, dataset, images=dataset.test_images, labels=dataset.test_labels, **changes)
+
+
+def test_extra_test_set_is_recognized_by_its_content(tmp_path, tiny):
+    folder, path, moved = tmp_path / "out", tmp_path / "test.npz", tmp_path / "moved.npz"
+    extra_set(path, tiny)
+    with pytest.raises(KeyboardInterrupt):
+        fit(RECIPE, tiny, output=folder, also_test={"more": path}, **HOW | {"log": stop_after((0, 2))})
+    path.rename(moved)
+    before = (folder / "training.json").read_text()
+    assert json.loads(before)["dataset"]["also_test"]["more"]["images"] == len(tiny.test_labels)
+    for split, change in (("images", 255 - tiny.test_images), ("labels", (tiny.test_labels + 1) % tiny.num_classes)):
+        changed = dataclasses.replace(tiny, **{f"test_{split}": change})
+        with pytest.raises(InputError, match="the test set more is not the one that the training began with"):
+            fit(RECIPE, tiny, resume=folder, also_test={"more": extra_set(path, changed)}, **HOW)
+    assert (folder / "training.json").read_text() == before
+    result = fit(RECIPE, tiny, resume=folder, also_test={"more": moved}, **HOW)
+    assert list(result.runs[0].also_test) == ["more"]
+
+
+def test_finished_training_is_not_returned_for_another_data_set(tmp_path, tiny):
+    fit(RECIPE, tiny, output=tmp_path / "out", **HOW)
+    other = dataclasses.replace(tiny, train_images=255 - tiny.train_images)
+    with pytest.raises(InputError, match="is not the data set that was trained on"):
+        fit(RECIPE, other, resume=tmp_path / "out", **HOW)
+
+
+class Net(nn.Sequential):
+    """A model whose class does not tell its layers."""
+
+    def __init__(self, dropout=0.1):
+        super().__init__(nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.Dropout(dropout), nn.Flatten(), nn.LazyLinear(3))
+        self(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_custom_model_is_recognized_by_its_content(tmp_path, tiny, kind):
+    def given(dropout=0.1):
+        torch.manual_seed(1)
+        return Net(dropout) if kind == "module" else lambda: Net(dropout)
+
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        fit(RECIPE, tiny, output=folder, model=given(), **HOW | {"log": stop_after((0, 2))})
+    others = [given(dropout=0.5)]
+    if kind == "module":
+        others.append(Net())  # other weights
+    for other in others:
+        with pytest.raises(InputError, match="the model Net has other layers or other initial weights"):
+            fit(RECIPE, tiny, resume=folder, model=other, **HOW)
+    result = fit(RECIPE, tiny, resume=folder, model=given(), **HOW)
+    assert result.summary()["model_digest"] == result.model_digest is not None
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (4, "cuda:3")])
