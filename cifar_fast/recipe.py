@@ -171,6 +171,11 @@ class Recipe:
         require(not negative and len(self.classes) != 1, "classes", "be two or more names or numbers from 0")
         require(len(set(self.classes)) == len(self.classes), "classes", "be different")
 
+    @property
+    def augments(self) -> bool:
+        """Whether the training images are changed at random."""
+        return bool(self.crop_padding or self.flip or self.cutout_size)
+
     def blocks(self) -> tuple[Block, ...]:
         """Return the convolution blocks in order."""
         blocks: list[Block] = []

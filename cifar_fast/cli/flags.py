@@ -44,20 +44,26 @@ def command_parser(name: str, summary: str) -> Parser:
 
 
 def run_command(
-    command: Callable[[], int], argv: list[str] | None, on_interrupt: str = "interrupted", *, flags: bool = True
+    command: Callable[[], int],
+    argv: list[str] | None,
+    on_interrupt: str = "interrupted",
+    *,
+    flags: bool = True,
+    shared: bool = False,
 ) -> int:
     """Run ``command`` and return its exit code.
 
     An :class:`InputError` is printed in one line and gives 2; :class:`Diverged` and :class:`MissingRuns` give 1. Ctrl-C
-    gives 130, and under torchrun only rank 0 prints about it. An error also shows its traceback if ``argv`` (default:
-    ``sys.argv``) has --traceback. ``flags``: whether the options that an error names are flags of the command.
+    gives 130. An error also shows its traceback if ``argv`` (default: ``sys.argv``) has --traceback. ``flags``: whether
+    the options that an error names are flags of the command. ``shared``: processes may share the command's work, and it
+    prints its lines inside :func:`joined`.
     """
     show_traceback = "--traceback" in (sys.argv if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # lines go out as they come, escaped if the encoding lacks a letter
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        with debug_to_stderr(show_traceback), lines_to(None if World.from_env().rank else print_line):
+        with debug_to_stderr(show_traceback), lines_to(None if shared else print_line):
             return command()
     except ReportedOnRank0:
         return 2
@@ -67,9 +73,28 @@ def run_command(
         print(f"error: {with_flags(error.message) if flags else error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as interrupt:
-        if World.from_env().rank == 0:
-            print(str(interrupt) or on_interrupt, file=sys.stderr)
+        print(str(interrupt) or on_interrupt, file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[World]:
+    """Join the processes that torchrun started, and yield their world. Inside the block only rank 0 prints lines.
+
+    A command checks all that it can before. Without the others, as with variables that torchrun left, it would wait.
+    """
+    world = World.from_env()
+    with contextlib.ExitStack() as stack:
+        with lines_to(print_line):
+            world.warn_if_alone()
+            stack.enter_context(world.process_group())
+        stack.enter_context(lines_to(None if world.rank else print_line))
+        try:
+            yield world
+        except KeyboardInterrupt:
+            if world.rank:
+                raise SystemExit(130) from None  # rank 0 prints about it
+            raise
 
 
 @contextlib.contextmanager

@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
-from cifar_fast.cli.flags import add_traceback_flag, command_parser, interruptible, run_command
+from cifar_fast.cli.flags import add_traceback_flag, command_parser, interruptible, joined, print_line, run_command
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.progress import LOGGER
+
+if TYPE_CHECKING:
+    from cifar_fast.experiments.sweep import Sweep
 
 SUMMARY = "train the variants of the recipe that a file describes, one after another, or resume them"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code: 1 if a variant diverged or a file is missing, 2 for bad input."""
-
-    def command() -> int:
-        with World.from_env().process_group() as world:
-            return run(world, argv)
-
-    return run_command(command, argv, flags=False)
+    return run_command(lambda: run(argv), argv, flags=False, shared=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,19 +30,28 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(world: World, argv: list[str] | None) -> int:
-    with world.all_or_none():
-        args = make_parser().parse_args(argv)
+def run(argv: list[str] | None) -> int:
+    """Check everything that needs neither the other processes nor the data, and then train."""
+    args = make_parser().parse_args(argv)
 
+    from cifar_fast.experiments.sweep import Sweep, dry_run
+
+    sweep = Sweep.load(args.spec)
+    if args.dry_run:
+        for line in dry_run(sweep):
+            print_line(line)
+        return 0
+    with joined() as world:
+        return train_in(world, args, sweep)
+
+
+def train_in(world: World, args: argparse.Namespace, sweep: Sweep) -> int:
+    """Train the sweep with the processes of ``world``."""
+    with world.all_or_none():
         from cifar_fast.backends.select import resolve_backend
-        from cifar_fast.experiments.sweep import Sweep, dry_run, train_sweep
+        from cifar_fast.experiments.sweep import train_sweep
         from cifar_fast.utils.device import tune_malloc
 
-        sweep = Sweep.load(args.spec)
-        if args.dry_run:
-            for line in dry_run(sweep):
-                LOGGER.info(line)
-            return 0
         on_cpu = resolve_backend(sweep.backend, sweep.device, sweep.dtype, sweep.memory_format).device.type == "cpu"
     if on_cpu:
         tune_malloc()

@@ -16,27 +16,24 @@ from cifar_fast.cli.flags import (
     command_parser,
     config_of,
     interruptible,
+    joined,
     name_and_path,
+    print_line,
     recipe_of,
     run_command,
 )
-from cifar_fast.data.sources import read_dataset
+from cifar_fast.data.sources import check_named, read_dataset
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import InputError
-from cifar_fast.utils.progress import LOGGER
+from cifar_fast.utils.progress import LOGGER, lines_to
 
 SUMMARY = "train the recipe, and write the results to a folder"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code: 1 if the loss diverged or a file could not be written, 2 for bad input."""
-
-    def command() -> int:
-        with World.from_env().process_group() as world:
-            return run(world, argv)
-
-    return run_command(command, argv, "interrupted before there was anything to resume")
+    return run_command(lambda: run(argv), argv, "interrupted before there was anything to resume", shared=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -77,38 +74,46 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(world: World, argv: list[str] | None) -> int:
-    with world.all_or_none():
-        parser = make_parser()
+def run(argv: list[str] | None) -> int:
+    """Check everything that needs neither the other processes nor the data, and then train."""
+    parser = make_parser()
+    args, folder = parser.parse_args(argv), None
+    if args.resume:
+        if args.output or args.overwrite:
+            raise InputError("give --resume alone, without --output and --overwrite")
+        from cifar_fast.training.run_folder import RunFolder
+
+        folder = RunFolder(args.resume, resume=True)
+        parser.set_defaults(**flags_of(folder.earlier, args))
         args = parser.parse_args(argv)
-        if args.resume:
-            if args.output or args.overwrite:
-                raise InputError("give --resume alone, without --output and --overwrite")
-            from cifar_fast.training.run_folder import RunFolder
-
-            folder: Any = RunFolder(args.resume, resume=True)
-            parser.set_defaults(**flags_of(folder.earlier, args))
-            args = parser.parse_args(argv)
-        if args.print_recipe:
-            LOGGER.info(recipe_of(args).to_json())
-            return 0
-        if args.profile:
-            if world.size > 1:
-                raise InputError("--profile runs in one process; start it without torchrun")
-            args.output = args.profile
+    if args.print_recipe:
+        print_line(recipe_of(args).to_json())
+        return 0
+    if args.profile:
+        if World.from_env().size > 1:
+            raise InputError("--profile runs in one process; start it without torchrun, RANK and WORLD_SIZE")
+        args.output = args.profile
+        with lines_to(print_line):
             return profile.run(args)
-        if len(dict(args.also_test)) < len(args.also_test):
-            raise InputError("--also-test: two test sets have the same name; give them different names")
-        args.also_test, args.tensorboard = dict(args.also_test), args.log == "tensorboard"
+    if len(dict(args.also_test)) < len(args.also_test):
+        raise InputError("--also-test: two test sets have the same name; give them different names")
+    args.also_test, args.tensorboard = dict(args.also_test), args.log == "tensorboard"
+    config = config_of(args)
+    config.check_runs_differ()
+    check_named(args.dataset, args.data_dir)
+    with joined() as world:
+        return train_in(world, args, config, folder)
 
-        # Check everything possible before the data is loaded, because loading may take long.
-        config = config_of(args)
 
+def train_in(world: World, args: argparse.Namespace, config: TrainConfig, folder: Any) -> int:
+    """Train with the processes of ``world``. ``folder`` is that of the training to resume, or None."""
+    with world.all_or_none():
         from cifar_fast.training.fit import Training, train_all
         from cifar_fast.training.run_folder import RunFolder
         from cifar_fast.utils.device import tune_malloc
 
-        if not args.resume:
+        # Check everything possible before the data is loaded, because loading may take long.
+        if folder is None:
             folder = RunFolder(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
         training = Training(config, folder, world=world)
         if training.finished():

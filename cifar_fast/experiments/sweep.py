@@ -109,7 +109,13 @@ class Sweep(TrainConfig):
                 variants[full_name] = changed_recipe(where, common, values)
         if not variants:
             raise InputError("states no variant; add a table [variants.NAME] for each, empty for the recipe as it is")
-        return cls(**{"output": output} | spec, recipe=common, variants=variants)
+        sweep = cls(**{"output": output} | spec, recipe=common, variants=variants)
+        for name in variants:
+            try:
+                sweep.config(name).check_runs_differ()
+            except InputError as error:
+                raise InputError(f"variant {name}: {error}") from None
+        return sweep
 
     @property
     def path(self) -> Path:

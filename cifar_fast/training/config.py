@@ -102,6 +102,17 @@ class TrainConfig:
         also_test = {str(name): str(path) for name, path in (self.also_test or {}).items()}
         object.__setattr__(self, "also_test", also_test)
 
+    def check_runs_differ(self) -> None:
+        """Raise :class:`InputError` if several runs have the same seeds, because their results would be equal."""
+        names = ["init_seed", "order_seed", *(["augment_seed"] if self.recipe.augments else [])]
+        if self.runs > 1 and all(getattr(self, name) is not None for name in names):
+            given = " and ".join(", ".join(map(option, names)).rsplit(", ", 1))
+            without = "" if self.recipe.augments else ", and nothing is augmented"
+            raise InputError(
+                f"{option('runs')} {self.runs}: the runs would be equal, because {given} are the same in all of "
+                f"them{without}; leave one of the seeds out, or ask for one run"
+            )
+
     @staticmethod
     def names() -> list[str]:
         """Return the names of the options other than the recipe."""

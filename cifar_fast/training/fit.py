@@ -161,6 +161,7 @@ class Training:
         backends: BackendCache | None = None,
         world: World = World(),  # noqa: B008  (frozen)
     ) -> None:
+        config.check_runs_differ()
         earlier = folder.earlier if folder else None
         asked = config if earlier is None else config.resuming(earlier.config)
         number = asked.device.removeprefix("cuda:")

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, first_line
+from cifar_fast.utils.progress import LOGGER
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=365)
 """How long a rank waits for the others, whose runs may take days. The death of one is noticed at once."""
+
+REMIND_SECONDS = 60.0
+"""Seconds between two lines about a wait for other ranks."""
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables of torchrun that a world of several processes needs."""
+
+LAUNCHERS = {"SLURM_NTASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+"""Variables with the number of processes that another launcher started, and its command."""
 
 
 class ReportedOnRank0(InputError):
@@ -33,36 +45,74 @@ class World:
     @classmethod
     def from_env(cls) -> World:
         """Read what torchrun has put into the environment; without it, return a world of one process."""
-        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        if not set(TORCHRUN) <= os.environ.keys():
             return cls()
         rank = os.environ["RANK"]
         try:
-            return cls(int(rank), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", rank)))
+            world = cls(int(rank), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", rank)))
+            port = int(os.environ["MASTER_PORT"])
         except ValueError as error:
             raise InputError(
-                f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, as torchrun sets them ({error})"
+                "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be numbers, as torchrun sets them "
+                f"({first_line(error)})"
             ) from None
+        if not 0 <= world.rank < world.size:
+            raise InputError(
+                f"RANK is {world.rank} and WORLD_SIZE is {world.size}, but ranks count from 0 to WORLD_SIZE - 1; start "
+                "the processes with torchrun, or unset both"
+            )
+        if not 0 <= port < 2**16:
+            raise InputError(f"MASTER_PORT must be from 0 to 65535, not {port}")
+        return world
+
+    def warn_if_alone(self) -> None:
+        """Log a line if this process will train everything, although others seem to have started with it."""
+        if set(TORCHRUN) <= os.environ.keys():
+            return
+        missing = ", ".join(name for name in TORCHRUN if name not in os.environ)
+        for name in ("WORLD_SIZE", *LAUNCHERS):
+            count = os.environ.get(name, "")
+            if count.isdecimal() and int(count) > 1:
+                task = f"task of {LAUNCHERS[name]}" if name in LAUNCHERS else "process"
+                LOGGER.warning(
+                    f"{name} is {count}, but torchrun's {missing} are not set: each {task} trains everything; start "
+                    "the command with torchrun to split the runs"
+                )
+                return
 
     @contextlib.contextmanager
     def process_group(self) -> Iterator[World]:
-        """Join the other processes inside the block, over gloo, which needs no GPU."""
+        """Join the other processes inside the block, over gloo, which needs no GPU.
+
+        A line says so while they are awaited. Ctrl-C ends the wait.
+        """
         if self.size == 1:
             yield self
             return
         from torch import distributed
 
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:
-            store, rank, size = next(distributed.rendezvous("env://"))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a restart on one machine finds the same store again
-                store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+            _in_thread(
+                self._join,
+                f"rank {self.rank} waits for the other ranks of {self.size} at {where}, because RANK and WORLD_SIZE "
+                "are set; to train in one process, press Ctrl-C and unset them",
+            )
         except (RuntimeError, ValueError) as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise InputError(f"rank {self.rank}: cannot join the others at {where} ({first_line(error)})") from error
         try:
             yield self
         finally:
             distributed.destroy_process_group()
+
+    @staticmethod
+    def _join() -> None:
+        from torch import distributed
+
+        store, rank, size = next(distributed.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a restart on one machine finds the same store again
+            store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
     def gather(self, value: T, waiting: Callable[[], None] = lambda: None) -> list[T]:
         """Return the ``value`` of each rank, when all have come here; call ``waiting`` until then."""
@@ -73,9 +123,13 @@ class World:
         values: list[Any] = [None] * self.size
         try:
             arrived = distributed.barrier(async_op=True)
+            remind = time.monotonic() + REMIND_SECONDS
             while not arrived.is_completed():  # a wait in Python, which a signal ends
                 time.sleep(0.05)
                 waiting()
+                if time.monotonic() >= remind:
+                    LOGGER.info(f"rank {self.rank} waits for the other ranks, which are still at work")
+                    remind += REMIND_SECONDS
             arrived.wait()
             distributed.all_gather_object(values, value)
         except RuntimeError as error:
@@ -133,3 +187,23 @@ class World:
                     raise
                 raise type(error)(f"rank {self.rank}: {error.message}") from error
         self.gather(None, waiting)
+
+
+def _in_thread(call: Callable[[], None], line: str) -> None:
+    """Return when ``call``, which a signal cannot end, is done. Log ``line`` soon, and again each minute until then."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+            future.set_result(None)
+        except BaseException as error:  # raised again below
+            future.set_exception(error)
+
+    # Python waits for other threads at its end, but not for a daemon.
+    threading.Thread(target=run, daemon=True).start()
+    pause = 1.0  # ranks that start together arrive sooner
+    while not wait([future], pause).done:
+        LOGGER.warning(line)
+        pause = REMIND_SECONDS
+    future.result()

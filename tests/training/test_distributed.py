@@ -18,6 +18,7 @@ from cifar_fast import InputError, Recipe, fit
 from cifar_fast.backends.select import BackendConfig, local_device
 from cifar_fast.cli.main import main as command
 from cifar_fast.train import main
+from cifar_fast.utils import distributed
 from cifar_fast.utils.progress import lines_to
 from tests.helpers import HOW, ROOT, contents, files_in, files_of, stop_after
 
@@ -356,3 +357,109 @@ def test_two_processes_on_a_simulator_of_two_gpus(tmp_path, npz, shared):
     )
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "two")[1] == contents(tmp_path / "one")[1]
+
+
+LEFT_BEHIND = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+
+
+def alone(flags, program="train", **variables):
+    """Start ``cifar-fast`` with the environment ``variables`` of a launch whose other processes do not exist."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | LEFT_BEHIND | {"MASTER_PORT": port} | variables
+    settings = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen([sys.executable, "-m", "cifar_fast", program, *flags.split()], **settings)
+
+
+@pytest.mark.slow  # starts a process
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_wait_for_missing_ranks_has_a_line_and_ends_by_ctrl_c(tmp_path, npz, rank):
+    process = alone(f"{FLAGS} --data-dir {npz} --output {tmp_path}/out", RANK=rank)
+    line = process.stdout.readline()
+    assert line.startswith(f"rank {rank} waits for the other ranks of 2 at 127.0.0.1:") and "unset them" in line
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=10)
+    ours = [line for line in error.splitlines() if not line.startswith("[W")]  # torch warns on rank 1
+    assert (process.returncode, ours) == (130, ["interrupted before there was anything to resume"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_line_about_missing_ranks_comes_again(monkeypatch):
+    monkeypatch.setattr(distributed, "REMIND_SECONDS", 0.1)
+    lines = []
+    with lines_to(lines.append):
+        distributed._in_thread(lambda: time.sleep(1.5), "waiting")
+    assert set(lines) == {"waiting"} and 3 <= len(lines) <= 6
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_flags_are_checked_without_the_other_ranks(tmp_path, npz, monkeypatch, capfd, rank):
+    """No command here may wait, even if a process that torchrun started calls it."""
+    for name, value in (LEFT_BEHIND | {"RANK": rank}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.World, "process_group", lambda world: pytest.fail("waits"))
+    assert main(["--print-recipe"]) == 0
+    assert Recipe.from_json(capfd.readouterr().out) == Recipe()
+    for help_of in ("train", "sweep"):
+        with pytest.raises(SystemExit, match="0"):
+            command([help_of, "--help"])
+        assert capfd.readouterr().out.startswith("usage: ")
+    (tmp_path / "spec.toml").write_text(SPEC.format(data=npz, output=tmp_path / "sweep", epochs=2))
+    assert command(["sweep", f"{tmp_path}/spec.toml", "--dry-run"]) == 0
+    assert "run 1 of baseline, seed 0: to do" in capfd.readouterr().out
+    for wrong, words in {
+        "train --nonsense": "unrecognized arguments",
+        "train --runs 0": "--runs must be at least 1",
+        "train --epochs 0": "--epochs must be at least 1",
+        "train --recipe none.json": "cannot read the recipe",
+        f"train --resume {tmp_path}/none": "nothing to resume",
+        "train --dataset npz": "needs --data-dir",
+        "train --profile out": "--profile runs in one process",
+        "train --runs 2 --init-seed 1 --order-seed 1 --augment-seed 1": "the runs would be equal",
+        "sweep none.toml": "cannot read the sweep",
+        "report none": "holds no training.json",
+    }.items():
+        assert command(wrong.split()) == 2
+        error = capfd.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (dict(RANK="one"), "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be numbers"),
+        (dict(MASTER_PORT="http"), "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be numbers"),
+        (dict(MASTER_PORT="70000"), "MASTER_PORT must be from 0 to 65535, not 70000"),
+        (dict(RANK="2"), "RANK is 2 and WORLD_SIZE is 2"),
+        (dict(RANK="-1"), "RANK is -1 and WORLD_SIZE is 2"),
+        (dict(WORLD_SIZE="0"), "RANK is 0 and WORLD_SIZE is 0"),
+    ],
+)
+def test_impossible_variables_of_torchrun_are_one_error_line(npz, monkeypatch, capfd, variables, words):
+    for name, value in (LEFT_BEHIND | variables).items():
+        monkeypatch.setenv(name, value)
+    assert main(f"{FLAGS} --data-dir {npz}".split()) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: {words}") and error.count("\n") == 1
+    assert main(["--print-recipe"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        (dict(SLURM_NTASKS="4"), "SLURM_NTASKS is 4, but torchrun's RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are"),
+        (dict(OMPI_COMM_WORLD_SIZE="2"), "OMPI_COMM_WORLD_SIZE is 2, but "),
+        (dict(RANK="0", WORLD_SIZE="2"), "WORLD_SIZE is 2, but torchrun's MASTER_ADDR, MASTER_PORT are"),
+        (dict(SLURM_NTASKS="1"), None),
+        (dict(SLURM_NTASKS="several"), None),
+        (LEFT_BEHIND | dict(WORLD_SIZE="1", SLURM_NTASKS="4"), None),
+    ],
+)
+def test_processes_that_will_each_train_everything_say_so(tmp_path, monkeypatch, capfd, variables, line):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(f"--dataset npz --data-dir {tmp_path}/none.npz --output {tmp_path}/out".split()) == 2
+    lines = capfd.readouterr().out.splitlines()
+    assert [one for one in lines if "trains everything" in one] == lines and len(lines) == (line is not None)
+    assert not line or lines[0].startswith(line)
