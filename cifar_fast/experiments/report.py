@@ -16,9 +16,9 @@ import numpy as np
 
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.experiments.sweep import SWEEP, changes, variants_in
-from cifar_fast.training.metrics import confidence_interval_95
+from cifar_fast.training.metrics import Run, confidence_interval_95
 from cifar_fast.training.plots import default_style, save_figure
-from cifar_fast.training.results import Result, RunReader
+from cifar_fast.training.results import Result, RunReader, RunResult
 from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error, write_json
@@ -67,13 +67,15 @@ class Variant:
 class Report:
     """The result of :func:`make_report`.
 
-    ``warnings`` has a line for each setting that affects the figures and differs between the variants.
+    ``warnings`` has a line for each setting that affects the figures and differs between the variants. ``repeated`` has
+    a line for equal runs, which are counted once.
     """
 
     metric: str
     baseline: str
     variants: list[Variant]
     warnings: list[str]
+    repeated: list[str]
     results: Mapping[str, Result] = dataclasses.field(repr=False)
 
     @property
@@ -103,12 +105,15 @@ class Report:
         rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
         table = [f"| {' | '.join(line)} |" for line in (aligned[0], rule, *aligned[1:])]
         note = f"Differences are relative to {self.baseline}; the training time is the median of the runs."
-        return "\n".join([*table, "", note, *(f"Warning: {line}" for line in self.warnings)]) + "\n"
+        lines_below = [note, *(f"Counted once: {line}" for line in self.repeated)]
+        lines_below += [f"Warning: {line}" for line in self.warnings]
+        return "\n".join([*table, "", *lines_below]) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``report.json``."""
         variants = [dataclasses.asdict(variant) for variant in self.variants]
-        return {"metric": self.metric, "baseline": self.baseline, "variants": variants, "warnings": self.warnings}
+        lines = {"warnings": self.warnings, "repeated": self.repeated}
+        return {"metric": self.metric, "baseline": self.baseline, "variants": variants, **lines}
 
     @default_style()
     def variants_figure(self) -> Figure:
@@ -200,6 +205,9 @@ def _interval(ends: list[float] | None, digits: int, sign: str = "") -> str:
 def make_report(results: Mapping[str, Result], *, baseline: str | None = None, metric: str = "test_accuracy") -> Report:
     """Compare the runs of several trainings.
 
+    Equal runs are one observation. The first is counted, and a line of ``Report.repeated`` names the others. A variant
+    without any other run is left out.
+
     Means have Student's confidence interval. Differences have the interval and the two-sided p-value of Welch's
     t-test, which allows unequal variances (B. L. Welch, Biometrika 34, 1947).
 
@@ -215,9 +223,13 @@ def make_report(results: Mapping[str, Result], *, baseline: str | None = None, m
     welch_test = welch()
     if not results:
         raise InputError("there are no results to report")
+    results, repeated = _counted_once(results)
     baseline = next(iter(results)) if baseline is None else baseline
     if baseline not in results:
-        raise InputError(f"{option('baseline')} {baseline!r} is not a variant; the variants are {', '.join(results)}")
+        equal = "".join(f" ({line})" for line in repeated)
+        raise InputError(
+            f"{option('baseline')} {baseline!r} is not a variant; the variants are {', '.join(results)}{equal}"
+        )
     values = {name: _metric_values(name, result, metric) for name, result in results.items()}
     base = values[baseline]
     variants = []
@@ -244,7 +256,7 @@ def make_report(results: Mapping[str, Result], *, baseline: str | None = None, m
                 train_seconds_median=statistics.median(run.train_seconds for run in result.runs),
             )
         )
-    return Report(metric, baseline, variants, _differing_settings(results), results)
+    return Report(metric, baseline, variants, _differing_settings(results), repeated, results)
 
 
 def welch() -> Callable[..., Any]:
@@ -258,6 +270,52 @@ def welch() -> Callable[..., Any]:
     except ImportError:
         raise InputError("a report needs scipy: pip install 'cifar_fast[report]'") from None
     return functools.partial(ttest_ind, equal_var=False)
+
+
+def _counted_once(results: Mapping[str, Result]) -> tuple[dict[str, Result], list[str]]:
+    """Return ``results`` without runs that repeat another, and a line for each pair of variants with such runs.
+
+    Two runs of one variant are equal if their seeds are. Runs of two variants are equal if settings, data and rows are
+    equal too. A copied folder is an example, and so is a training that was repeated with the same bits.
+    """
+    counted: dict[str, Result] = {}
+    found_in: dict[Any, str] = {}
+    lines = []
+    for name, result in results.items():
+        seen, kept = set(), []
+        repeated: dict[str, list[str]] = {}  # seeds, by the name of the variant that holds the same runs
+        for run_result in result.run_results:
+            seeds = _drawn_seeds(result, run_result.run)
+            observation = _observation(result, run_result, seeds)
+            first = name if seeds in seen else found_in.get(observation)
+            if first is None:
+                kept.append(run_result)
+                found_in[observation] = name
+            else:
+                repeated.setdefault(first, []).append(str(run_result.run.seed))
+            seen.add(seeds)
+        for first, numbers in repeated.items():
+            of = "another run of it" if first == name else f"the same runs of {first}"
+            what = f"{name}, seed {', '.join(numbers)}" if len(numbers) == 1 else f"{name}, seeds {', '.join(numbers)}"
+            lines.append(f"{what}: equal to {of}")
+        if kept or not result.run_results:
+            counted[name] = dataclasses.replace(result, run_results=kept)
+    return counted, lines
+
+
+def _drawn_seeds(result: Result, run: Run) -> tuple[int | None, ...]:
+    """Return the seeds that the random numbers of a run come from. A custom model may draw some by itself."""
+    if run.init_seed is None:
+        return (run.seed,)
+    own = run.seed if result.model else None
+    return run.init_seed, run.order_seed, run.augment_seed if result.recipe.augments else None, own
+
+
+def _observation(result: Result, run_result: RunResult, seeds: tuple[int | None, ...]) -> tuple[Any, ...]:
+    """Return all that equal runs share. Times, the index of the run and other test sets may differ."""
+    rows = [dataclasses.replace(row, run=0, train_seconds=0.0, evaluation_seconds=0.0) for row in run_result.rows]
+    how = result.backend, result.dtype, result.memory_format, result.model, result.dataset["digest"]
+    return seeds, result.recipe, how, repr(rows)  # text, because NaN differs from itself
 
 
 def _metric_values(name: str, result: Result, metric: str) -> list[float]:
@@ -330,18 +388,22 @@ def read_results(folders: list[str | Path]) -> tuple[dict[str, Result], list[str
 
     Returns:
         The results by the names of their folders, or by their paths if two folders have the same name; and a line for
-        each variant of a sweep that has no finished run.
+        each variant of a sweep that has no finished run, and for each folder that is given twice, which is read once.
 
     Raises:
-        InputError: a folder is given twice, or holds no results that can be read.
+        InputError: a folder holds no results that can be read.
     """
     found: dict[Path, Result] = {}
     skipped = []
+    given: dict[Path, Path] = {}  # by the path without links
     for folder in (Path(folder).expanduser() for folder in folders):
         is_sweep = (folder / SWEEP).exists()
         for training in [folder / name for name in variants_in(folder)] if is_sweep else [folder]:
-            if training in found:
-                raise InputError(f"{training} is given twice; remove one of them")
+            first = given.setdefault(training.resolve(), training)
+            if first is not training:
+                same = "" if str(first) == str(training) else f" as {first}"
+                skipped.append(f"{training} is given twice{same}; it is counted once")
+                continue
             if is_sweep and not any(training.glob(f"run-*/{RUN_RESULT}")):
                 skipped.append(f"{training.name} has no finished run and is left out")
                 continue

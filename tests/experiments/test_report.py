@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import sys
 
 import matplotlib
@@ -20,6 +21,7 @@ from cifar_fast.training.metrics import EpochRow, Run
 from cifar_fast.training.results import Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.progress import lines_to
+from cifar_fast.utils.seeds import Seeds
 from tests.helpers import cells, contents
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 ACCURACIES = {"a": [93.1, 93.7, 93.4, 93.9], "b": [94.2, 94.0, 94.9], "c": [93.0]}
 
 
-def made_up(accuracies, *, epochs=2, dataset="cifar10", device="A10", also=None, **recipe):
+def made_up(accuracies, *, epochs=2, dataset="cifar10", device="A10", also=None, first_seed=0, fixed=(), **recipe):
     """Return a result whose runs end with ``accuracies``; an epoch earlier they have 10 less and twice the loss."""
     config = TrainConfig(
         recipe=Recipe(epochs=epochs, **recipe), backend="eager", dtype="float32", memory_format="contiguous_format",
@@ -41,7 +43,8 @@ def made_up(accuracies, *, epochs=2, dataset="cifar10", device="A10", also=None,
             numbers = accuracy / 100 * 2**left, accuracy - 1, accuracy - 10 * left
             rows.append(EpochRow(index, epoch, *numbers, epoch, 0.1))
         also_test = {"other": accuracy / 2} if also else {}
-        run = Run(index, index, None, None, None, accuracy, 10.0 + index**2, 1.0, 0.2, also_test)
+        seeds = Seeds(first_seed, *fixed).for_run(index)
+        run = Run(index, *dataclasses.astuple(seeds), accuracy, 10.0 + index**2, 1.0, 0.2, also_test)
         runs.append(RunResult(run, rows, "eager", [{"first_epoch": 1} | environment]))
     metadata = {"name": dataset, "digest": dataset * 9, "train_images": 9, "test_images": 9}
     metadata |= {"class_names": ["x"], "also_test": {}}
@@ -206,7 +209,7 @@ def test_environments_of_all_epochs_are_compared():
     ],
 )
 def test_different_settings_give_a_warning(tmp_path, capfd, other, words):
-    paths = [write(tmp_path / name, made_up([90.0], **how)) for name, how in {"a": {}, "b": other}.items()]
+    paths = [write(tmp_path / "a", made_up([90.0])), write(tmp_path / "b", made_up([91.0], **other))]
     assert main(["report", *paths]) == 0
     assert [line for line in capfd.readouterr().out.splitlines() if "Warning" in line] == [f"Warning: {words}"]
 
@@ -217,17 +220,78 @@ def test_table_lists_the_changes_of_each_variant(tmp_path, capfd):
     assert "| b       | momentum 0.8 |" in capfd.readouterr().out
 
 
-def test_folders_with_equal_names_are_listed_by_path_and_duplicates_are_refused(tmp_path, capfd):
-    paths = [write(tmp_path / place / "same", made_up([90.0])) for place in ("x", "y")]
+def test_folders_with_equal_names_are_listed_by_path(tmp_path, capfd):
+    paths = [write(tmp_path / place / "same", made_up([accuracy])) for place, accuracy in (("x", 90.0), ("y", 91.0))]
     assert main(["report", *paths, "--baseline", paths[1]]) == 0
     assert f"| {paths[0]} |" in capfd.readouterr().out
-    assert main(["report", paths[0], paths[0]]) == 2
-    assert f"{paths[0]} is given twice" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("second", ["a", "./a", "{folder}/a", "link", "sweep/../a", "sweep"])
+def test_folder_that_is_given_twice_is_counted_once(tmp_path, capfd, monkeypatch, no_figures, second):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a", made_up([90.0, 91.0]))
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/a").symlink_to("../a")
+    (tmp_path / "sweep/sweep.json").write_text('{"variants": {"a": {}}}')
+    report = report_json(tmp_path, "a", second.format(folder=tmp_path))
+    assert list(report["variants"]) == ["a"] and report["variants"]["a"]["n"] == 2
+    error = capfd.readouterr().err
+    assert "is given twice" in error and "counted once" in error and error.count("\n") == 1
+
+
+def test_runs_of_a_copied_folder_are_counted_once(tmp_path, capfd, no_figures):
+    whole = write(tmp_path / "whole", made_up([90.0, 91.0, 92.0]))
+    copy = str(shutil.copytree(whole, tmp_path / "copy"))
+    more = write(tmp_path / "more", made_up([92.0, 93.0], first_seed=2))
+    report = report_json(tmp_path, whole, copy, more)
+    assert {name: variant["values"] for name, variant in report["variants"].items()} == {
+        "whole": [90.0, 91.0, 92.0],
+        "more": [93.0],
+    }
+    lines = ["copy, seeds 0, 1, 2: equal to the same runs of whole", "more, seed 2: equal to the same runs of whole"]
+    assert report["repeated"] == lines
+    assert [f"Counted once: {line}" for line in lines] == capfd.readouterr().out.splitlines()[-2:]
+    assert report["variants"]["more"]["welch_p"] is None
+    assert main(["report", whole, copy, "--baseline", "copy"]) == 2
+    assert "(copy, seeds 0, 1, 2: equal to the same runs of whole)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fixed", "recipe", "n"),
+    [
+        ((1, 2, 3), {}, 1),
+        ((1, 2, None), dict(crop_padding=0, flip=False, cutout_size=0), 1),
+        ((1, 2, None), {}, 3),
+        ((), {}, 3),
+    ],
+)
+def test_runs_with_equal_seeds_are_one_observation(fixed, recipe, n):
+    report = make_report({"a": made_up([90.0, 90.5, 91.0], fixed=fixed, **recipe), "b": made_up([80.0, 81.0])})
+    assert report.variants[0].n == n and (report.variants[0].ci95 is None) == (n == 1)
+    assert report.variants[1].n == 2 and (report.variants[1].welch_p is None) == (n == 1)
+    assert report.repeated == (["a, seeds 1, 2: equal to another run of it"] if n == 1 else [])
+    assert report.to_dict()["repeated"] == report.repeated
+
+
+@pytest.mark.parametrize(
+    "other",
+    [dict(momentum=0.8), dict(dataset="cifar100"), dict(first_seed=5), dict(fixed=(0, 0, 0)), dict(epochs=3)],
+)
+def test_runs_that_differ_in_seed_settings_or_data_are_two_observations(other):
+    report = make_report({"a": made_up([90.0]), "b": made_up([90.0], **other)})
+    assert [variant.n for variant in report.variants] == [1, 1] and not report.repeated
+
+
+def test_seed_counts_for_a_model_that_draws_random_numbers():
+    """The dropout of a model of one's own follows the seed of the run."""
+    own = dataclasses.replace(made_up([90.0, 91.0], fixed=(1, 2, 3)), model="MyNet")
+    assert make_report({"a": own}).variants[0].n == 2
 
 
 def test_folder_of_a_sweep_means_its_variants_in_order(tmp_path, no_figures, capfd):
-    for name in ("z", "a"):
-        write(tmp_path / "sweep" / name, made_up([90.0]))
+    for name, accuracy in (("z", 90.0), ("a", 91.0)):
+        write(tmp_path / "sweep" / name, made_up([accuracy]))
     (tmp_path / "sweep/sweep.json").write_text('{"variants": {"z": {}, "late": {}, "a": {}}}')
     report = report_json(tmp_path, str(tmp_path / "sweep"))
     assert list(report["variants"]) == ["z", "a"]

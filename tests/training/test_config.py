@@ -49,10 +49,15 @@ def test_fit_has_an_argument_with_the_same_default_for_each_option():
     assert parameters["recipe"].default is inspect.Parameter.empty
 
 
-def test_fit_uses_every_argument(tmp_path, tiny):
+each_way = pytest.mark.parametrize("default", ["runs", "augment_seed"])
+"""Several runs are refused if all seeds are given, so one option keeps its default."""
+
+
+@each_way
+def test_fit_uses_every_argument(tmp_path, tiny, default):
     recipe = Recipe(epochs=1, batch_size=16, widths=(4, 8))
     also_test = {"again": str(save_npz(tmp_path / "test.npz", tiny, images=tiny.test_images, labels=tiny.test_labels))}
-    options = CHANGED | {"also_test": also_test}
+    options = CHANGED | {"also_test": also_test, default: getattr(DEFAULT, default)}
     assert fit(recipe, tiny, log=None, **options).config == TrainConfig(recipe=recipe, **options)
 
 
@@ -75,14 +80,16 @@ def test_each_option_is_a_flag_of_train_with_the_same_default_and_help():
     assert [name for name in TrainConfig.names() if "".join(TrainConfig.help(name).split()) not in text] == []
 
 
-def test_each_option_is_a_key_of_a_sweep():
+@each_way
+def test_each_option_is_a_key_of_a_sweep(default):
     assert set(TrainConfig.names()) <= set(Sweep.names())
-    tables = {name: value for name, value in CHANGED.items() if isinstance(value, dict)}
-    lines = [f"{name} = {json.dumps(value)}" for name, value in CHANGED.items() if name not in tables]
+    changed = {name: value for name, value in CHANGED.items() if name != default}
+    tables = {name: value for name, value in changed.items() if isinstance(value, dict)}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in changed.items() if name not in tables]
     for name, table in tables.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
     sweep = Sweep.from_toml("\n".join([*lines, "[variants.same]"]), output="out")
-    assert sweep.config("same") == TrainConfig(**CHANGED)
+    assert sweep.config("same") == TrainConfig(**changed)
     assert Sweep.from_toml("[variants.same]", output="out").config("same") == DEFAULT
 
 

@@ -8,9 +8,11 @@ import torch
 import cifar_fast.backends.base
 import cifar_fast.training.trainer
 from cifar_fast import CNN, InputError, Recipe, draw_epoch, fit
+from cifar_fast.cli.main import main as command
 from cifar_fast.train import main
+from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.seeds import Seeds
-from tests.helpers import NARROW
+from tests.helpers import HOW, NARROW
 
 FLAGS = "--dataset npz --widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu --backend eager"
 SOURCES = ("weights", "permutation", "crop", "flip", "cutout")
@@ -108,3 +110,42 @@ def test_profile_uses_the_seeds_given_to_train(tmp_path, npz, monkeypatch):
     first, second, third = taken
     assert torch.equal(first.crop, second.crop) and not torch.equal(first.permutation, second.permutation)
     assert torch.equal(second.permutation, third.permutation) and not torch.equal(second.crop, third.crop)
+
+
+FIXED = dict(init_seed=1, order_seed=1, augment_seed=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe"),
+    [
+        (FIXED, Recipe()),
+        (dict(init_seed=0, order_seed=5), Recipe(crop_padding=0, flip=False, cutout_size=0)),
+    ],
+)
+def test_runs_that_would_be_equal_are_refused(tmp_path, tiny, options, recipe):
+    with pytest.raises(InputError, match=r"runs 3: the runs would be equal, because init_seed.*; leave one of the"):
+        fit(recipe, tiny, runs=3, output=tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+    TrainConfig(recipe=recipe, **options).check_runs_differ()
+    TrainConfig(recipe=recipe, runs=3, init_seed=0, augment_seed=0).check_runs_differ()
+    TrainConfig(runs=3, init_seed=0, order_seed=0).check_runs_differ()
+
+
+def test_runs_that_would_be_equal_are_refused_by_the_commands(tmp_path, npz, capfd):
+    flags = f"--dataset npz --data-dir {npz} --runs 2 --init-seed 1 --order-seed 2 --augment-seed 3"
+    assert command(f"train {flags} --output {tmp_path}/out".split()) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: --runs 2: the runs would be equal, because --init-seed, --order-seed and --augm")
+    assert error.count("\n") == 1
+    (tmp_path / "spec.toml").write_text("runs = 2\ninit_seed = 1\norder_seed = 2\naugment_seed = 3\n[variants.a]\n")
+    assert command(["sweep", f"{tmp_path}/spec.toml"]) == 2
+    error = capfd.readouterr().err
+    assert "spec.toml: variant a: runs 2: the runs would be equal" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["spec.toml"]
+
+
+def test_resume_with_more_runs_that_would_be_equal_is_refused(tmp_path, tiny, no_curves):
+    recipe, folder = Recipe(epochs=2, batch_size=16, widths=(4, 8)), tmp_path / "out"
+    fit(recipe, tiny, output=folder, **FIXED, **HOW)
+    with pytest.raises(InputError, match="runs 2: the runs would be equal"):
+        fit(recipe, tiny, resume=folder, runs=2, **FIXED, **HOW)
