@@ -172,6 +172,7 @@ def contents(folder, *left_out):
     for values in (summary, training):
         if "data_source" in left_out:
             values["dataset"].pop("source")
+            values.pop("paths", None)
     saved = torch.load(folder / "model.pt", weights_only=True)
     saved["state_dict"] = {name: tensor.tolist() for name, tensor in saved["state_dict"].items()}
     return files_in(folder), rows, summary, training, saved

@@ -118,11 +118,12 @@ def train_in(world: World, args: argparse.Namespace, config: TrainConfig, folder
         training = Training(config, folder, world=world)
         if training.finished():
             return 0
+        data_dir = training.data_dir(args.dataset, args.data_dir)
     if training.device.type == "cpu":
         tune_malloc()
     with interruptible() as on_step:
         try:
-            dataset = world.rank0_first(lambda: read_dataset(args.dataset, args.data_dir, args.data_url))
+            dataset = world.rank0_first(lambda: read_dataset(args.dataset, data_dir, args.data_url))
             with world.all_or_none():
                 training.prepare(dataset)
             results = train_all([training], world, on_step=on_step)

@@ -35,6 +35,8 @@ MIRRORS = {
 }
 """Sources of the archives that are faster than torchvision's. They are tried first."""
 DATA_URL = "CIFAR_FAST_DATA_URL"
+DATA_DIR = "data"
+"""Where CIFAR is if nobody says so."""
 
 
 def load_dataset(
@@ -60,7 +62,7 @@ def load_dataset(
 def read_dataset(name: str, data_dir: str | Path | None = None, data_url: str | None = None) -> Dataset:
     """Load a data set as :func:`load_dataset` does, with log lines on the logger only."""
     check_named(name, data_dir)
-    path = Path("data" if data_dir is None else data_dir).expanduser()
+    path = Path(DATA_DIR if data_dir is None else data_dir).expanduser()
     source = str(path)
     try:
         if name in MIRRORS:
@@ -93,6 +95,11 @@ def check_named(name: str, data_dir: str | Path | None) -> None:
 def is_dataset(name: str) -> bool:
     """Return whether ``name`` is one of :data:`DATASETS`, with an owner and a name after "hf:"."""
     return re.fullmatch(r"hf:[\w.-]+/[\w.-]+", name) is not None if name.startswith("hf:") else name in DATASETS
+
+
+def has_files(name: str) -> bool:
+    """Return whether the data set ``name`` is read from files that a person names."""
+    return name in DATASETS and name != "synthetic"
 
 
 def _read_cifar(name: str, root: Path, data_url: str | None) -> dict[str, Any]:

@@ -211,7 +211,8 @@ def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None]) -> dict
     """Train as :func:`fit_sweep` does, with lines on the logger alone."""
     with world.all_or_none():
         trainings = trainings_of(sweep, world)
-    dataset = world.rank0_first(lambda: read_dataset(sweep.dataset, sweep.data_dir, sweep.data_url))
+        data_dir = trainings[0].data_dir(sweep.dataset, sweep.data_dir)
+    dataset = world.rank0_first(lambda: read_dataset(sweep.dataset, data_dir, sweep.data_url))
     with world.all_or_none():
         for training in trainings:
             training.prepare(dataset)
@@ -248,6 +249,8 @@ def trainings_of(sweep: Sweep, world: World = World()) -> list[Training]:  # noq
         if begun and not folder.earlier:  # so that new variants are trained as the others were
             config = config.resuming(begun.config)
         trainings.append(Training(config, folder, backends=backends, world=world))
+        if begun and not folder.earlier:
+            trainings[-1].paths = dict(begun.paths)
     return trainings
 
 

@@ -15,6 +15,7 @@ from cifar_fast.backends.select import BackendCache, BackendConfig, local_device
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.eval_sets import EvalSet, read_eval_sets
+from cifar_fast.data.sources import DATA_DIR, has_files
 from cifar_fast.data.tensors import device_data
 from cifar_fast.model import CustomModel, Model
 from cifar_fast.recipe import Recipe
@@ -30,6 +31,7 @@ from cifar_fast.training.trainer import train
 from cifar_fast.utils.device import AFFECTS_FIGURES, device_guard, device_timer, environment, short_name
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, StopTraining, option, out_of_memory
+from cifar_fast.utils.files import absolute_paths, known_path
 from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, prefix_lines, print_line
 from cifar_fast.utils.seeds import Seeds
 from cifar_fast.utils.torch_defaults import DEFAULT_NUM_THREADS, torch_defaults
@@ -172,6 +174,7 @@ class Training:
         self.folder, self.custom_model, self.on_epoch = folder, custom_model, on_epoch
         self.backends = backends or BackendCache()
         self.result = None if earlier is None else dataclasses.replace(earlier, config=self.config)
+        self.paths = dict(earlier.paths) if earlier else {}
         self._runs: dict[int, RunResult] = {}  # trained by this process
         self._told: list[str] = []  # changes of the environment
         if folder and earlier:
@@ -218,6 +221,10 @@ class Training:
         LOGGER.info(f"nothing to do: all runs in {self.folder.path} have ended; ask for more runs to add to them")
         return self.folder.result()
 
+    def data_dir(self, name: str, given: str | Path | None) -> str | Path | None:
+        """Return where the data set ``name`` is. A resumed training may have named it in another working folder."""
+        return known_path(self.paths, given or DATA_DIR, "data_dir") if has_files(name) else given
+
     def prepare(self, dataset: Dataset) -> None:
         """Prepare the data for all runs: the recipe's selection of it, and the extra test sets.
 
@@ -226,7 +233,8 @@ class Training:
         """
         config = self.config
         classes = dataset.class_numbers(config.recipe.classes)
-        self.eval_sets: list[EvalSet] = read_eval_sets(config.also_test, dataset.class_names, classes)
+        also_test = {name: known_path(self.paths, path, "also_test") for name, path in config.also_test.items()}
+        self.eval_sets: list[EvalSet] = read_eval_sets(also_test, dataset.class_names, classes)
         self.dataset = dataset.for_recipe(config.recipe)
         self.dataset.check_trainable(config.recipe.batch_size)
         names = self.dataset.class_names
@@ -253,6 +261,11 @@ class Training:
                         f"{self.folder.name}: the test set {name} is not the one that the training began with, its "
                         f"images or labels differ; name that one with {option('also_test')}"
                     )
+
+        read = absolute_paths([*also_test.values(), *([dataset.source] if has_files(dataset.name) else [])])
+        self.paths |= {given: path for given, path in read.items() if path not in self.paths.values()}
+        if self.result:
+            self.result = dataclasses.replace(self.result, paths=self.paths)
 
     def missing(self) -> list[int]:
         """Return the indices of the runs to train."""
@@ -371,6 +384,7 @@ class Training:
                 model=self.custom_model.name if self.custom_model else None,
                 model_digest=self.custom_model.digest if self.custom_model else None,
                 parameters=sum(tensor.numel() for name, tensor in backend.state_dict().items() if name in trained),
+                paths=self.paths,
             )
             if self.folder:
                 self.folder.begin(self.result)

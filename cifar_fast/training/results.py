@@ -80,6 +80,7 @@ class Result:
         model: class name of the custom model that ``state_dict`` belongs to; None for the recipe's network.
         parameters: number of trained values.
         model_digest: the value of :attr:`cifar_fast.model.CustomModel.digest`; None for the recipe's network.
+        paths: absolute paths of the data set and the extra test sets, by the paths that were given.
         run_results: the finished runs, in order.
         state_dict: weights of the last run.
         unwritten: a line for each file that could not be written.
@@ -94,6 +95,7 @@ class Result:
     notes: list[str]
     model: str | None
     parameters: int
+    paths: dict[str, str] = field(default_factory=dict)
     run_results: list[RunResult] = field(default_factory=list)
     state_dict: dict[str, torch.Tensor] = field(default_factory=dict)
     unwritten: list[str] = field(default_factory=list)

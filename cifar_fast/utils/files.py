@@ -7,11 +7,12 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cifar_fast.utils.errors import InputError
+from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.progress import LOGGER
 
 TRAINING = "training.json"
 CHECKPOINT = "checkpoint.pt"
@@ -21,6 +22,34 @@ SUMMARY = "summary.json"
 MODEL = "model.pt"
 LOGITS = "logits.npz"
 CURVES = "curves.png"
+
+
+def absolute_paths(given: Iterable[str | Path]) -> dict[str, str]:
+    """Return the absolute path of each path that exists, by the path that was given."""
+    paths = [Path(path).expanduser() for path in given]
+    return {str(path): str(path.absolute()) for path in paths if path.exists()}
+
+
+def known_path(known: Mapping[str, str], given: str | Path, name: str) -> str:
+    """Return the absolute path that ``known`` has for ``given``, or ``given`` if it has none.
+
+    ``known`` comes from :func:`absolute_paths`, maybe in another working folder. ``name`` is the option of the path.
+
+    Raises:
+        InputError: nothing is at either path.
+    """
+    path = str(Path(given).expanduser())
+    absolute = known.get(path)
+    if absolute is None:
+        return path
+    if os.path.exists(absolute):
+        return absolute
+    if not os.path.exists(path):
+        raise InputError(
+            f"{absolute}: the training read it, but it is gone; move it back, or name its new place with {option(name)}"
+        )
+    LOGGER.info(f"{absolute} is gone; {path} in this folder is read in its place")
+    return path
 
 
 @contextlib.contextmanager

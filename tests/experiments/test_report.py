@@ -49,7 +49,7 @@ def made_up(accuracies, *, epochs=2, dataset="cifar10", device="A10", also=None,
     metadata = {"name": dataset, "digest": dataset * 9, "train_images": 9, "test_images": 9}
     metadata |= {"class_names": ["x"], "also_test": {}}
     weights = {"w": torch.zeros(1)}
-    return Result(config, environment, [], metadata, [0.0], [1.0], [], None, 1, runs, weights)
+    return Result(config, environment, [], metadata, [0.0], [1.0], [], None, 1, {}, runs, weights)
 
 
 def write(folder, result):

@@ -17,6 +17,7 @@ from torch import nn
 from cifar_fast import CNN, InputError, Recipe, Result, __version__, draw_epoch, fit, make_report
 from cifar_fast.backends.fused import Fused
 from cifar_fast.cli.flags import interruptible
+from cifar_fast.cli.main import main as command
 from cifar_fast.data.tensors import device_data
 from cifar_fast.train import main
 from cifar_fast.training import fit as training_fit
@@ -244,6 +245,71 @@ def test_resume_with_changed_flags_is_an_error_and_changes_nothing(tmp_path, sto
 def test_resume_with_the_data_in_another_place(tmp_path, tiny, stopped):
     moved = save_npz(tmp_path / "moved.npz", tiny)
     assert main(["--resume", str(stopped), "--data-dir", str(moved)]) == 0
+
+
+@pytest.fixture
+def moved(tmp_path, tiny, cifar10, monkeypatch):
+    """The working folder of a stopped training whose paths are relative; the current folder is another one."""
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    work.mkdir()
+    elsewhere.mkdir()
+    cifar10.rename(work / "data")
+    save_npz(work / "test.npz", tiny, images=tiny.test_images, labels=tiny.test_labels % 3, class_names=None)
+    monkeypatch.chdir(work)
+    flags = "--widths 4 8 8 16 --epochs 3 --batch-size 16 --device cpu --dtype float32 --also-test more=test.npz"
+    with lines_to(stop_after((0, 2))):
+        assert main(f"{flags} --output out".split()) == 130
+    monkeypatch.chdir(elsewhere)
+    return work
+
+
+def test_resume_from_another_working_folder_reads_the_same_files(tmp_path, moved, capfd, monkeypatch):
+    assert main(["--resume", "../work/out"]) == 0
+    assert "resuming after epoch 1" in capfd.readouterr().out and not list((tmp_path / "elsewhere").iterdir())
+    training = json.loads((moved / "out/training.json").read_text())
+    assert training["paths"] == {"data": str(moved / "data"), "test.npz": str(moved / "test.npz")}
+    assert training["dataset"]["source"] == "data" and training["config"]["also_test"] == {"more": "test.npz"}
+
+
+@pytest.mark.parametrize(("gone", "option"), [("data", "--data-dir"), ("test.npz", "--also-test")])
+@pytest.mark.parametrize("place", ["elsewhere", "work"])
+def test_resume_without_the_files_of_the_training_is_an_error_in_one_line(
+    tmp_path, moved, capfd, monkeypatch, gone, option, place
+):
+    (moved / gone).rename(tmp_path / "new")
+    monkeypatch.chdir(tmp_path / place)
+    monkeypatch.setattr("cifar_fast.data.download.download", lambda *args: pytest.fail("downloads again"))
+    assert main(["--resume", str(moved / "out")]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: {moved / gone}: the training read it, but it is gone; ") and option in error
+    assert error.count("\n") == 1 and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_resume_reads_a_moved_project(tmp_path, moved, capfd, monkeypatch):
+    moved.rename(tmp_path / "renamed")
+    monkeypatch.chdir(tmp_path / "renamed")
+    assert main(["--resume", "out"]) == 0
+    assert f"{moved / 'data'} is gone; data in this folder is read in its place" in capfd.readouterr().out
+    paths = json.loads((tmp_path / "renamed/out/training.json").read_text())["paths"]
+    assert paths["data"] == str(tmp_path / "renamed/data")
+
+
+def test_sweep_from_another_working_folder_reads_the_same_files(tmp_path, cifar10, capfd, monkeypatch):
+    """A variant that is added there reads them too."""
+    work = cifar10.parent
+    spec = (
+        f'output = "{work}/sweep"\ndata_dir = "cifar10"\ndevice = "cpu"\ndtype = "float32"\n'
+        "[recipe]\nepochs = 2\nbatch_size = 16\nwidths = [4, 8]\n[variants.a]\n"
+    )
+    monkeypatch.chdir(work)
+    (work / "spec.toml").write_text(spec)
+    assert command(["sweep", "spec.toml"]) == 0
+    (work / "elsewhere").mkdir()
+    monkeypatch.chdir(work / "elsewhere")
+    (work / "spec.toml").write_text(f"{spec}[variants.b]\nmomentum = 0.8\n")
+    assert command(["sweep", "../spec.toml"]) == 0, capfd.readouterr().err
+    assert json.loads((work / "sweep/b/training.json").read_text())["paths"] == {"cifar10": str(cifar10)}
+    assert not list((work / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut off", "no archive", "foreign", "another format", "a folder"])
