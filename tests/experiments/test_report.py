@@ -164,17 +164,17 @@ def test_models_of_one_name_but_different_content_give_a_warning():
     ]
 
 
-def with_dataset(**facts):
-    result = made_up([90.0], also=True)
+def with_dataset(seed=0, **facts):
+    result = made_up([90.0], also=True, first_seed=seed)
     return dataclasses.replace(result, dataset=result.dataset | facts)
 
 
 def test_extra_test_sets_of_one_name_but_different_content_give_a_warning(tmp_path, capfd):
     sets = [{"other": {"digest": letter * 64, "images": 7}} for letter in "xyx"]
-    a, b, c = (with_dataset(also_test=each) for each in sets)
+    a, b, c = (with_dataset(seed, also_test=each) for seed, each in enumerate(sets))
     line = "different test sets other: 7 images, xxxxxxxxxxxx (a, c); 7 images, yyyyyyyyyyyy (b)"
     assert make_report({"a": a, "b": b, "c": c}, metric="other").warnings == [line]
-    assert make_report({"a": a, "c": c, "d": made_up([90.0])}).warnings == []
+    assert make_report({"a": a, "c": c, "d": made_up([90.0], first_seed=9)}).warnings == []
     paths = [write(tmp_path / name, result) for name, result in {"a": a, "b": b, "c": c}.items()]
     assert main(["report", *paths, "--output", str(tmp_path / "out")]) == 0
     assert f"Warning: {line}\n" in capfd.readouterr().out
@@ -182,13 +182,13 @@ def test_extra_test_sets_of_one_name_but_different_content_give_a_warning(tmp_pa
 
 
 def test_data_sets_are_compared_by_content_and_class_names():
-    renamed, other_names = with_dataset(name="folder"), with_dataset(class_names=["y"])
+    renamed, other_names = with_dataset(1, name="folder"), with_dataset(2, class_names=["y"])
     assert make_report({"a": made_up([90.0]), "b": renamed}).warnings == []
     assert make_report({"a": renamed, "b": other_names}).warnings == ["different class names: x (a); y (b)"]
 
 
 def test_environments_of_all_epochs_are_compared():
-    mixed, (same, *_) = made_up([90.0, 91.0]), [made_up([90.0])]
+    mixed, same = made_up([90.0, 91.0]), made_up([90.0], first_seed=9)
     old = {"device_name": "A10", "cifar_fast": "0.0.1"}
     mixed.run_results[0].environments[:] = [old | {"first_epoch": 1}, old | {"first_epoch": 2, "device_name": "T4"}]
     versions = "different versions of cifar_fast: 0.0.1 and none (a); none (b)"
