@@ -314,7 +314,8 @@ def _drawn_seeds(result: Result, run: Run) -> tuple[int | None, ...]:
 def _observation(result: Result, run_result: RunResult, seeds: tuple[int | None, ...]) -> tuple[Any, ...]:
     """Return all that equal runs share. Times, the index of the run and other test sets may differ."""
     rows = [dataclasses.replace(row, run=0, train_seconds=0.0, evaluation_seconds=0.0) for row in run_result.rows]
-    how = result.backend, result.dtype, result.memory_format, result.model_digest, result.dataset["digest"]
+    model = result.model, result.model_digest
+    how = result.backend, result.dtype, result.memory_format, model, result.dataset["digest"]
     return seeds, result.recipe, how, repr(rows)  # text, because NaN differs from itself
 
 
