@@ -3,7 +3,7 @@
     python examples/fused_norm_in_another_model.py                       # on a CUDA GPU
     TRITON_INTERPRET=1 python examples/fused_norm_in_another_model.py    # anywhere: Triton's interpreter, slow
 
-``BatchNormCELU2d(channels, alpha=..., pool=2)`` replaces ``MaxPool2d(2)``, ``BatchNorm2d(channels)`` and
+``BatchNormAct2d(channels, alpha=..., pool=2)`` replaces ``MaxPool2d(2)``, ``BatchNorm2d(channels)`` and
 ``CELU(alpha)``. It computes in channels_last, has the state dict of ``BatchNorm2d``, and works under
 ``torch.compile(fullgraph=True)``.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from cifar_fast.kernels import BatchNormCELU2d
+from cifar_fast.kernels import BatchNormAct2d
 
 ALPHA = 0.3
 BATCH, SIZE, CLASSES = 4, 8, 5
@@ -27,7 +27,7 @@ def plain_block(c_in: int, c_out: int, pool: int) -> list[nn.Module]:
 def fused_block(c_in: int, c_out: int, pool: int) -> list[nn.Module]:
     # Identities keep the indices of the modules, so that the weights have the same names as in the plain network.
     conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
-    return [conv, nn.Identity(), BatchNormCELU2d(c_out, alpha=ALPHA, pool=pool), nn.Identity()]
+    return [conv, nn.Identity(), BatchNormAct2d(c_out, alpha=ALPHA, pool=pool), nn.Identity()]
 
 
 def network(block: Callable[[int, int, int], list[nn.Module]]) -> nn.Sequential:

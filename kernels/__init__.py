@@ -5,16 +5,16 @@ if __name__ != "cifar_fast.kernels":
     raise ImportError("import cifar_fast.kernels, not kernels")
 
 from .augment import augment, normalization_table
-from .batch_norm_celu import BatchNormCELU2d, batch_norm_celu
+from .batch_norm_act import BatchNormAct2d, batch_norm_act
 from .cross_entropy import cross_entropy
 from .fuse import fuse_norms, unfuse_norms
 from .record_step import StepState, record
 
 __all__ = [
-    "BatchNormCELU2d",
+    "BatchNormAct2d",
     "StepState",
     "augment",
-    "batch_norm_celu",
+    "batch_norm_act",
     "cross_entropy",
     "fuse_norms",
     "normalization_table",

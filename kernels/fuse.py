@@ -1,4 +1,4 @@
-"""Exchange of torch's max-pool, batch norm and CELU for :class:`BatchNormCELU2d`, and back."""
+"""Exchange of torch's max-pool, batch norm and CELU for :class:`BatchNormAct2d`, and back."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TypeVar
 
 from torch import nn
 
-from .batch_norm_celu import BatchNormCELU2d
+from .batch_norm_act import BatchNormAct2d
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 
 
 class UnfusedNorm(nn.Sequential):
-    """Torch's own modules for the options and the tensors of a :class:`BatchNormCELU2d`."""
+    """Torch's own modules for the options and the tensors of a :class:`BatchNormAct2d`."""
 
-    def __init__(self, fused: BatchNormCELU2d) -> None:
+    def __init__(self, fused: BatchNormAct2d) -> None:
         super().__init__()
         if fused.pool > 1:
             self.add_module("pool", nn.MaxPool2d(fused.pool))
@@ -26,7 +26,7 @@ class UnfusedNorm(nn.Sequential):
 
 
 def unfuse_norms(model: ModelType) -> ModelType | UnfusedNorm:
-    """Replace each :class:`BatchNormCELU2d` of ``model`` in place by torch's modules, and return ``model``.
+    """Replace each :class:`BatchNormAct2d` of ``model`` in place by torch's modules, and return ``model``.
 
     This serves tools that read, replace or translate torch's own modules: ``torch.fx``, feature extractors, ONNX,
     quantization, ``SyncBatchNorm``. :func:`fuse_norms` undoes it.
@@ -35,11 +35,11 @@ def unfuse_norms(model: ModelType) -> ModelType | UnfusedNorm:
     weight is then called ``NAME.norm.weight``. Parameters and buffers remain the same objects, so optimizers keep
     working. Hooks of the replaced modules are lost. If ``model`` itself is such a norm, the result is another module.
     """
-    return _replace(model, lambda module: UnfusedNorm(module) if type(module) is BatchNormCELU2d else module)
+    return _replace(model, lambda module: UnfusedNorm(module) if type(module) is BatchNormAct2d else module)
 
 
-def fuse_norms(model: ModelType) -> ModelType | BatchNormCELU2d:
-    """Put :class:`BatchNormCELU2d` into ``model`` in place, and return ``model``.
+def fuse_norms(model: ModelType) -> ModelType | BatchNormAct2d:
+    """Put :class:`BatchNormAct2d` into ``model`` in place, and return ``model``.
 
     This undoes :func:`unfuse_norms`. In any other ``Sequential`` it also replaces each ``BatchNorm2d`` with a ``CELU``
     after it, and a ``MaxPool2d(2)`` before it if there is one. There the names of the tensors do not change, because an
@@ -56,7 +56,7 @@ def fuse_norms(model: ModelType) -> ModelType | BatchNormCELU2d:
             if not (norm.eps > 0 and activation.alpha > 0):
                 continue
             has_pool = i > 0 and _is_pool(layers[i - 1])
-            fused = BatchNormCELU2d(
+            fused = BatchNormAct2d(
                 *_options(norm, norm.eps), alpha=activation.alpha, pool=2 if has_pool else 1, device="meta"
             )
             fused = _with_tensors_of(norm, fused)

@@ -81,9 +81,9 @@ def launch_table(rows, channels, splits, merge_channels, block):
     reductions = ("statistics", "pool_statistics", "backward_sums")
     elementwise = ("apply", "pool_apply", "backward_apply", "pool_backward_apply")
     tile = dict(rows=rows, channels=channels, num_warps=4)
-    table = {f"batch_norm_celu.{name}": {"*": tile | {"splits": splits}} for name in reductions}
-    table |= {f"batch_norm_celu.{name}": {"*": tile | {"blocks": 2}} for name in elementwise}
-    table["batch_norm_celu.merge"] = {"*": dict(channels=merge_channels, num_warps=4)}
+    table = {f"batch_norm_act.{name}": {"*": tile | {"splits": splits}} for name in reductions}
+    table |= {f"batch_norm_act.{name}": {"*": tile | {"blocks": 2}} for name in elementwise}
+    table["batch_norm_act.merge"] = {"*": dict(channels=merge_channels, num_warps=4)}
     return table | {"augment": {"*": dict(block=block, num_warps=4)}}
 
 

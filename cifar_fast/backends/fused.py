@@ -19,7 +19,7 @@ from torch import nn
 
 from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, make_sgd, warm_up_draws
 from cifar_fast.data.augment import Draws
-from cifar_fast.kernels import BatchNormCELU2d, StepState, augment, cross_entropy, fuse_norms, record
+from cifar_fast.kernels import BatchNormAct2d, StepState, augment, cross_entropy, fuse_norms, record
 from cifar_fast.model import CNN, build_model, loss_dtype, parameter_dtype
 from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
 
@@ -60,7 +60,7 @@ class Fused(Backend):
         # The compiled code and the graphs hold this model's tensors. Each run copies its weights into them.
         self.model = build_model(recipe, data.num_classes, device, dtype, custom_model, change=fuse)
         self.model.to(memory_format=self.memory_format)
-        if custom_model is None and not any(isinstance(layer, BatchNormCELU2d) for layer in self.model.modules()):
+        if custom_model is None and not any(isinstance(layer, BatchNormAct2d) for layer in self.model.modules()):
             self.notes = ["fused: its norm kernel needs batch norm with CELU; the compiler's kernels are used instead"]
         outputs, scale = (self.model, 1.0) if custom_model else (cast(CNN, self.model).outputs, recipe.output_scale)
         self.loss_grad_fn = compile_loss_fn(make_loss_grad_fn(outputs, scale, recipe, device))

@@ -27,8 +27,8 @@ from cifar_fast.backends.fused import PADDED_CHANNELS
 from cifar_fast.data.augment import draw_epoch
 from cifar_fast.kernels.augment import augment, augment_reference
 from cifar_fast.kernels.augment import example_launches as augment_launches
-from cifar_fast.kernels.batch_norm_celu import batch_norm_celu, batch_norm_celu_reference
-from cifar_fast.kernels.batch_norm_celu import example_launches as norm_launches
+from cifar_fast.kernels.batch_norm_act import batch_norm_act, batch_norm_act_reference
+from cifar_fast.kernels.batch_norm_act import example_launches as norm_launches
 from cifar_fast.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from cifar_fast.kernels.cross_entropy import example_launches as cross_entropy_launches
 from cifar_fast.kernels.launch import Launch, interpreted
@@ -120,7 +120,7 @@ def check(outputs: Tensors, expected: Expected, *, rounded_once: bool = False) -
 def norm_formula(
     *tensors: Any, training: bool, alpha: float, pool: int = 1, momentum: float = 0.1, eps: float = 1e-5
 ) -> torch.Tensor:
-    """Compute what ``batch_norm_celu_reference`` computes, in separate operations of the dtype of ``tensors``.
+    """Compute what ``batch_norm_act_reference`` computes, in separate operations of the dtype of ``tensors``.
 
     In float64 it is exact; torch's CELU gradient on a CPU is not. In float32 it sums in float32; torch's batch norm on
     a CPU sums in float64.
@@ -248,8 +248,8 @@ class Norm:
     def plain(self, implementation: str = "eager") -> Function:
         """Return an implementation, which may also be "formula", as a function of tensors alone."""
         operators: dict[str, Function] = {
-            "fused": batch_norm_celu,
-            "eager": batch_norm_celu_reference,
+            "fused": batch_norm_act,
+            "eager": batch_norm_act_reference,
             "formula": norm_formula,
         }
         operator, training, settings = operators[implementation], self.direction != "inference", self.settings

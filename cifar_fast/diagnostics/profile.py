@@ -69,8 +69,8 @@ KERNELS = (  # the first pattern that matches the name of a kernel decides
 )
 OPERATORS = (
     (AUGMENT, r"cifar_fast::augment"),
-    (NORM_BACKWARD, r"cifar_fast(::|_)batch_norm_celu\w*[bB]ackward"),
-    (NORM_FORWARD, r"cifar_fast::batch_norm_celu"),
+    (NORM_BACKWARD, r"cifar_fast(::|_)batch_norm_act\w*[bB]ackward"),
+    (NORM_FORWARD, r"cifar_fast::batch_norm_act"),
     (CONV_BACKWARD, r"conv(olution|2d)_backward|ConvolutionBackward"),
     (CONV_FORWARD, r"::\w*conv(olution|2d)"),
     (OPTIMIZER, r"^Optimizer\.|::_fused_sgd_|::_foreach_"),

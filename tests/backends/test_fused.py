@@ -64,7 +64,7 @@ def test_fused_model_saves_and_loads_the_plain_state_dict():
 
 def test_fuse_replaces_every_norm_activation_and_pool():
     layers = [type(layer).__name__ for layer in fuse(CNN(Recipe(), 10)).seq]
-    assert layers.count("BatchNormCELU2d") == 8 and layers.count("PaddedConv2d") == 1 and layers.count("Conv2d") == 7
+    assert layers.count("BatchNormAct2d") == 8 and layers.count("PaddedConv2d") == 1 and layers.count("Conv2d") == 7
     assert not {"BatchNorm2d", "CELU", "MaxPool2d"} & set(layers) and layers.count("GlobalMaxPool2d") == 1
     assert [layer.pool for layer in fuse(CNN(Recipe(), 10)).seq if hasattr(layer, "pool")] == [1, 2, 1, 1, 2, 2, 1, 1]
 

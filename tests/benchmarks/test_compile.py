@@ -71,7 +71,7 @@ from cifar_fast import Recipe
 from cifar_fast.kernels.launch import table
 case = Norm(Recipe().blocks()[2], 512, 0.075, torch.float16, 'inference')
 for changes in {}, {'blocks': 1}, {'rows': 16, 'num_warps': 8}, {'rows': 256}:
-    name = 'batch_norm_celu.apply'
+    name = 'batch_norm_act.apply'
     trial = table() | {name: {'*': table()[name]['*'] | changes}}
     try:
         print(predicting('sm_80')(case, trial))

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.__main__ import main
 from cifar_fast import CNN, Recipe
 from cifar_fast.diagnostics.roofline import Pass, layer_costs, roofline_times
-from cifar_fast.kernels.batch_norm_celu import example_launches
+from cifar_fast.kernels.batch_norm_act import example_launches
 
 RECIPE = Recipe()
 SMALL = [

@@ -104,9 +104,9 @@ def wrong_schedule(function):
 @pytest.mark.parametrize(
     ("kernel", "mistake", "named", "words"),
     [
-        ("batch_norm_celu", other_alpha, NORMS, "more than twice as large"),
+        ("batch_norm_act", other_alpha, NORMS, "more than twice as large"),
         (
-            "batch_norm_celu",
+            "batch_norm_act",
             not_a_number,
             [name for name in NORMS if "backward" not in name],
             "y is finite where the exact result is not, or not finite where it is",

@@ -119,7 +119,7 @@ def test_kernel_name_decides_the_line(line, name):
 
 def test_our_kernels_have_our_lines():
     found = {AUGMENT: set(), NORM_FORWARD: set(), NORM_BACKWARD: set()}
-    for module in ("augment", "batch_norm_celu"):
+    for module in ("augment", "batch_norm_act"):
         for name in vars(
             importlib.import_module(f"cifar_fast.kernels.{module}")
         ):  # the package gives the function under this name
@@ -143,11 +143,11 @@ def test_our_kernels_have_our_lines():
         (CONV_BACKWARD, "aten::_slow_conv2d_backward"),
         (CONV_BACKWARD, "autograd::engine::evaluate_function: ConvolutionBackward0"),
         (AUGMENT, "cifar_fast::augment"),
-        (NORM_FORWARD, "cifar_fast::batch_norm_celu"),
-        (NORM_BACKWARD, "cifar_fast::batch_norm_celu_backward"),
+        (NORM_FORWARD, "cifar_fast::batch_norm_act"),
+        (NORM_BACKWARD, "cifar_fast::batch_norm_act_backward"),
         (
             NORM_BACKWARD,
-            "autograd::engine::evaluate_function: GeneratedBackwardFor_cifar_fast_batch_norm_celu_defaultBackward",
+            "autograd::engine::evaluate_function: GeneratedBackwardFor_cifar_fast_batch_norm_act_defaultBackward",
         ),
         (OPTIMIZER, "Optimizer.step#SGD.step"),
         (OPTIMIZER, "aten::_fused_sgd_"),

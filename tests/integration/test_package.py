@@ -152,7 +152,7 @@ import torch
 import cifar_fast.kernels
 from cifar_fast.utils.device import fused_unavailable_reason
 print(kernels.__file__, cifar_fast.__file__, cifar_fast.kernels.__file__, sep="\\n")
-print(callable(kernels.get_kernel), callable(cifar_fast.kernels.batch_norm_celu))
+print(callable(kernels.get_kernel), callable(cifar_fast.kernels.batch_norm_act))
 print(fused_unavailable_reason(torch.device("cpu")))
 """
     how = dict(cwd=tmp_path, path=both, TRITON_INTERPRET="1")
@@ -168,8 +168,8 @@ print(fused_unavailable_reason(torch.device("cpu")))
 def test_kernels_run_from_the_installed_package(installed, tmp_path):
     code = """
 import torch
-from cifar_fast.kernels import BatchNormCELU2d
-norm = BatchNormCELU2d(4, alpha=0.1, pool=2)
+from cifar_fast.kernels import BatchNormAct2d
+norm = BatchNormAct2d(4, alpha=0.1, pool=2)
 x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
 norm(x).sum().backward()
 print(list(x.grad.shape))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from cifar_fast.kernels import BatchNormCELU2d, fuse_norms, unfuse_norms
+from cifar_fast.kernels import BatchNormAct2d, fuse_norms, unfuse_norms
 from tests.helpers import DEVICE
 
 pytestmark = pytest.mark.usefixtures("few_programs")
@@ -19,8 +19,8 @@ class Network(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = BatchNormCELU2d(4, eps=1e-3, momentum=None, alpha=0.1, pool=2)
-        self.rest = nn.Sequential(nn.Conv2d(4, 4, 1), BatchNormCELU2d(4, affine=False, alpha=0.2), nn.Conv2d(4, 4, 1))
+        self.norm = BatchNormAct2d(4, eps=1e-3, momentum=None, alpha=0.1, pool=2)
+        self.rest = nn.Sequential(nn.Conv2d(4, 4, 1), BatchNormAct2d(4, affine=False, alpha=0.2), nn.Conv2d(4, 4, 1))
 
     def forward(self, x):
         return self.norm(self.rest(self.norm(self.conv(x))))
@@ -48,7 +48,7 @@ def test_unfused_model_computes_the_same(training):
         torch.testing.assert_close(mine.grad, its.grad, rtol=1e-3, atol=1e-4)
     for mine, its in zip(fused.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
-    assert not any(isinstance(module, BatchNormCELU2d) for module in plain.modules())
+    assert not any(isinstance(module, BatchNormAct2d) for module in plain.modules())
 
 
 def test_there_and_back_keeps_names_tensors_options_and_modes():
@@ -65,7 +65,7 @@ def test_there_and_back_keeps_names_tensors_options_and_modes():
 
 @pytest.mark.parametrize("pool", [1, 2])
 def test_a_lone_norm_is_replaced_there_and_back(pool):
-    norm = BatchNormCELU2d(4, alpha=0.1, pool=pool)
+    norm = BatchNormAct2d(4, alpha=0.1, pool=pool)
     plain = unfuse_norms(norm)
     assert [type(module) for module in plain] == [*[nn.MaxPool2d] * (pool - 1), nn.BatchNorm2d, nn.CELU]
     back = fuse_norms(plain)
@@ -73,12 +73,12 @@ def test_a_lone_norm_is_replaced_there_and_back(pool):
 
 
 def test_a_module_used_twice_stays_one_module():
-    norm = BatchNormCELU2d(4, alpha=0.1)
+    norm = BatchNormAct2d(4, alpha=0.1)
     model = nn.ModuleDict({"first": norm, "second": nn.Sequential(norm)})
     unfuse_norms(model)
     assert model["first"] is model["second"][0]
     fuse_norms(model)
-    assert model["first"] is model["second"][0] and type(model["first"]) is BatchNormCELU2d
+    assert model["first"] is model["second"][0] and type(model["first"]) is BatchNormAct2d
 
 
 def test_fuses_any_sequential_under_the_same_names():
@@ -87,7 +87,7 @@ def test_fuses_any_sequential_under_the_same_names():
     plain = nn.Sequential(*layers).to(DEVICE)
     fused = fuse_norms(copy.deepcopy(plain))
     kinds = [type(layer) for layer in fused]
-    assert kinds == [nn.Conv2d, nn.Identity, BatchNormCELU2d, nn.Identity, BatchNormCELU2d, nn.Identity]
+    assert kinds == [nn.Conv2d, nn.Identity, BatchNormAct2d, nn.Identity, BatchNormAct2d, nn.Identity]
     assert (fused[2].pool, fused[2].alpha, fused[4].pool, fused[4].alpha) == (2, 0.1, 1, 0.2)
     assert list(fused.state_dict()) == list(plain.state_dict())
     torch.testing.assert_close(fused(IMAGES), plain(IMAGES), rtol=1e-4, atol=1e-5)
@@ -110,7 +110,7 @@ def test_fuses_any_sequential_under_the_same_names():
 )
 def test_fuses_only_what_the_kernel_computes(layers, pool):
     fused = fuse_norms(nn.Sequential(*layers))
-    assert [layer.pool for layer in fused if isinstance(layer, BatchNormCELU2d)] == ([] if pool is None else [pool])
+    assert [layer.pool for layer in fused if isinstance(layer, BatchNormAct2d)] == ([] if pool is None else [pool])
     assert pool == 2 or type(fused[0]) is type(layers[0]) or type(layers[0]) is nn.BatchNorm2d
 
 

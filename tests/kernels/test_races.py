@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from cifar_fast import draw_epoch
-from cifar_fast.kernels import augment, batch_norm_celu, normalization_table
+from cifar_fast.kernels import augment, batch_norm_act, normalization_table
 from cifar_fast.kernels.launch import interpreted
-from tests.kernels.test_batch_norm_celu import everything, make
+from tests.kernels.test_batch_norm_act import everything, make
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="changes the order of the interpreter")
 
@@ -37,9 +37,9 @@ ORDERS = {
 def test_norm_does_not_depend_on_the_order_of_programs(order, pool, monkeypatch, small_blocks):
     """A program that reads or writes what another program of its launch writes would change the result."""
     tensors = make((3, 12, 6, 5), torch.float32)
-    expected = everything(batch_norm_celu, tensors, training=True, pool=pool)
+    expected = everything(batch_norm_act, tensors, training=True, pool=pool)
     run_programs_in(monkeypatch, ORDERS[order])
-    result = everything(batch_norm_celu, tensors, training=True, pool=pool)
+    result = everything(batch_norm_act, tensors, training=True, pool=pool)
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 

@@ -44,7 +44,7 @@ from .launch import Launch, convert, empty_channels_last, operator, parameters, 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def batch_norm_celu_reference(
+def batch_norm_act_reference(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -57,7 +57,7 @@ def batch_norm_celu_reference(
     eps: float = 1e-5,
     pool: int = 1,
 ) -> Tensor:
-    """Return the same as :func:`batch_norm_celu`, computed in plain torch, and update the running statistics."""
+    """Return the same as :func:`batch_norm_act`, computed in plain torch, and update the running statistics."""
     pooled = F.max_pool2d(x, pool) if pool > 1 else x
     normalized = F.batch_norm(pooled, running_mean, running_var, weight, bias, training, momentum, eps)
     return F.celu(normalized, alpha)
@@ -494,7 +494,7 @@ class _Shape:
         self.prefix = "pool_" if pool == 2 else ""  # prefix of the names of the table entries that depend on the pool
 
     def entry(self, kernel: str) -> dict[str, int]:
-        return parameters(f"batch_norm_celu.{kernel}", self.shape_class)
+        return parameters(f"batch_norm_act.{kernel}", self.shape_class)
 
     def tile(self, kernel: str) -> dict[str, int]:
         entry = self.entry(kernel)
@@ -613,7 +613,7 @@ def plan_statistics(
 
 
 statistics_op = operator(
-    "batch_norm_celu_statistics",
+    "batch_norm_act_statistics",
     statistics_outputs,
     plan_statistics,
     mutates=("running_mean", "running_var", "num_batches_tracked"),
@@ -641,7 +641,7 @@ def plan_forward(x, pooled, argmax, statistics, weight, bias, training, alpha, p
     return _plan_apply(x if pool == 1 else pooled, y, mean, invstd, weight, bias, alpha, pool=1)
 
 
-forward_op = operator("batch_norm_celu", forward_outputs, plan_forward)
+forward_op = operator("batch_norm_act", forward_outputs, plan_forward)
 
 
 def inference_outputs(
@@ -656,7 +656,7 @@ def plan_inference(x, weight, bias, mean, var, eps, alpha, pool, y) -> list[Laun
     return _plan_apply(x, y, mean, var, weight, bias, alpha, pool, eps)
 
 
-inference_op = operator("batch_norm_celu_inference", inference_outputs, plan_inference)
+inference_op = operator("batch_norm_act_inference", inference_outputs, plan_inference)
 
 
 def backward_outputs(
@@ -729,7 +729,7 @@ def plan_backward(
     ]
 
 
-backward_op = operator("batch_norm_celu_backward", backward_outputs, plan_backward)
+backward_op = operator("batch_norm_act_backward", backward_outputs, plan_backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -746,7 +746,7 @@ def _backward(ctx, dy):
 
 def _double_backward(ctx, *gradients):
     raise RuntimeError(
-        "batch_norm_celu supports first derivatives only; its backward is not differentiable. "
+        "batch_norm_act supports first derivatives only; its backward is not differentiable. "
         "Use torch.func, or unfuse_norms of cifar_fast.kernels for torch's own modules"
     )
 
@@ -755,7 +755,7 @@ forward_op.register_autograd(_backward, setup_context=_setup_context)
 backward_op.register_autograd(_double_backward)
 
 
-def batch_norm_celu(
+def batch_norm_act(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -808,7 +808,7 @@ def batch_norm_celu(
         if training and num_batches_tracked is not None and not isinstance(momentum, Tensor):
             num_batches_tracked.add_(1)
         settings: dict[str, Any] = dict(alpha=alpha, momentum=float(momentum), eps=eps, pool=pool)
-        return batch_norm_celu_reference(x, weight, bias, running_mean, running_var, training=training, **settings)
+        return batch_norm_act_reference(x, weight, bias, running_mean, running_var, training=training, **settings)
     if not training:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias)):
             return _evaluate_with_autograd(x, weight, bias, running_mean, running_var, eps, alpha, pool)
@@ -873,8 +873,8 @@ def _update_running_statistics(running_mean, running_var, statistics: Tensor, mo
     running_var.copy_(var * momentum + running_var.to(var.dtype) * (1 - momentum))
 
 
-class BatchNormCELU2d(nn.BatchNorm2d):
-    """Replacement of ``MaxPool2d(pool)``, ``BatchNorm2d`` and ``CELU(alpha)`` by :func:`batch_norm_celu`.
+class BatchNormAct2d(nn.BatchNorm2d):
+    """Replacement of ``MaxPool2d(pool)``, ``BatchNorm2d`` and ``CELU(alpha)`` by :func:`batch_norm_act`.
 
     It has the options and the state dict of ``torch.nn.BatchNorm2d``, and converts x to channels_last if necessary.
     Tools work if they do not replace the module, such as ``torch.optim.swa_utils.update_bn`` and
@@ -907,7 +907,7 @@ class BatchNormCELU2d(nn.BatchNorm2d):
     def __getattr__(self, name: str) -> Any:
         if name == "eps":
             raise AttributeError(
-                "BatchNormCELU2d includes a max-pool and CELU. Tools that replace or fold batch norms would drop them. "
+                "BatchNormAct2d includes a max-pool and CELU. Tools that replace or fold batch norms would drop them. "
                 "Call unfuse_norms(model) of cifar_fast.kernels before such tools; the value of eps is in epsilon"
             )
         return super().__getattr__(name)
@@ -928,7 +928,7 @@ class BatchNormCELU2d(nn.BatchNorm2d):
             x = x.contiguous(memory_format=torch.channels_last)
         options: dict[str, Any] = dict(alpha=self.alpha, momentum=momentum, eps=self.epsilon, pool=self.pool)
         options |= dict(training=training, num_batches_tracked=count)
-        return batch_norm_celu(x, self.weight, self.bias, *running, **options)
+        return batch_norm_act(x, self.weight, self.bias, *running, **options)
 
     def extra_repr(self) -> str:
         return (

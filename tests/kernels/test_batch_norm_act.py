@@ -17,10 +17,10 @@ from torch.optim.swa_utils import update_bn
 
 from cifar_fast import CNN, Recipe, load_dataset
 from cifar_fast.diagnostics.kernel_cases import Expected, check, norm_formula
-from cifar_fast.kernels.batch_norm_celu import (
-    BatchNormCELU2d,
-    batch_norm_celu,
-    batch_norm_celu_reference,
+from cifar_fast.kernels.batch_norm_act import (
+    BatchNormAct2d,
+    batch_norm_act,
+    batch_norm_act_reference,
     example_launches,
     forward_op,
     inference_op,
@@ -76,8 +76,8 @@ def assert_as_good_as_eager(tensors, ulps=1, rounded_once=True, **settings):
     ``ulps`` gives a tensor of few elements more.
     """
     exact = everything(norm_formula, tensors, torch.float64, **settings)
-    fused = everything(batch_norm_celu, tensors, **settings)
-    eager = [everything(batch_norm_celu_reference, tensors, **settings)]
+    fused = everything(batch_norm_act, tensors, **settings)
+    eager = [everything(batch_norm_act_reference, tensors, **settings)]
     if tensors[0].dtype == torch.float32:
         eager.append(everything(norm_formula, tensors, **settings))
     check(fused, Expected(eager, exact, ulps), rounded_once=rounded_once)
@@ -117,7 +117,7 @@ def test_constant_channels_and_a_huge_outlier(dtype, pool):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_overflow_of_the_variance_makes_no_nan(dtype):
     x, weight, bias, mean, var = make((4, 8, 6, 6), dtype, scale=3e19, parameters=torch.float32)
-    y = batch_norm_celu(x, weight, bias, mean, var, training=True, alpha=0.075)
+    y = batch_norm_act(x, weight, bias, mean, var, training=True, alpha=0.075)
     assert not y.isnan().any() and var.isinf().all()
 
 
@@ -139,7 +139,7 @@ def test_values_around_the_kink_of_celu(dtype):
 @pytest.mark.parametrize("parameters", [torch.float32, torch.float16])
 def test_parameters_may_have_another_dtype(parameters):
     tensors = make((3, 8, 6, 6), torch.float16, parameters=parameters)
-    result = everything(batch_norm_celu, tensors, training=True, pool=2)
+    result = everything(batch_norm_act, tensors, training=True, pool=2)
     assert {result[name].dtype for name in ("dweight", "dbias", "running_mean", "running_var")} == {parameters}
     if parameters == torch.float32:  # the only other dtype that torch's batch norm accepts on a CPU
         assert_as_good_as_eager(tensors, training=True, pool=2)
@@ -211,7 +211,7 @@ def test_gradcheck_in_float64(pool, training):
     x, weight, bias, mean, var = make((2, 2, 5, 2) if training and pool == 2 else (1, 2, 3, 2), torch.float64)
 
     def function(x, weight, bias):
-        return batch_norm_celu(x, weight, bias, mean.clone(), var.clone(), training=training, alpha=0.075, pool=pool)
+        return batch_norm_act(x, weight, bias, mean.clone(), var.clone(), training=training, alpha=0.075, pool=pool)
 
     assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in (x, weight, bias)])
 
@@ -221,7 +221,7 @@ def test_gradcheck_in_float64(pool, training):
 def test_uses_no_uninitialized_memory(pool, monkeypatch, small_blocks):
     """Fill all new memory with NaN or an invalid index."""
     tensors = make((3, 10, 7, 5), torch.float32)
-    expected = everything(batch_norm_celu, tensors, training=True, pool=pool)
+    expected = everything(batch_norm_act, tensors, training=True, pool=pool)
 
     def poisoned(make_empty):
         def fill(*args, **kwargs):
@@ -237,14 +237,14 @@ def test_uses_no_uninitialized_memory(pool, monkeypatch, small_blocks):
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    result = everything(batch_norm_celu, tensors, training=True, pool=pool)
+    result = everything(batch_norm_act, tensors, training=True, pool=pool)
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_input_gives_the_same_bits(dtype, small_blocks):
     tensors = make((3, 10, 6, 4), dtype)
-    first, second = (everything(batch_norm_celu, tensors, training=True, pool=2) for _ in range(2))
+    first, second = (everything(batch_norm_act, tensors, training=True, pool=2) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -253,8 +253,8 @@ def test_pools_ties_and_nan_like_torch():
     x[0, 0, 2, 2] = float("nan")
     x = x.contiguous(memory_format=torch.channels_last)
     parameters = make((2, 5, 6, 7), torch.float32)[1:]
-    fused = everything(batch_norm_celu, (x, *parameters), training=False, pool=2)
-    eager = everything(batch_norm_celu_reference, (x, *parameters), training=False, pool=2)
+    fused = everything(batch_norm_act, (x, *parameters), training=False, pool=2)
+    eager = everything(batch_norm_act_reference, (x, *parameters), training=False, pool=2)
     assert torch.equal(fused["y"].isnan(), eager["y"].isnan()) and fused["y"].isnan().sum() == 1
     assert torch.equal(fused["dx"] != 0, eager["dx"] != 0)
 
@@ -263,35 +263,35 @@ def test_gradient_may_have_any_layout():
     tensors = make((3, 10, 6, 6), torch.float32)
     dy = torch.randn(3, 10, 6, 6, device=DEVICE)
     layouts = [dy, dy.contiguous(memory_format=torch.channels_last), dy.transpose(2, 3).contiguous().transpose(2, 3)]
-    results = [everything(batch_norm_celu, tensors, dy=layout, training=True) for layout in layouts]
+    results = [everything(batch_norm_act, tensors, dy=layout, training=True) for layout in layouts]
     assert all(torch.equal(result["dx"], results[0]["dx"]) for result in results)
 
     x = tensors[0].requires_grad_()
-    y = batch_norm_celu(x, *tensors[1:], training=True, alpha=0.075)
+    y = batch_norm_act(x, *tensors[1:], training=True, alpha=0.075)
     y.sum().backward()  # a gradient expanded from one number, with strides of 0
     assert x.grad.isfinite().all()
 
 
 def test_running_statistics_are_required_in_evaluation_only():
     x, weight, bias, mean, var = make((3, 4, 5, 5), torch.float32)
-    expected = batch_norm_celu(x, weight, bias, mean, var, training=True, alpha=0.075)
-    assert torch.equal(batch_norm_celu(x, weight, bias, None, None, training=True, alpha=0.075), expected)
+    expected = batch_norm_act(x, weight, bias, mean, var, training=True, alpha=0.075)
+    assert torch.equal(batch_norm_act(x, weight, bias, None, None, training=True, alpha=0.075), expected)
     with pytest.raises(TypeError, match="running_mean must be a tensor, not None"):
-        batch_norm_celu(x, weight, bias, None, None, training=False, alpha=0.075)
+        batch_norm_act(x, weight, bias, None, None, training=False, alpha=0.075)
 
 
 def test_evaluation_with_and_without_gradients_is_the_same():
     for pool in (1, 2):
         tensors = make((3, 10, 7, 7), torch.float16)
         with torch.no_grad():
-            one_pass = batch_norm_celu(*tensors, training=False, alpha=0.075, pool=pool)
+            one_pass = batch_norm_act(*tensors, training=False, alpha=0.075, pool=pool)
         tensors[0].requires_grad_()
-        assert torch.equal(batch_norm_celu(*tensors, training=False, alpha=0.075, pool=pool), one_pass)
+        assert torch.equal(batch_norm_act(*tensors, training=False, alpha=0.075, pool=pool), one_pass)
 
 
 def test_double_backward_is_refused():
     x, *rest = make((2, 3, 4, 4), torch.float32)
-    y = batch_norm_celu(x.requires_grad_(), *rest, training=True, alpha=0.075)
+    y = batch_norm_act(x.requires_grad_(), *rest, training=True, alpha=0.075)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="supports first derivatives only"):
         dx.sum().backward()
@@ -299,7 +299,7 @@ def test_double_backward_is_refused():
 
 @pytest.mark.parametrize("momentum", [0.1, 0.3, None])
 def test_module_equals_batch_norm_and_shares_its_state_dict(momentum):
-    fused = BatchNormCELU2d(6, momentum=momentum, alpha=0.075, pool=2).to(DEVICE)
+    fused = BatchNormAct2d(6, momentum=momentum, alpha=0.075, pool=2).to(DEVICE)
     plain = torch.nn.BatchNorm2d(6, momentum=momentum).to(DEVICE)
     plain.load_state_dict(fused.state_dict())
     for seed in range(3):
@@ -326,7 +326,7 @@ def test_module_equals_batch_norm_and_shares_its_state_dict(momentum):
 def test_module_options_work_as_in_batch_norm(options, pool):
     if "bias" in options and "bias" not in inspect.signature(torch.nn.BatchNorm2d).parameters:
         pytest.skip("this torch's batch norm has no such option")
-    fused = BatchNormCELU2d(6, alpha=0.075, pool=pool, **options).to(DEVICE)
+    fused = BatchNormAct2d(6, alpha=0.075, pool=pool, **options).to(DEVICE)
     plain = torch.nn.BatchNorm2d(6, **options).to(DEVICE)
     assert list(fused.state_dict()) == list(plain.state_dict())
     for training in (True, False):
@@ -344,7 +344,7 @@ def test_module_options_work_as_in_batch_norm(options, pool):
 
 @pytest.mark.parametrize("change", ["statistics to None", "no longer tracked", "tracked again"])
 def test_tracking_of_statistics_may_change_later(change):
-    modules = BatchNormCELU2d(6, alpha=0.075).to(DEVICE), torch.nn.BatchNorm2d(6).to(DEVICE)
+    modules = BatchNormAct2d(6, alpha=0.075).to(DEVICE), torch.nn.BatchNorm2d(6).to(DEVICE)
     for module in modules:
         if change == "statistics to None":
             torch.func.replace_all_batch_norm_modules_(module)
@@ -371,7 +371,7 @@ def test_module_accepts_any_layout(layout):
         "reversed rows": lambda: x[:, :6].transpose(2, 3),
     }[layout]()
     for training in (True, False):
-        fused, plain = BatchNormCELU2d(6, alpha=0.075).to(DEVICE), torch.nn.BatchNorm2d(6).to(DEVICE)
+        fused, plain = BatchNormAct2d(6, alpha=0.075).to(DEVICE), torch.nn.BatchNorm2d(6).to(DEVICE)
         y = fused.train(training)(x)
         torch.testing.assert_close(y, F.celu(plain.train(training)(x), 0.075), rtol=1e-5, atol=1e-6)
 
@@ -395,7 +395,7 @@ def test_an_empty_batch_changes_what_it_changes_in_torch(pool, training, momentu
 
 
 def test_cumulative_average_is_exact_in_float64():
-    module = BatchNormCELU2d(5, momentum=None, alpha=0.075, dtype=torch.float64, device=DEVICE)
+    module = BatchNormAct2d(5, momentum=None, alpha=0.075, dtype=torch.float64, device=DEVICE)
     batches = [make((4, 5, 3, 3), torch.float64, seed)[0] for seed in range(7)]
     for batch in batches:
         module(batch)
@@ -414,7 +414,7 @@ def test_output_may_be_modified_in_place(change, pool):
     """A residual connection or an activation may do so, as after the operators of torch."""
     x, weight, bias, mean, var = make((3, 6, 4, 4), torch.float32)
     gradients = []
-    for function in (batch_norm_celu, batch_norm_celu_reference):
+    for function in (batch_norm_act, batch_norm_act_reference):
         inputs = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
         y = function(*inputs, mean.clone(), var.clone(), training=True, alpha=0.075, pool=pool)
         other = torch.ones_like(y) * 0.3
@@ -426,7 +426,7 @@ def test_output_may_be_modified_in_place(change, pool):
 
 def fused_and_plain(pool=2, **options):
     """Return our module and the same in torch's modules, with weights that are not all equal."""
-    fused = BatchNormCELU2d(6, alpha=0.075, pool=pool, **options).to(DEVICE)
+    fused = BatchNormAct2d(6, alpha=0.075, pool=pool, **options).to(DEVICE)
     with torch.no_grad():
         for tensor in fused.parameters():
             tensor.copy_(torch.linspace(0.5, 1.5, 6))
@@ -525,7 +525,7 @@ def test_vmap_in_training_needs_statistics_for_each_as_with_the_norm_of_torch():
 
 def network():
     torch.manual_seed(0)
-    layers = torch.nn.Conv2d(3, 6, 3, padding=1, bias=False), BatchNormCELU2d(6, alpha=0.075, pool=2)
+    layers = torch.nn.Conv2d(3, 6, 3, padding=1, bias=False), BatchNormAct2d(6, alpha=0.075, pool=2)
     return torch.nn.Sequential(*layers).to(DEVICE)
 
 
@@ -537,11 +537,11 @@ def test_tools_that_replace_norms_raise_an_error_with_the_cure():
         fuse_conv_bn_eval(*model.eval())
     with pytest.raises(TypeError, match=r"unfuse_norms\(model\)"):
         torch.fx.symbolic_trace(model)
-    assert "eps=1e-05" in repr(model) and type(copy.deepcopy(model)[1]) is BatchNormCELU2d
+    assert "eps=1e-05" in repr(model) and type(copy.deepcopy(model)[1]) is BatchNormAct2d
 
 
 def test_eps_is_an_attribute_that_does_not_exist():
-    norm = BatchNormCELU2d(6, eps=0.25, alpha=0.075)
+    norm = BatchNormAct2d(6, eps=0.25, alpha=0.075)
     assert not hasattr(norm, "eps") and getattr(norm, "eps", 7) == 7 and norm.epsilon == 0.25
     assert "eps" not in dict(inspect.getmembers(norm))
     for other in (copy.copy(norm), copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
@@ -605,7 +605,7 @@ def test_compiles_without_graph_break(pool):
     """The convolution before it lets the compiler choose strides, as in the model."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 6, 3, padding=1, bias=False), BatchNormCELU2d(6, alpha=0.075, pool=pool)
+        torch.nn.Conv2d(3, 6, 3, padding=1, bias=False), BatchNormAct2d(6, alpha=0.075, pool=pool)
     ).to(DEVICE)
     model = model.to(memory_format=torch.channels_last)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -631,7 +631,7 @@ def test_compiles_without_graph_break(pool):
 def call(**changes):
     names = ("x", "weight", "bias", "running_mean", "running_var")
     arguments = dict(zip(names, make((2, 4, 4, 4), torch.float32))) | dict(training=True, alpha=0.075) | changes
-    return batch_norm_celu(*[arguments.pop(name) for name in names], **arguments)
+    return batch_norm_act(*[arguments.pop(name) for name in names], **arguments)
 
 
 @pytest.mark.parametrize(
@@ -707,13 +707,13 @@ def test_error_at_recipe_shapes_on_a_gpu(shape, dtype, training):
 @pytest.mark.parametrize("shape", RECIPE_SHAPES)
 def test_replay_of_a_graph_equals_a_plain_call(shape):
     tensors = make(shape[:4], torch.float16)
-    dy = torch.randn_like(batch_norm_celu(*tensors, training=False, alpha=0.075, pool=shape[4]))
-    expected = everything(batch_norm_celu, tensors, dy=dy, training=True, pool=shape[4])
+    dy = torch.randn_like(batch_norm_act(*tensors, training=False, alpha=0.075, pool=shape[4]))
+    expected = everything(batch_norm_act, tensors, dy=dy, training=True, pool=shape[4])
     x, weight, bias, mean, var = (tensor.clone() for tensor in tensors)
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = batch_norm_celu(*leaves, mean, var, training=True, alpha=0.075, pool=shape[4])
+        y = batch_norm_act(*leaves, mean, var, training=True, alpha=0.075, pool=shape[4])
         gradients = torch.autograd.grad(y, leaves, dy)
     for tensor, start in zip((mean, var), tensors[3:]):
         tensor.copy_(start)
