@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import cpu
 from .launch import Launch, empty_channels_last, operator, parameters, require, require_tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -162,7 +163,27 @@ def plan_augment(
     ]
 
 
-augment_op = operator("augment", augment_outputs, plan_augment)
+def augment_on_cpu(
+    images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size, out, out_labels
+) -> None:
+    """Fill ``out`` and ``out_labels`` by compiled C++, or by plain torch if no compiler works."""
+    start = 0 if step is None else int(step) * batch_size
+    columns, (n, size, _, channels) = draws.shape[1], images.shape
+    message = f"step {start // batch_size} of {batch_size} images is outside the {columns} columns of draws"
+    require(0 <= start <= columns - batch_size, IndexError, message)
+    draws = draws[:, start : start + batch_size]
+    if cpu.unavailable_reason(table.dtype):
+        options = dict(out_channels=out_channels, padding=padding, cutout_size=cutout_size)
+        out.copy_(augment_reference(images, draws, table, **options))
+    else:
+        sizes = n, batch_size, draws.stride(0), size, channels, out_channels, padding, cutout_size
+        wrong = cpu.call("augment", table.dtype, images, draws, table, out, *sizes, torch.get_num_threads())
+        require(wrong < 0, IndexError, f"column {start + wrong} of draws is out of range")
+    if labels is not None:
+        torch.index_select(labels, 0, draws[0], out=out_labels)
+
+
+augment_op = operator("augment", augment_outputs, plan_augment, augment_on_cpu)
 
 
 def augment(
@@ -179,8 +200,8 @@ def augment(
 ) -> tuple[Tensor, Tensor | None]:
     """Return an augmented batch and its labels, made from the bytes of a data set on the device.
 
-    All tensors must be contiguous and on one device; only the rows of ``draws`` may lie apart. The values in ``draws``
-    and ``step`` are not checked: a value out of range reads memory outside the tensors.
+    All tensors must be contiguous and on one device; only the rows of ``draws`` may lie apart. A GPU does not check the
+    values in ``draws`` and ``step``: a value out of range reads memory outside the tensors.
 
     Args:
         images: the images of the data set, uint8 ``[N, S, S, C]``.
@@ -203,7 +224,8 @@ def augment(
 
     Raises:
         TypeError, ValueError: a dtype, shape or layout is not as above.
-        RuntimeError: the tensors are on different devices, or on a CPU without Triton's interpreter.
+        RuntimeError: the tensors are on different devices.
+        IndexError: a value in ``draws`` or ``step`` is out of range, on a CPU.
     """
     square = images.ndim == 4 and images.shape[1] == images.shape[2]
     message = f"images must be a non-empty tensor of shape [N, S, S, C], but has the shape {list(images.shape)}"

@@ -1,9 +1,19 @@
-"""Max-pool, batch norm and CELU as one operator, forward and backward, for channels_last tensors.
+"""Max-pool, batch norm and an activation as one operator, forward and backward, for channels_last tensors.
 
     p = maxpool(x)                       pool x pool windows; p = x if pool is 1
     z = (p - mean) / sqrt(var + eps) * weight + bias
-    y = z                                if z > 0
-        alpha * (exp(z / alpha) - 1)     otherwise
+    y = activation(z)
+
+    activation      y(z)                                              y'(z)
+    none            z                                                 1
+    celu            z if z > 0, else alpha (exp(z / alpha) - 1)       1 if z > 0, else exp(z / alpha)
+    relu            z if z > 0, else 0                                1 if z > 0, else 0
+    silu            z s(z)                                            s(z) (1 + z (1 - s(z)))
+    gelu            z F(z)                                            F(z) + z exp(-z^2 / 2) / sqrt(2 pi)
+    gelu_tanh       z s(2 u)                                          s(2 u) (1 + 2 z u' (1 - s(2 u)))
+
+Here s(z) = 1 / (1 + exp(-z)), F is the distribution function of the normal distribution, and u is the cubic polynomial
+sqrt(2 / pi) (z + 0.044715 z^3) of ``torch.nn.GELU(approximate="tanh")``.
 
 In training, mean and var are the statistics of each channel of p (var biased). In evaluation they are the running
 statistics. Let q = dy * y'(z), x^ the normalized p, and m the number of values per channel. The gradients are
@@ -39,8 +49,10 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .launch import Launch, convert, empty_channels_last, operator, parameters, require, require_tensor
+from . import cpu
+from .launch import Launch, convert, empty_channels_last, native, operator, parameters, require, require_tensor
 
+ACTIVATIONS = ("none", "celu", "relu", "gelu", "gelu_tanh", "silu")  # in the order of cpu.cpp
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -52,7 +64,8 @@ def batch_norm_act_reference(
     running_var: Tensor | None,
     *,
     training: bool,
-    alpha: float,
+    activation: str = "celu",
+    alpha: float = 1.0,
     momentum: float = 0.1,
     eps: float = 1e-5,
     pool: int = 1,
@@ -60,10 +73,20 @@ def batch_norm_act_reference(
     """Return the same as :func:`batch_norm_act`, computed in plain torch, and update the running statistics."""
     pooled = F.max_pool2d(x, pool) if pool > 1 else x
     normalized = F.batch_norm(pooled, running_mean, running_var, weight, bias, training, momentum, eps)
-    return F.celu(normalized, alpha)
+    return activate_reference(normalized, activation, alpha)
+
+
+def activate_reference(z: Tensor, activation: str, alpha: float = 1.0) -> Tensor:
+    """Return ``activation`` of ``z``, computed in plain torch."""
+    if activation == "celu":
+        return F.celu(z, alpha)
+    plain = {"none": lambda z: z, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+    return F.gelu(z, approximate="tanh") if activation == "gelu_tanh" else plain[activation](z)
 
 
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
+TANH_FIRST: tl.constexpr = tl.constexpr(2 * math.sqrt(2 / math.pi))
+TANH_THIRD: tl.constexpr = tl.constexpr(0.044715 * 2 * math.sqrt(2 / math.pi))
 NEAR: tl.constexpr = tl.constexpr(0.01)  # _celu uses its series of two terms for z above -NEAR * alpha
 
 
@@ -153,6 +176,71 @@ def _celu(z, ALPHA: tl.constexpr, TERMS: tl.constexpr):
         for i in tl.static_range(TERMS):
             series = 1.0 + series * near * (1.0 / (TERMS + 1 - i))
         return tl.where(z <= 0, ALPHA * tl.where(t > -0.3, series * near, tl.exp(t) - 1.0), z)
+
+
+@triton.jit
+def _sigmoid(z, TERMS: tl.constexpr):
+    """Return 1 / (1 + exp(-z)). In half precision the square of a reciprocal square root replaces the division."""
+    if TERMS == 2:
+        root = tl.rsqrt(1.0 + tl.exp2(z * -LOG2_E))
+        return root * root
+    else:
+        return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def _tanh_gate(z, TERMS: tl.constexpr):
+    """Return s(2 u) and 2 z u'(z) for the tanh approximation of GELU."""
+    # Triton would make float32 constants of Python's numbers as arguments of fma.
+    first, third = tl.full(z.shape, TANH_FIRST, z.dtype), tl.full(z.shape, TANH_THIRD, z.dtype)
+    square = z * z
+    return _sigmoid(z * tl.fma(square, third, first), TERMS), z * tl.fma(square, 3.0 * third, first)
+
+
+@triton.jit
+def _normal_cdf(z):
+    """Return the distribution function of the normal distribution."""
+    return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+
+
+@triton.jit
+def _activate(z, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, TERMS: tl.constexpr):
+    """Return the activation of z."""
+    if ACTIVATION == "celu":
+        return _celu(z, ALPHA, TERMS)
+    elif ACTIVATION == "relu":
+        return tl.where(z <= 0, 0.0, z)  # NaN stays NaN
+    elif ACTIVATION == "silu":
+        return z * _sigmoid(z, TERMS)
+    elif ACTIVATION == "gelu":
+        return z * _normal_cdf(z)
+    elif ACTIVATION == "gelu_tanh":
+        gate, _slope = _tanh_gate(z, TERMS)
+        return z * gate
+    else:
+        return z
+
+
+@triton.jit
+def _slope(z, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, TERMS: tl.constexpr, FACTOR: tl.constexpr):
+    """Return the derivative of the activation at z. In half precision CELU's is 2 ** (z * FACTOR) for z < 0."""
+    if ACTIVATION == "celu":
+        if TERMS == 2:
+            return tl.exp2(tl.minimum(z, 0.0) * FACTOR)
+        else:
+            return tl.exp(tl.minimum(z, 0.0) / ALPHA)
+    elif ACTIVATION == "relu":
+        return tl.where(z <= 0, 0.0, 1.0)
+    elif ACTIVATION == "silu":
+        gate = _sigmoid(z, TERMS)
+        return gate * tl.fma(z, 1.0 - gate, 1.0)
+    elif ACTIVATION == "gelu":
+        return _normal_cdf(z) + z * 0.3989422804014327 * tl.exp(z * z * -0.5)
+    elif ACTIVATION == "gelu_tanh":
+        gate, slope = _tanh_gate(z, TERMS)
+        return tl.fma(slope * gate, 1.0 - gate, gate)
+    else:
+        return tl.full(z.shape, 1.0, z.dtype)
 
 
 @triton.jit
@@ -307,6 +395,7 @@ def apply_kernel(
     BLOCKS: tl.constexpr,  # blocks of rows per program
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     TERMS: tl.constexpr,
     EPS: tl.constexpr,
@@ -324,7 +413,7 @@ def apply_kernel(
         row, channel, exists = _tile(program * BLOCKS + k, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
         z, _centered = _affine(_load_pooled(x, row, channel, exists, H, W, C, POOL, ACC), center, scale, shift)
         offset = row.to(tl.int64) * C + channel
-        tl.store(y + offset, convert(_celu(z, ALPHA, TERMS), y.dtype.element_ty), mask=exists)
+        tl.store(y + offset, convert(_activate(z, ACTIVATION, ALPHA, TERMS), y.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -337,9 +426,10 @@ def _gradient_of_norm(
     mean,
     scale,
     shift,
+    ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     TERMS: tl.constexpr,
-    FACTOR: tl.constexpr,  # if TERMS is 2, the slope for z < 0 is 2 ** (z * FACTOR)
+    FACTOR: tl.constexpr,
     C: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -348,11 +438,7 @@ def _gradient_of_norm(
     gradient = tl.load(dy + offset, mask=exists, other=0.0).to(ACC)
     value = tl.load(x + offset, mask=exists, other=0.0).to(ACC)
     z, centered = _affine(value, mean, scale, shift)
-    if TERMS == 2:
-        slope = tl.exp2(tl.minimum(z, 0.0) * FACTOR)
-    else:
-        slope = tl.exp(tl.minimum(z, 0.0) / ALPHA)
-    return gradient * slope, centered
+    return gradient * _slope(z, ACTIVATION, ALPHA, TERMS, FACTOR), centered
 
 
 @triton.jit
@@ -369,6 +455,7 @@ def backward_sums_kernel(
     BLOCKS_PER_SPLIT: tl.constexpr,  # blocks of rows per program: split s has the blocks s, s + num_splits, ...
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     TERMS: tl.constexpr,
     ACC: tl.constexpr,
@@ -377,13 +464,15 @@ def backward_sums_kernel(
     channels = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     mean, invstd = _channel_values(statistics, channels, C, ACC), _channel_values(statistics + 2 * C, channels, C, ACC)
     scale, shift = _channel_values(weight, channels, C, ACC) * invstd, _channel_values(bias, channels, C, ACC)
-    if TERMS == 2:
+    if ACTIVATION == "celu" and TERMS == 2:
         scale, shift = scale * (LOG2_E / ALPHA), shift * (LOG2_E / ALPHA)
     of_q = tl.zeros([BLOCK_R, BLOCK_C], ACC)
     of_qd = tl.zeros([BLOCK_R, BLOCK_C], ACC)
     for k in tl.range(BLOCKS_PER_SPLIT, loop_unroll_factor=2):
         row, channel, exists = _tile(k * num_splits + split, tl.program_id(1), rows, C, BLOCK_R, BLOCK_C)
-        q, centered = _gradient_of_norm(dy, x, row, channel, exists, mean, scale, shift, ALPHA, TERMS, 1.0, C, ACC)
+        q, centered = _gradient_of_norm(
+            dy, x, row, channel, exists, mean, scale, shift, ACTIVATION, ALPHA, TERMS, 1.0, C, ACC
+        )
         of_q += q  # 0 outside the mask, because dy is loaded as 0 there
         of_qd = tl.fma(q, centered, of_qd)
     if TERMS != 2:
@@ -438,6 +527,7 @@ def backward_apply_kernel(
     BLOCKS: tl.constexpr,  # blocks of windows per program
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     TERMS: tl.constexpr,
     ACC: tl.constexpr,
@@ -460,7 +550,7 @@ def backward_apply_kernel(
                 complete = exists & (top < H // 2) & (left < W // 2)
                 row = (n * (H // 2) + top) * (W // 2) + left
         q, centered = _gradient_of_norm(
-            dy, x, row, channel, complete, mean, scale, shift, ALPHA, TERMS, LOG2_E / ALPHA, C, ACC
+            dy, x, row, channel, complete, mean, scale, shift, ACTIVATION, ALPHA, TERMS, LOG2_E / ALPHA, C, ACC
         )
         if TRAINING:
             if POOL == 2:  # loaded in the loop, because holding them in registers would reduce occupancy
@@ -530,7 +620,9 @@ def _empty_output(x: Tensor, pool: int) -> Tensor:
     return empty_channels_last(n, channels, height // pool, width // pool, x.dtype, x.device)
 
 
-def _plan_apply(x, y, mean, var_or_invstd, weight, bias, alpha: float, pool: int, eps: float = 0.0) -> list[Launch]:
+def _plan_apply(
+    x, y, mean, var_or_invstd, weight, bias, activation: str, alpha: float, pool: int, eps: float = 0.0
+) -> list[Launch]:
     """Return the launch that pools, normalizes and activates ``x`` into ``y``.
 
     ``var_or_invstd`` is var if ``eps`` is given, else 1 / sqrt(var + eps).
@@ -545,7 +637,9 @@ def _plan_apply(x, y, mean, var_or_invstd, weight, bias, alpha: float, pool: int
             reads=dict(x=x, mean=mean, var_or_invstd=var_or_invstd, weight=weight, bias=bias),
             writes=dict(y=y),
             scalars=dict(rows=shape.rows),
-            constants=shape.constants | blocks | {"ALPHA": alpha, "TERMS": shape.terms, "EPS": eps, "ACC": shape.acc},
+            constants=shape.constants
+            | blocks
+            | {"ACTIVATION": activation, "ALPHA": alpha, "TERMS": shape.terms, "EPS": eps, "ACC": shape.acc},
             num_warps=shape.entry(kernel)["num_warps"],
         )
     ]
@@ -612,10 +706,33 @@ def plan_statistics(
     return launches if training else launches[:1]  # the first launch also pools
 
 
+def statistics_on_cpu(
+    x, running_mean, running_var, num_batches_tracked, training, momentum, eps, pool, statistics, pooled, argmax
+) -> None:
+    """Do the work of :func:`plan_statistics` in compiled C++."""
+    if not training and pool == 1:
+        return
+    shape = cpu.Shape.of(x, pool)
+    moments = torch.empty(2, x.shape[1], dtype=torch.float64)
+    cpu.call("statistics", x.dtype, x, pooled, argmax, moments, shape)
+    if not training:
+        return
+    mean, square = moments
+    var = square / shape.rows
+    statistics.copy_(torch.stack((mean, var, (var + eps).rsqrt())))
+    if running_mean is not None:
+        unbiased = square / max(shape.rows - 1, 1)
+        running_mean.copy_(momentum * mean + (1 - momentum) * running_mean.double())
+        running_var.copy_(momentum * unbiased + (1 - momentum) * running_var.double())
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+
+
 statistics_op = operator(
     "batch_norm_act_statistics",
     statistics_outputs,
     plan_statistics,
+    statistics_on_cpu,
     mutates=("running_mean", "running_var", "num_batches_tracked"),
 )
 
@@ -628,6 +745,7 @@ def forward_outputs(
     weight: Tensor,
     bias: Tensor,
     training: bool,
+    activation: str,
     alpha: float,
     pool: int,
 ) -> Tensor:
@@ -635,28 +753,54 @@ def forward_outputs(
     return _empty_output(x, pool)
 
 
-def plan_forward(x, pooled, argmax, statistics, weight, bias, training, alpha, pool, y) -> list[Launch]:
+def plan_forward(x, pooled, argmax, statistics, weight, bias, training, activation, alpha, pool, y) -> list[Launch]:
     """Return the launch that computes y from the results of the statistics operator."""
     mean, _, invstd = statistics
-    return _plan_apply(x if pool == 1 else pooled, y, mean, invstd, weight, bias, alpha, pool=1)
+    return _plan_apply(x if pool == 1 else pooled, y, mean, invstd, weight, bias, activation, alpha, pool=1)
 
 
-forward_op = operator("batch_norm_act", forward_outputs, plan_forward)
+def _apply_on_cpu(x, y, mean, invstd, weight, bias, activation: str, alpha: float, pool: int) -> None:
+    parameters = torch.stack((mean, weight.to(mean.dtype) * invstd, bias.to(mean.dtype)))
+    cpu.call("apply", x.dtype, x, y, parameters, ACTIVATIONS.index(activation), alpha, cpu.Shape.of(x, pool))
+
+
+def forward_on_cpu(x, pooled, argmax, statistics, weight, bias, training, activation, alpha, pool, y) -> None:
+    """Do the work of :func:`plan_forward` in compiled C++."""
+    mean, _, invstd = statistics
+    _apply_on_cpu(x if pool == 1 else pooled, y, mean, invstd, weight, bias, activation, alpha, pool=1)
+
+
+forward_op = operator("batch_norm_act", forward_outputs, plan_forward, forward_on_cpu)
 
 
 def inference_outputs(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, alpha: float, pool: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    alpha: float,
+    pool: int,
 ) -> Tensor:
     """Allocate y."""
     return _empty_output(x, pool)
 
 
-def plan_inference(x, weight, bias, mean, var, eps, alpha, pool, y) -> list[Launch]:
+def plan_inference(x, weight, bias, mean, var, eps, activation, alpha, pool, y) -> list[Launch]:
     """Return the launch that computes y from the running statistics ``mean`` and ``var``, in one pass."""
-    return _plan_apply(x, y, mean, var, weight, bias, alpha, pool, eps)
+    return _plan_apply(x, y, mean, var, weight, bias, activation, alpha, pool, eps)
 
 
-inference_op = operator("batch_norm_act_inference", inference_outputs, plan_inference)
+def inference_on_cpu(x, weight, bias, mean, var, eps, activation, alpha, pool, y) -> None:
+    """Do the work of :func:`plan_inference` in compiled C++."""
+    accumulator = _accumulator(x)
+    invstd = (var.double() + eps).rsqrt().to(accumulator)
+    _apply_on_cpu(x, y, mean.to(accumulator), invstd, weight, bias, activation, alpha, pool)
+
+
+inference_op = operator("batch_norm_act_inference", inference_outputs, plan_inference, inference_on_cpu)
 
 
 def backward_outputs(
@@ -669,6 +813,7 @@ def backward_outputs(
     height: int,
     width: int,
     training: bool,
+    activation: str,
     alpha: float,
     pool: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -679,7 +824,7 @@ def backward_outputs(
 
 
 def plan_backward(
-    dy, pooled, argmax, statistics, weight, bias, height, width, training, alpha, pool, dx, dweight, dbias
+    dy, pooled, argmax, statistics, weight, bias, height, width, training, activation, alpha, pool, dx, dweight, dbias
 ) -> list[Launch]:
     """Return the launches that compute the gradients of x, weight and bias.
 
@@ -694,7 +839,7 @@ def plan_backward(
     sums = statistics.new_empty(2, num_splits, shape.channels)
     totals = statistics.new_empty(2, shape.channels)
     reads = dict(dy=dy, x=pooled, statistics=statistics, weight=weight, bias=bias)
-    numerics = {"ALPHA": alpha, "TERMS": shape.terms, "ACC": shape.acc}
+    numerics = {"ACTIVATION": activation, "ALPHA": alpha, "TERMS": shape.terms, "ACC": shape.acc}
     return [
         Launch(
             backward_sums_kernel,
@@ -729,19 +874,35 @@ def plan_backward(
     ]
 
 
-backward_op = operator("batch_norm_act_backward", backward_outputs, plan_backward)
+def backward_on_cpu(
+    dy, pooled, argmax, statistics, weight, bias, height, width, training, activation, alpha, pool, dx, dweight, dbias
+) -> None:
+    """Do the work of :func:`plan_backward` in compiled C++."""
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    mean, _, invstd = statistics
+    parameters = torch.stack((mean, weight.to(mean.dtype) * invstd, bias.to(mean.dtype)))
+    sums = torch.empty(2, len(weight), dtype=torch.float64)
+    tensors = dy, pooled, argmax, dx, parameters, invstd.contiguous(), sums
+    cpu.call(
+        "backward", dx.dtype, *tensors, ACTIVATIONS.index(activation), alpha, int(training), cpu.Shape.of(dx, pool)
+    )
+    dweight.copy_(sums[1] * invstd)
+    dbias.copy_(sums[0])
+
+
+backward_op = operator("batch_norm_act_backward", backward_outputs, plan_backward, backward_on_cpu)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, pooled, argmax, statistics, weight, bias, training, alpha, pool = inputs
-    ctx.settings = (*x.shape[2:], training, alpha, pool)
+    x, pooled, argmax, statistics, weight, bias, training, activation, alpha, pool = inputs
+    ctx.settings = (*x.shape[2:], training, activation, alpha, pool)
     ctx.save_for_backward(x if pool == 1 else pooled, argmax, statistics, weight, bias)
 
 
 def _backward(ctx, dy):
     # In training, dx includes the path through the statistics, which statistics_op itself does not differentiate.
     dx, dweight, dbias = backward_op(dy, *ctx.saved_tensors, *ctx.settings)
-    return dx, None, None, None, dweight, dbias, None, None, None
+    return dx, None, None, None, dweight, dbias, None, None, None, None
 
 
 def _double_backward(ctx, *gradients):
@@ -763,23 +924,25 @@ def batch_norm_act(
     running_var: Tensor | None,
     *,
     training: bool,
-    alpha: float,
+    activation: str = "celu",
+    alpha: float = 1.0,
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     pool: int = 1,
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
-    """Return ``CELU(BatchNorm(MaxPool(x)))``. In training, update the running statistics as torch does.
+    """Return ``activation(BatchNorm(MaxPool(x)))``. In training, update the running statistics as torch does.
 
     Tensors saved for backward, with m = N * (H // pool) * (W // pool): x if ``pool`` is 1, else the pooled tensor (m C
     elements in the dtype of x) and its argmax (m C bytes); the statistics (12 C bytes), weight and bias.
 
     Args:
         x: ``[N, C, H, W]`` in channels_last, in float16, bfloat16, float32 or float64. N may be 0.
-        weight, bias: ``[C]``, each in any of these dtypes. None means ones and zeros.
+        weight, bias: ``[C]``, each in any of these dtypes. None means ones and zeros. Either may need no gradient.
         running_mean, running_var: ``[C]``, each in any of these dtypes. None in training: they are not tracked.
         training: whether to normalize by the statistics of the batch; otherwise by the running statistics.
-        alpha: the parameter of CELU, above 0.
+        activation: none, celu, relu, gelu, gelu_tanh (GELU by the approximation with tanh) or silu.
+        alpha: the parameter of CELU, above 0. The other activations ignore it.
         momentum: the weight of this batch in the running statistics. A tensor of one value is not read on the host, but
             takes additional launches.
         eps: added to the variance, above 0.
@@ -791,28 +954,29 @@ def batch_norm_act(
 
     Raises:
         TypeError, ValueError: a dtype, shape or layout is not as above.
-        RuntimeError: the tensors are on different devices, or on a device without Triton; a second derivative was
-            requested.
+        RuntimeError: the tensors are on different devices, or on a device other than a GPU or the CPU; a second
+            derivative was requested.
 
     Plain torch computes the result if N is 0, under the transforms of ``torch.func`` (grad, vmap, jvp and others), in
-    forward-mode differentiation, and in ``torch.jit.trace``.
+    forward-mode differentiation, in ``torch.jit.trace``, and on a CPU without a C++ compiler.
     """
     message = f"x must be a tensor, not {type(x).__name__}; call unfuse_norms(model) of cifar_fast.kernels for torch.fx"
     require(isinstance(x, Tensor), TypeError, message)
     plain = _needs_plain_torch(x, weight, bias)
     if not torch.jit.is_tracing():  # which warns of every look at a size
-        _check(x, weight, bias, running_mean, running_var, training, eps, alpha, pool, any_layout=plain)
+        _check(x, weight, bias, running_mean, running_var, training, eps, activation, alpha, pool, plain)
     weight = x.new_ones(x.shape[1]) if weight is None else weight
     bias = x.new_zeros(x.shape[1]) if bias is None else bias
+    plain = plain or (native(x.device) and cpu.unavailable_reason(x.dtype) is not None)
     if plain or x.shape[0] == 0:  # Triton cannot launch an empty grid
         if training and num_batches_tracked is not None and not isinstance(momentum, Tensor):
             num_batches_tracked.add_(1)
-        settings: dict[str, Any] = dict(alpha=alpha, momentum=float(momentum), eps=eps, pool=pool)
-        return batch_norm_act_reference(x, weight, bias, running_mean, running_var, training=training, **settings)
+        settings = dict(training=training, alpha=alpha, momentum=float(momentum), eps=eps, pool=pool)
+        return _plain(x, weight, bias, running_mean, running_var, activation=activation, **settings)
     if not training:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias)):
-            return _evaluate_with_autograd(x, weight, bias, running_mean, running_var, eps, alpha, pool)
-        return inference_op(x, weight, bias, running_mean, running_var, eps, alpha, pool)
+            return _evaluate_with_autograd(x, weight, bias, running_mean, running_var, eps, activation, alpha, pool)
+        return inference_op(x, weight, bias, running_mean, running_var, eps, activation, alpha, pool)
     if isinstance(momentum, Tensor):
         statistics, pooled, argmax = statistics_op(x.detach(), None, None, None, True, 0.0, eps, pool)
         if running_mean is not None:
@@ -821,7 +985,7 @@ def batch_norm_act(
     else:
         tracked = running_mean, running_var, num_batches_tracked
         statistics, pooled, argmax = statistics_op(x.detach(), *tracked, True, momentum, eps, pool)
-    return forward_op(x, pooled, argmax, statistics, weight, bias, True, alpha, pool)
+    return forward_op(x, pooled, argmax, statistics, weight, bias, True, activation, alpha, pool)
 
 
 def _needs_plain_torch(*tensors: Tensor | None) -> bool:
@@ -834,11 +998,13 @@ def _needs_plain_torch(*tensors: Tensor | None) -> bool:
 
 
 def _check(
-    x, weight, bias, running_mean, running_var, training: bool, eps: float, alpha: float, pool: int, any_layout: bool
+    x, weight, bias, running_mean, running_var, training, eps, activation, alpha, pool, any_layout: bool
 ) -> None:
     require(x.dim() == 4, ValueError, f"x must have the shape [N, C, H, W], not {list(x.shape)}")
     require(x.dtype in DTYPES, TypeError, f"x must be float16, bfloat16, float32 or float64, not {x.dtype}")
     require(pool in (1, 2), ValueError, f"pool must be 1 or 2, not {pool}")
+    message = f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}"
+    require(activation in ACTIVATIONS, ValueError, message)
     require(alpha > 0 and eps > 0, ValueError, f"alpha and eps must be above 0, not {alpha} and {eps}")
     n, channels, height, width = x.shape
     pixels = (height // pool) * (width // pool)
@@ -857,12 +1023,25 @@ def _check(
         require_tensor(name, tensor, DTYPES, (channels,), ("x", x))
 
 
-def _evaluate_with_autograd(x, weight, bias, running_mean, running_var, eps: float, alpha: float, pool: int) -> Tensor:
+def _evaluate_with_autograd(
+    x, weight, bias, running_mean, running_var, eps: float, activation: str, alpha: float, pool: int
+) -> Tensor:
     """Compute y from the running statistics, in two passes, so that the argmax of the pool is saved for backward."""
     _, pooled, argmax = statistics_op(x.detach(), None, None, None, False, 0.0, eps, pool)
     mean, var = running_mean.double(), running_var.double()
     statistics = torch.stack((mean, var, (var + eps).rsqrt())).to(_accumulator(x)).detach()
-    return forward_op(x, pooled, argmax, statistics, weight, bias, False, alpha, pool)
+    return forward_op(x, pooled, argmax, statistics, weight, bias, False, activation, alpha, pool)
+
+
+def _plain(x, weight, bias, running_mean, running_var, **settings) -> Tensor:
+    """Compute y in plain torch, with all other tensors in the dtype of the arithmetic."""
+    running = running_mean, running_var
+    tensors = [None if t is None else t.to(_accumulator(x)) for t in (weight, bias, *running)]
+    y = batch_norm_act_reference(x, *tensors, **settings)
+    for old, new in zip(running, tensors[2:]):
+        if settings["training"] and old is not None and new is not None and old.dtype != new.dtype:
+            old.copy_(new)
+    return y
 
 
 @torch.no_grad()
@@ -874,13 +1053,13 @@ def _update_running_statistics(running_mean, running_var, statistics: Tensor, mo
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """Replacement of ``MaxPool2d(pool)``, ``BatchNorm2d`` and ``CELU(alpha)`` by :func:`batch_norm_act`.
+    """Replacement of ``MaxPool2d(pool)``, ``BatchNorm2d`` and an activation by :func:`batch_norm_act`.
 
     It has the options and the state dict of ``torch.nn.BatchNorm2d``, and converts x to channels_last if necessary.
     Tools work if they do not replace the module, such as ``torch.optim.swa_utils.update_bn`` and
     ``torch.func.replace_all_batch_norm_modules_``. ``SyncBatchNorm.convert_sync_batchnorm`` and ``fuse_conv_bn_eval``
-    would drop the pool and CELU. Such tools read ``eps``, which the module therefore does not have; the value is in
-    ``epsilon``. ``unfuse_norms`` replaces the module by torch's own for them.
+    would drop the pool and the activation. Such tools read ``eps``, which the module therefore does not have; the value
+    is in ``epsilon``. ``unfuse_norms`` replaces the module by torch's own for them.
     """
 
     # torch.jit warns of a constant that does not exist.
@@ -894,12 +1073,13 @@ class BatchNormAct2d(nn.BatchNorm2d):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
-        alpha: float,
+        activation: str = "celu",
+        alpha: float = 1.0,
         pool: int = 1,
         **factory,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
-        self.alpha, self.pool = alpha, pool
+        self.activation, self.alpha, self.pool = activation, alpha, pool
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__("epsilon" if name == "eps" else name, value)
@@ -907,7 +1087,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def __getattr__(self, name: str) -> Any:
         if name == "eps":
             raise AttributeError(
-                "BatchNormAct2d includes a max-pool and CELU. Tools that replace or fold batch norms would drop them. "
+                "BatchNormAct2d includes a max-pool and an activation. Tools that replace or fold norms drop them. "
                 "Call unfuse_norms(model) of cifar_fast.kernels before such tools; the value of eps is in epsilon"
             )
         return super().__getattr__(name)
@@ -926,14 +1106,15 @@ class BatchNormAct2d(nn.BatchNorm2d):
         training = self.training or (self.running_mean is None and self.running_var is None)
         if isinstance(x, Tensor) and x.dim() == 4 and not _needs_plain_torch(x):  # vmap knows no channels_last
             x = x.contiguous(memory_format=torch.channels_last)
-        options: dict[str, Any] = dict(alpha=self.alpha, momentum=momentum, eps=self.epsilon, pool=self.pool)
-        options |= dict(training=training, num_batches_tracked=count)
+        options: dict[str, Any] = dict(activation=self.activation, alpha=self.alpha, eps=self.epsilon, pool=self.pool)
+        options |= dict(training=training, momentum=momentum, num_batches_tracked=count)
         return batch_norm_act(x, self.weight, self.bias, *running, **options)
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, eps={self.epsilon}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, alpha={self.alpha}, pool={self.pool}"
+            f"track_running_stats={self.track_running_stats}, activation={self.activation}, "
+            f"alpha={self.alpha}, pool={self.pool}"
         )
 
 
@@ -943,7 +1124,8 @@ def example_launches(
     pool: int,
     dtype: torch.dtype,
     parameter_dtype: torch.dtype,
-    alpha: float,
+    activation: str = "celu",
+    alpha: float = 1.0,
     direction: str,
 ) -> list[Launch]:
     """Return the launches of one call with x of ``shape`` ``[N, C, H, W]``, on meta tensors.
@@ -953,16 +1135,28 @@ def example_launches(
     x = empty_channels_last(*shape, dtype, "meta")
     weight, bias, mean, var = (torch.empty(shape[1], dtype=parameter_dtype, device="meta") for _ in range(4))
     if direction == "inference":
-        inference_inputs = x, weight, bias, mean, var, 1e-5, alpha, pool
+        inference_inputs = x, weight, bias, mean, var, 1e-5, activation, alpha, pool
         return plan_inference(*inference_inputs, inference_outputs(*inference_inputs))
     count = torch.empty((), dtype=torch.int64, device="meta")
     statistics_inputs = x, mean, var, count, True, 0.1, 1e-5, pool
     statistics, pooled, argmax = statistics_outputs(*statistics_inputs)
     launches = plan_statistics(*statistics_inputs, statistics, pooled, argmax)
-    forward_inputs = x, pooled, argmax, statistics, weight, bias, True, alpha, pool
+    forward_inputs = x, pooled, argmax, statistics, weight, bias, True, activation, alpha, pool
     y = forward_outputs(*forward_inputs)
     if direction == "forward":
         return launches + plan_forward(*forward_inputs, y)
     saved = x if pool == 1 else pooled
-    backward_inputs = torch.empty_like(y), saved, argmax, statistics, weight, bias, *shape[2:], True, alpha, pool
+    backward_inputs = (
+        torch.empty_like(y),
+        saved,
+        argmax,
+        statistics,
+        weight,
+        bias,
+        *shape[2:],
+        True,
+        activation,
+        alpha,
+        pool,
+    )
     return plan_backward(*backward_inputs, *backward_outputs(*backward_inputs))

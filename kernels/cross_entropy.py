@@ -101,7 +101,19 @@ def plan_cross_entropy(x, labels, label_smoothing, scale, loss, correct, dx) -> 
     ]
 
 
-cross_entropy_op = operator("cross_entropy", cross_entropy_outputs, plan_cross_entropy)
+def cross_entropy_on_cpu(x, labels, label_smoothing, scale, loss, correct, dx) -> None:
+    """Fill ``loss``, ``correct`` and ``dx`` in plain torch, which is fast enough for so few numbers."""
+    z = x * scale
+    log_probability = F.log_softmax(z.float(), dim=1)
+    at_label = log_probability.gather(1, labels[:, None])[:, 0]
+    loss.copy_(-(1 - label_smoothing) * at_label - label_smoothing * log_probability.mean(dim=1))
+    torch.eq(z.argmax(dim=1), labels, out=correct)
+    gradient = log_probability.exp() - label_smoothing / x.shape[1]
+    gradient.scatter_add_(1, labels[:, None], gradient.new_full((len(x), 1), label_smoothing - 1))
+    dx.copy_(gradient * scale)
+
+
+cross_entropy_op = operator("cross_entropy", cross_entropy_outputs, plan_cross_entropy, cross_entropy_on_cpu)
 
 
 def cross_entropy(
@@ -111,7 +123,7 @@ def cross_entropy(
 
     Args:
         x: contiguous ``[B, K]`` in float16, bfloat16 or float32, at least one row. The logits are ``scale * x``.
-        labels: int64 ``[B]``, 0 to K - 1. The values are not checked; a value out of range matches no class.
+        labels: int64 ``[B]``, 0 to K - 1. A GPU does not check the values; a value out of range matches no class.
         label_smoothing: fraction of the target distribution that is uniform over the classes.
         scale: factor of the logits. The product is rounded to the dtype of ``x``.
 
@@ -122,7 +134,7 @@ def cross_entropy(
 
     Raises:
         TypeError, ValueError: a dtype, shape or layout is not as above.
-        RuntimeError: the tensors are on different devices, or on a CPU without Triton's interpreter.
+        RuntimeError: the tensors are on different devices; on a CPU, a label is out of range.
     """
     message = f"x must be a non-empty tensor of shape [B, K], but has the shape {list(x.shape)}"
     require(x.dim() == 2 and x.numel() > 0, ValueError, message)

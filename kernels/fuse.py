@@ -1,10 +1,10 @@
-"""Exchange of torch's max-pool, batch norm and CELU for :class:`BatchNormAct2d`, and back."""
+"""Exchange of torch's max-pool, batch norm and activation for :class:`BatchNormAct2d`, and back."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -21,8 +21,26 @@ class UnfusedNorm(nn.Sequential):
         if fused.pool > 1:
             self.add_module("pool", nn.MaxPool2d(fused.pool))
         self.add_module("norm", _with_tensors_of(fused, nn.BatchNorm2d(*_options(fused, fused.epsilon), device="meta")))
-        self.add_module("activation", nn.CELU(fused.alpha))
+        self.add_module("activation", make_activation(fused.activation, fused.alpha))
         self.train(fused.training)
+
+
+def make_activation(name: str, alpha: float) -> nn.Module:
+    """Return torch's module for the activation ``name`` of :func:`batch_norm_act`."""
+    if name == "celu":
+        return nn.CELU(alpha)
+    modules = {"none": nn.Identity, "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+    return nn.GELU(approximate="tanh") if name == "gelu_tanh" else modules[name]()
+
+
+def activation_options(module: nn.Module) -> dict[str, Any] | None:
+    """Return the options ``activation`` and ``alpha`` for torch's ``module``, or None for any other module."""
+    if type(module) is nn.CELU:
+        return dict(activation="celu", alpha=module.alpha) if module.alpha > 0 else None
+    if type(module) is nn.GELU:
+        return dict(activation="gelu_tanh" if module.approximate == "tanh" else "gelu")
+    names: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+    return dict(activation=names[type(module)]) if type(module) in names else None
 
 
 def unfuse_norms(model: ModelType) -> ModelType | UnfusedNorm:
@@ -41,9 +59,10 @@ def unfuse_norms(model: ModelType) -> ModelType | UnfusedNorm:
 def fuse_norms(model: ModelType) -> ModelType | BatchNormAct2d:
     """Put :class:`BatchNormAct2d` into ``model`` in place, and return ``model``.
 
-    This undoes :func:`unfuse_norms`. In any other ``Sequential`` it also replaces each ``BatchNorm2d`` with a ``CELU``
-    after it, and a ``MaxPool2d(2)`` before it if there is one. There the names of the tensors do not change, because an
-    ``Identity`` takes the place of the pool and of the activation. Parameters and buffers remain the same objects.
+    This undoes :func:`unfuse_norms`. In any other ``Sequential`` it also replaces each ``BatchNorm2d`` with a ``CELU``,
+    ``ReLU``, ``GELU`` or ``SiLU`` after it, and a ``MaxPool2d(2)`` before it if there is one. There the names of the
+    tensors do not change, because an ``Identity`` takes the place of the pool and of the activation. Parameters and
+    buffers remain the same objects.
     """
 
     def fuse(module: nn.Module) -> nn.Module:
@@ -51,15 +70,14 @@ def fuse_norms(model: ModelType) -> ModelType | BatchNormAct2d:
             return module
         names, layers = list(module._modules), list(module)
         for i, (norm, activation) in enumerate(itertools.pairwise(layers)):
-            if not (type(norm) is nn.BatchNorm2d and type(activation) is nn.CELU):
-                continue
-            if not (norm.eps > 0 and activation.alpha > 0):
+            options = activation_options(activation)
+            if isinstance(module, UnfusedNorm) and type(activation) is nn.Identity:
+                options = dict(activation="none")
+            if options is None or type(norm) is not nn.BatchNorm2d or norm.eps <= 0:
                 continue
             has_pool = i > 0 and _is_pool(layers[i - 1])
-            fused = BatchNormAct2d(
-                *_options(norm, norm.eps), alpha=activation.alpha, pool=2 if has_pool else 1, device="meta"
-            )
-            fused = _with_tensors_of(norm, fused)
+            options |= dict(pool=2 if has_pool else 1, device="meta")
+            fused = _with_tensors_of(norm, BatchNormAct2d(*_options(norm, norm.eps), **options))
             if isinstance(module, UnfusedNorm):
                 return fused
             module.add_module(names[i], fused)

@@ -113,6 +113,12 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+@torch.compiler.assume_constant_result
+def native(device: torch.device) -> bool:
+    """Return whether the operators run as compiled C++ or plain torch on ``device``, without Triton."""
+    return device.type == "cpu" and not interpreted()
+
+
 INTERPRETED: tl.constexpr = tl.constexpr(interpreted())  # ``triton.jit`` decides at the same time, for good
 
 
@@ -158,7 +164,11 @@ def parameters(kernel: str, shape_class: int | str) -> dict[str, int]:
 
 
 def operator(
-    name: str, outputs: Callable[..., Any], plan: Callable[..., list[Launch]], mutates: tuple[str, ...] = ()
+    name: str,
+    outputs: Callable[..., Any],
+    plan: Callable[..., list[Launch]],
+    on_cpu: Callable[..., None],
+    mutates: tuple[str, ...] = (),
 ) -> Any:
     """Register the torch operator ``cifar_fast::name``.
 
@@ -170,13 +180,17 @@ def operator(
         outputs: ``outputs(*inputs)`` allocates the results: a tensor, a tuple of tensors, or None. Its signature is the
             operator's signature. It is also the operator's implementation on fake tensors.
         plan: ``plan(*inputs, *results)`` returns the launches that fill the results.
+        on_cpu: ``on_cpu(*inputs, *results)`` fills the results on a CPU, unless Triton's interpreter runs the launches.
         mutates: names of the inputs that the launches change.
     """
 
     def compute(*inputs: Any) -> Any:
         allocated = outputs(*inputs)
         results = (allocated,) if isinstance(allocated, torch.Tensor) else allocated or ()
-        run(plan(*inputs, *results), inputs[0].device)
+        if native(inputs[0].device):
+            on_cpu(*inputs, *results)
+        else:
+            run(plan(*inputs, *results), inputs[0].device)
         return allocated
 
     schema = torch.library.infer_schema(outputs, mutates_args=mutates)

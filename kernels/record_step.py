@@ -121,14 +121,21 @@ def record_outputs(
     """Allocate nothing, because the operator works in place."""
 
 
-record_op = operator("record", record_outputs, plan_record, ("losses", "correct", "lr", "global_step", "epoch_step"))
+def record_on_cpu(step_loss: Tensor, step_correct: Tensor, *state: Tensor) -> None:
+    """Update ``state`` in plain torch, which is fast enough for so few numbers."""
+    record_reference(step_loss, step_correct, StepState(*state))
+
+
+record_op = operator(
+    "record", record_outputs, plan_record, record_on_cpu, ("losses", "correct", "lr", "global_step", "epoch_step")
+)
 
 
 def record(loss: Tensor, correct: Tensor, state: StepState) -> None:
     """Store the results of a step in ``state``, advance its counters and load the next learning rate.
 
-    After the last step of the run, ``state.lr`` keeps the last learning rate. The values of the counters are not
-    checked: a value out of range writes memory outside the tensors.
+    After the last step of the run, ``state.lr`` keeps the last learning rate. A GPU does not check the values of the
+    counters: a value out of range writes memory outside the tensors.
 
     Args:
         loss: the losses of the step, ``[B]`` in float16, bfloat16 or float32.
@@ -137,7 +144,8 @@ def record(loss: Tensor, correct: Tensor, state: StepState) -> None:
 
     Raises:
         TypeError, ValueError: a dtype, shape or layout is not as above.
-        RuntimeError: the tensors are on different devices, or on a CPU without Triton's interpreter.
+        RuntimeError: the tensors are on different devices.
+        IndexError: a counter is out of range, on a CPU.
     """
     losses, schedule = state.losses, state.schedule
     require(losses.dim() == 2, ValueError, f"state.losses must have the shape [steps, B], not {list(losses.shape)}")

@@ -27,7 +27,7 @@ from cifar_fast.backends.fused import PADDED_CHANNELS
 from cifar_fast.data.augment import draw_epoch
 from cifar_fast.kernels.augment import augment, augment_reference
 from cifar_fast.kernels.augment import example_launches as augment_launches
-from cifar_fast.kernels.batch_norm_act import batch_norm_act, batch_norm_act_reference
+from cifar_fast.kernels.batch_norm_act import activate_reference, batch_norm_act, batch_norm_act_reference
 from cifar_fast.kernels.batch_norm_act import example_launches as norm_launches
 from cifar_fast.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from cifar_fast.kernels.cross_entropy import example_launches as cross_entropy_launches
@@ -118,7 +118,13 @@ def check(outputs: Tensors, expected: Expected, *, rounded_once: bool = False) -
 
 
 def norm_formula(
-    *tensors: Any, training: bool, alpha: float, pool: int = 1, momentum: float = 0.1, eps: float = 1e-5
+    *tensors: Any,
+    training: bool,
+    activation: str = "celu",
+    alpha: float = 1.0,
+    pool: int = 1,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> torch.Tensor:
     """Compute what ``batch_norm_act_reference`` computes, in separate operations of the dtype of ``tensors``.
 
@@ -137,7 +143,9 @@ def norm_formula(
                 running_var.mul_(1 - momentum).add_(var * (m / (m - 1)) * momentum)
     mean, var, weight, bias = (values[:, None, None] for values in (mean, var, weight, bias))
     z = (pooled - mean) / (var + eps).sqrt() * weight + bias
-    return torch.where(z > 0, z, alpha * torch.expm1(z.clamp(max=0) / alpha))
+    if activation == "celu":
+        return torch.where(z > 0, z, alpha * torch.expm1(z.clamp(max=0) / alpha))
+    return activate_reference(z, activation)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from cifar_fast.kernels.augment import (
 )
 from tests.helpers import DEVICE, ROOT, normalize
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -311,10 +313,20 @@ def test_refuses_wrong_arguments_in_one_line(changes, error, message):
     assert "\n" not in str(caught.value)
 
 
-def test_refuses_cpu_tensors_without_the_interpreter(monkeypatch):
+@pytest.mark.parametrize(("row", "value"), [(0, -1), (0, len(GOOD.images)), (1, 25), (1, -1), (3, 25**2), (3, -1)])
+def test_draws_out_of_range_are_refused_on_a_cpu(monkeypatch, row, value):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        augment(GOOD.images.cpu(), GOOD_DRAWS.cpu(), GOOD.table.cpu(), padding=4, cutout_size=8)
+    draws = GOOD_DRAWS.cpu().clone()
+    draws[row, 1] = value
+    with pytest.raises(IndexError, match="column 1 of draws is out of range"):
+        augment(GOOD.images.cpu(), draws, GOOD.table.cpu(), padding=4, cutout_size=8)
+
+
+def test_step_after_the_last_batch_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    inputs = GOOD.images.cpu(), GOOD_DRAWS.cpu(), GOOD.table.cpu()
+    with pytest.raises(IndexError, match="step 3 of 1 images is outside the 3 columns of draws"):
+        augment(*inputs, step=torch.tensor([3]), batch_size=1, padding=4, cutout_size=8)
 
 
 @pytest.mark.gpu

@@ -17,7 +17,9 @@ from torch.optim.swa_utils import update_bn
 
 from cifar_fast import CNN, Recipe, load_dataset
 from cifar_fast.diagnostics.kernel_cases import Expected, check, norm_formula
+from cifar_fast.kernels import cpu
 from cifar_fast.kernels.batch_norm_act import (
+    ACTIVATIONS,
     BatchNormAct2d,
     batch_norm_act,
     batch_norm_act_reference,
@@ -29,6 +31,8 @@ from cifar_fast.kernels.batch_norm_act import (
 from cifar_fast.kernels.fuse import unfuse_norms
 from cifar_fast.kernels.launch import TABLE
 from tests.helpers import DEVICE, normalize
+
+pytestmark = pytest.mark.usefixtures("engine")
 
 # The interpreter computes wrongly in bfloat16. The kernels compute in float32 only, and round by themselves.
 DTYPES = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.bfloat16))]
@@ -102,6 +106,29 @@ def test_error_is_at_most_twice_that_of_eager(dtype, pool, training, case):
     # Far from 0 the values themselves are rounded more coarsely than they differ, and float32 statistics are inexact.
     rounded_once = case != "mean a thousand deviations"
     assert_as_good_as_eager(tensors, rounded_once=rounded_once, training=training, pool=pool)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "pool"), [((4, 24, 10, 6), 1), ((3, 6, 7, 9), 2)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_error_of_every_activation_is_at_most_twice_that_of_eager(activation, shape, pool, dtype):
+    assert_as_good_as_eager(make(shape, dtype, scale=2.0), training=True, activation=activation, alpha=0.5, pool=pool)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_parameter_may_be_missing_or_need_no_gradient(activation, frozen):
+    x, weight, bias, *running = make((2, 4, 4, 4), torch.float32)
+    parameters = dict(weight=torch.ones_like(weight), bias=torch.zeros_like(bias))
+    trained = "bias" if frozen == "weight" else "weight"
+    parameters[trained] = (weight if trained == "weight" else bias).requires_grad_()
+    x.requires_grad_()
+    results = []
+    for constant in (parameters[frozen], None):
+        given = parameters | {frozen: constant}
+        y = batch_norm_act(x, given["weight"], given["bias"], *running, training=True, activation=activation)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, parameters[trained]))))
+    assert all(torch.equal(mine, its) for mine, its in zip(*results))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -531,9 +558,9 @@ def network():
 
 def test_tools_that_replace_norms_raise_an_error_with_the_cure():
     model = network()
-    with pytest.raises(AttributeError, match=r"includes a max-pool and CELU.*unfuse_norms\(model\)"):
+    with pytest.raises(AttributeError, match=r"includes a max-pool and an activation.*unfuse_norms\(model\)"):
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    with pytest.raises(AttributeError, match="includes a max-pool and CELU"):
+    with pytest.raises(AttributeError, match="includes a max-pool and an activation"):
         fuse_conv_bn_eval(*model.eval())
     with pytest.raises(TypeError, match=r"unfuse_norms\(model\)"):
         torch.fx.symbolic_trace(model)
@@ -570,7 +597,7 @@ def test_opcheck_of_forward(pool, gradient):
     for tensor in (x, weight, bias):
         tensor.requires_grad_(gradient)
     given = torch.stack((mean, var, (var + 1e-5).rsqrt()))
-    torch.library.opcheck(forward_op, (x, pooled, argmax, given, weight, bias, False, 0.075, pool))
+    torch.library.opcheck(forward_op, (x, pooled, argmax, given, weight, bias, False, "celu", 0.075, pool))
 
 
 @pytest.mark.slow  # torch's whole check
@@ -582,7 +609,7 @@ def test_opcheck_of_the_statistics(pool, running, training):
 
 
 def test_opcheck_of_inference():
-    torch.library.opcheck(inference_op, (*make((2, 5, 4, 4), torch.float32), 1e-5, 0.075, 2))
+    torch.library.opcheck(inference_op, (*make((2, 5, 4, 4), torch.float32), 1e-5, "celu", 0.075, 2))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "inference"])
@@ -651,6 +678,11 @@ def call(**changes):
         (dict(x=torch.zeros(1, 4, 3, 3), pool=2), ValueError, "Expected more than 1 value per channel when training"),
         (dict(pool=3), ValueError, "pool must be 1 or 2, not 3"),
         (dict(alpha=0.0), ValueError, "alpha and eps must be above 0"),
+        (
+            dict(activation="tanh"),
+            ValueError,
+            "activation must be one of none, celu, relu, gelu, gelu_tanh, silu, not .tanh.",
+        ),
         (dict(weight=torch.ones(5)), ValueError, r"weight must have the shape \[4\], not \[5\]"),
         (dict(bias=torch.ones(4, dtype=torch.int64)), TypeError, "bias must be float16 or .*, not torch.int64"),
         (dict(bias="none"), TypeError, "bias must be a tensor, not 'none'"),
@@ -667,11 +699,46 @@ def test_refuses_wrong_arguments(changes, error, words):
         call(**changes)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="for a machine without a GPU")
-def test_error_without_a_gpu_says_to_set_triton_interpret(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(RuntimeError, match=r"need tensors on a GPU.*TRITON_INTERPRET=1"):
-        call()
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    """Forget the compiled libraries, and let no compiler be found."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("CIFAR_FAST_CACHE", str(tmp_path / "cache"))
+    cpu.forget()
+    yield
+    cpu.forget()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="for tensors on a CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_torch_computes_without_a_compiler_and_one_line_says_so(dtype, no_compiler, caplog):
+    tensors = make((3, 6, 4, 4), dtype, parameters=torch.float32)
+    caplog.set_level("INFO")
+    for pool in (1, 2):
+        ours, plain = (
+            everything(function, tensors, training=True, activation="silu", pool=pool)
+            for function in (batch_norm_act, batch_norm_act_reference)
+        )
+        assert all(torch.equal(ours[name], plain[name]) for name in plain)
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == 2 and "compiling" in lines[0] and "plain torch" in lines[1] and "no-compiler" in lines[1]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="for tensors on a CPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pool", [1, 2])
+def test_number_of_threads_changes_no_bit(dtype, pool, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    tensors = make((40, 24, 16, 16), dtype)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            results.append(everything(batch_norm_act, tensors, training=True, activation="gelu", pool=pool))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)
 
 
 @pytest.mark.parametrize("path", sorted(TABLE.parent.glob("*.py")), ids=lambda path: path.name)

@@ -8,6 +8,8 @@ from cifar_fast.kernels import cross_entropy
 from cifar_fast.kernels.cross_entropy import cross_entropy_reference
 from tests.helpers import DEVICE
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 

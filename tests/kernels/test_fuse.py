@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from cifar_fast.kernels import BatchNormAct2d, fuse_norms, unfuse_norms
 from tests.helpers import DEVICE
 
-pytestmark = pytest.mark.usefixtures("few_programs")
+pytestmark = pytest.mark.usefixtures("engine", "few_programs")
 
 
 class Network(nn.Module):
@@ -101,7 +101,7 @@ def test_fuses_any_sequential_under_the_same_names():
         ((nn.MaxPool2d(2, padding=1), nn.BatchNorm2d(3), nn.CELU()), 1),
         ((nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(3), nn.CELU()), 1),
         ((nn.MaxPool2d((2, 2)), nn.BatchNorm2d(3), nn.CELU()), 2),
-        ((nn.BatchNorm2d(3), nn.ReLU()), None),
+        ((nn.BatchNorm2d(3), nn.Hardswish()), None),
         ((nn.BatchNorm2d(3, eps=0), nn.CELU()), None),
         ((nn.BatchNorm2d(3), nn.CELU(-1.0)), None),
         ((nn.SyncBatchNorm(3), nn.CELU()), None),

@@ -7,6 +7,8 @@ from cifar_fast.kernels import StepState, record
 from cifar_fast.kernels.record_step import record_reference
 from tests.helpers import DEVICE
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 
 def initial_state(size=5, steps=3, dtype=torch.float32, epochs=2):
     schedule = torch.arange(steps * epochs, dtype=torch.float32, device=DEVICE) * 0.1
