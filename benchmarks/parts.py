@@ -25,9 +25,7 @@ from benchmarks.rows import Row, floor_rows
 from benchmarks.timing import capture, child, device_work, interleave, replay_times
 from cifar_fast import Dataset, Recipe, draw_epoch, load_dataset
 from cifar_fast.backends.base import Backend
-from cifar_fast.backends.eager import Eager
 from cifar_fast.backends.select import BackendConfig, build_backend, resolve_backend
-from cifar_fast.data.augment import augment
 from cifar_fast.data.tensors import device_data
 from cifar_fast.diagnostics import kernel_cases
 from cifar_fast.diagnostics.profile import profile
@@ -183,18 +181,17 @@ def cpu_calls(recipe: Recipe, dataset: Dataset, side: str) -> tuple[Callable[[],
     tune_malloc()
     config = resolve_backend("eager", "cpu", "float32") if side == "eager" else resolve_backend("auto", "cpu")
     backend, _ = build_backend(config, recipe, device_data(dataset, config.device))
-    assert isinstance(backend, Eager)  # what auto selects on a CPU
     check_backend(backend, dataset)
     epoch = draw_epoch(n, device=config.device, recipe=recipe)
 
     def augment_epoch() -> None:
         for i in range(0, n - n % size, size):
-            augment(backend.train_images, epoch.slice(i, i + size), recipe, config.memory_format)
+            backend.batch(epoch.slice(i, i + size))
 
     return lambda: next(backend.train_epoch(epoch.slice(0, size)))[0], augment_epoch
 
 
-def check_backend(backend: Eager, dataset: Dataset) -> None:
+def check_backend(backend: Backend, dataset: Dataset) -> None:
     """Raise :class:`WrongResult` unless batches and losses of ``backend`` are right.
 
     The batches must equal the reference's bit for bit, and the first losses within ``LOSS_TOLERANCES``.
@@ -206,7 +203,7 @@ def check_backend(backend: Eager, dataset: Dataset) -> None:
     batch, labels = reference.augmented_epoch(images[:n], torch.tensor(dataset.train_labels[:n]))
     torch.manual_seed(1)
     draws = draw_epoch(n, device="cpu", recipe=recipe)
-    if not torch.equal(augment(backend.train_images, draws, recipe, backend.memory_format), batch):
+    if not torch.equal(backend.batch(draws)[0], batch):
         raise kernel_cases.WrongResult("our batches are not the reference's")
     training = _reference_training(recipe, dataset)
     with torch.no_grad():

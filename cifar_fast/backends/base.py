@@ -12,7 +12,7 @@ from torch import nn
 
 from cifar_fast.data.augment import Draws
 from cifar_fast.data.tensors import DeviceData
-from cifar_fast.model import CNN, CustomModel
+from cifar_fast.model import CNN, CustomModel, parameter_dtype
 from cifar_fast.recipe import Recipe
 
 
@@ -43,7 +43,6 @@ class Backend(ABC):
     name: str
     model: nn.Module
     optimizer: torch.optim.SGD
-    test_images: torch.Tensor  # normalized, [N, C, S, S], in the dtype of the weights
     notes: Sequence[str] = ()
 
     def __init__(
@@ -74,6 +73,10 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def batch(self, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the augmented images ``[B, C, S, S]`` and labels ``[B]`` that ``draws`` chooses."""
+
+    @abstractmethod
     def evaluate(self) -> torch.Tensor:
         """Return which test images are classified correctly, bool ``[N]``, valid until the next evaluation."""
 
@@ -83,12 +86,18 @@ class Backend(ABC):
     ) -> torch.Tensor:
         """Return the results of ``correct_fn`` for all batches of test images and labels. The last may be short."""
         self.model.eval()
-        correct = []
-        for images, labels in zip(self.test_images.split(batch_size), self.data.test_labels.split(batch_size)):
-            if self.custom_model:  # which may write into its input
-                images = images.clone()
-            correct.append(correct_fn(images, labels))
-        return torch.cat(correct)
+        batches = zip(self._test_batches(batch_size), self.data.test_labels.split(batch_size))
+        return torch.cat([correct_fn(images, labels) for images, labels in batches])
+
+    def _test_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """Yield all test images, normalized, ``[B, C, S, S]``, in the dtype of the weights.
+
+        No two evaluations share memory, because a custom model may write into its input.
+        """
+        dtype = parameter_dtype(self.dtype)
+        for images in self.data.test_images.split(batch_size):
+            normalized = self.data.normalization.apply(images, dtype).permute(0, 3, 1, 2)
+            yield normalized.contiguous(memory_format=self.memory_format)
 
     def new_model(self, generator: torch.Generator) -> nn.Module:
         """Return a fresh plain model for a run, on the CPU, with initial weights drawn from ``generator``."""

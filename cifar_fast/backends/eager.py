@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, make_sgd, warm_up_draws
 from cifar_fast.data.augment import Draws, augment
-from cifar_fast.model import build_model, loss_and_correct, parameter_dtype
+from cifar_fast.model import build_model, loss_and_correct
+
+Normalize: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""A function of the uint8 pixels ``[..., C]`` of training images."""
 
 
 class Eager(Backend):
@@ -22,11 +27,8 @@ class Eager(Backend):
     name = "eager"
 
     def _set_up(self) -> None:
-        normalization = self.data.normalization
-        self.train_images = normalization.apply(self.data.train_images, self.dtype)  # [N, S, S, C], to gather from
-        test_images = normalization.apply(self.data.test_images, parameter_dtype(self.dtype)).permute(0, 3, 1, 2)
-        self.test_images = test_images.contiguous(memory_format=self.memory_format)
         recipe, device = self.recipe, self.device
+        self.normalize: Normalize = functools.partial(self.data.normalization.apply, dtype=self.dtype)
         self.model = model = build_model(recipe, self.data.num_classes, device, self.dtype, self.custom_model)
 
         def loss_fn(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +37,10 @@ class Eager(Backend):
 
         self.loss_fn = loss_fn
         self.reset(model)
+
+    def batch(self, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        images = augment(self.data.train_images, draws, self.recipe, self.memory_format, self.normalize)
+        return images, self.data.train_labels[draws.permutation]
 
     def reset(self, model: nn.Module) -> None:
         super().reset(model)
@@ -50,9 +56,7 @@ class Eager(Backend):
         for i in range(steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(steps_before + i + 1, steps)
-            batch = draws.slice(i * size, (i + 1) * size)
-            images = augment(self.train_images, batch, recipe, self.memory_format)
-            loss, correct = self.loss_fn(images, self.data.train_labels[batch.permutation])
+            loss, correct = self.loss_fn(*self.batch(draws.slice(i * size, (i + 1) * size)))
             self.model.zero_grad()
             loss.sum().backward()
             self.optimizer.step()
@@ -75,5 +79,5 @@ class Compiled(Eager):
         self.model.to(memory_format=self.memory_format)
         # A caller's model may need Python between its compiled parts.
         self.loss_fn = compile_loss_fn(self.loss_fn, fullgraph=self.custom_model is None)
-        next(self.train_epoch(warm_up_draws(len(self.train_images), self.device)))
+        next(self.train_epoch(warm_up_draws(len(self.data.train_images), self.device)))
         self.evaluate()

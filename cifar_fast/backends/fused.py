@@ -3,13 +3,14 @@
 Everything that a step needs is on the device: the data set as bytes, the epoch's draws, the learning rate of each step,
 and the step counters. ``train_step`` reads the step counter, trains on the batch with that number, stores the losses,
 increments the counter and loads the next learning rate. It exchanges nothing with the host, so one captured graph is
-replayed for every step. Per epoch the host uploads only the random draws. Without a GPU, under Triton's interpreter,
-the same function is called directly.
+replayed for every step. Per epoch the host uploads only the random draws. On a CPU the same function is called
+directly, and its kernels are compiled C++ or, under Triton's interpreter, interpreted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ from torch import nn
 
 from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, make_sgd, warm_up_draws
 from cifar_fast.data.augment import Draws
-from cifar_fast.kernels import BatchNormAct2d, StepState, augment, cross_entropy, fuse_norms, record
+from cifar_fast.kernels import BatchNormAct2d, StepState, augment, cpu, cross_entropy, fuse_norms, record
+from cifar_fast.kernels.launch import native
 from cifar_fast.model import CNN, build_model, loss_dtype, parameter_dtype
 from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
 
@@ -37,7 +39,8 @@ final size.
 class Fused(Backend):
     """The same network with fused kernels. The weights and their names are those of the plain model.
 
-    A custom model stays as it is. Only augmentation and loss then use our kernels; the compiler does the rest.
+    A custom model stays as it is. Only augmentation and loss then use our kernels; the compiler does the rest. On a CPU
+    nothing is compiled by torch, which would make the convolutions' neighbors slower.
     """
 
     name = "fused"
@@ -47,10 +50,13 @@ class Fused(Backend):
         n, size = len(data.train_images), recipe.batch_size
         self.steps = n // size
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
-        self.channels = PADDED_CHANNELS if custom_model is None else IMAGE_CHANNELS
+        self.native = native(device)
+        self.channels = IMAGE_CHANNELS if custom_model or self.native else PADDED_CHANNELS
         self.table = data.normalization.table(dtype)
-        test_images = data.normalization.apply(data.test_images, parameter_dtype(dtype))
-        self.test_images = F.pad(test_images, (0, self.channels - IMAGE_CHANNELS)).permute(0, 3, 1, 2)
+        self.test_images = None
+        if not self.native:
+            test_images = data.normalization.apply(data.test_images, parameter_dtype(dtype))
+            self.test_images = F.pad(test_images, (0, self.channels - IMAGE_CHANNELS)).permute(0, 3, 1, 2)
         self.draws = warm_up_draws(n, device)
         rates = [recipe.learning_rate(step + 1, self.steps) for step in range(recipe.epochs * self.steps)]
         schedule = torch.tensor(rates, dtype=torch.float32, device=device)
@@ -58,14 +64,26 @@ class Fused(Backend):
         self.test_correct = torch.zeros(len(data.test_images), dtype=torch.bool, device=device)
 
         # The compiled code and the graphs hold this model's tensors. Each run copies its weights into them.
-        self.model = build_model(recipe, data.num_classes, device, dtype, custom_model, change=fuse)
+        self.model = build_model(
+            recipe,
+            data.num_classes,
+            device,
+            dtype,
+            custom_model,
+            change=functools.partial(fuse, channels=self.channels),
+        )
         self.model.to(memory_format=self.memory_format)
         if custom_model is None and not any(isinstance(layer, BatchNormAct2d) for layer in self.model.modules()):
-            self.notes = ["fused: its norm kernel needs batch norm with CELU; the compiler's kernels are used instead"]
+            self.notes = ["fused: this recipe has no batch norm, so its kernel is not used"]
+        if self.native and (reason := cpu.unavailable_reason(dtype)):
+            self.notes = [*self.notes, f"fused: plain torch computes what its C++ kernels would compute ({reason})"]
         outputs, scale = (self.model, 1.0) if custom_model else (cast(CNN, self.model).outputs, recipe.output_scale)
-        self.loss_grad_fn = compile_loss_fn(make_loss_grad_fn(outputs, scale, recipe, device))
+        self.loss_grad_fn = make_loss_grad_fn(outputs, scale, recipe, device)
+        if not self.native:
+            self.loss_grad_fn = compile_loss_fn(self.loss_grad_fn)
         # torch 2.11's fused SGD is wrong in half precision on a CPU.
-        self.optimizer = make_sgd(self.model, recipe, lr=self.state.lr, fused=device.type == "cuda")
+        fused_sgd = device.type == "cuda" or parameter_dtype(dtype) == torch.float32
+        self.optimizer = make_sgd(self.model, recipe, lr=self.state.lr, fused=fused_sgd)
         for parameter in self.model.parameters():
             # A captured step must not allocate momentum. Starting from zeros equals SGD's lazy start (dampening 0).
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -86,6 +104,22 @@ class Fused(Backend):
             self.step_graph.replay() if self.step_graph else self.train_step()
             yield self.state.losses[i], self.state.correct[i]
 
+    def batch(self, draws: Draws, step: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the batch of ``draws``, or batch number ``step`` (on the device) of an epoch's draws."""
+        images, labels = augment(
+            self.data.train_images,
+            draws.tensor,
+            self.table,
+            labels=self.data.train_labels,
+            step=step,
+            batch_size=None if step is None else self.recipe.batch_size,
+            out_channels=self.channels,
+            padding=self.recipe.crop_padding,
+            cutout_size=self.recipe.cutout_size,
+        )
+        assert labels is not None
+        return images, labels
+
     def evaluate(self) -> torch.Tensor:
         self.evaluation_graph.replay() if self.evaluation_graph else self.eval_step()
         return self.test_correct
@@ -98,20 +132,8 @@ class Fused(Backend):
 
     def train_step(self) -> None:
         """Run the training step whose number is on the device. This is the function that is captured."""
-        recipe = self.recipe
         self.model.train()
-        images, labels = augment(
-            self.data.train_images,
-            self.draws.tensor,
-            self.table,
-            labels=self.data.train_labels,
-            step=self.state.epoch_step,
-            batch_size=recipe.batch_size,
-            out_channels=self.channels,
-            padding=recipe.crop_padding,
-            cutout_size=recipe.cutout_size,
-        )
-        assert labels is not None
+        images, labels = self.batch(self.draws, self.state.epoch_step)
         outputs, loss, correct, gradient = self.loss_grad_fn(images, labels)
         self.model.zero_grad()
         outputs.backward(gradient)
@@ -120,8 +142,17 @@ class Fused(Backend):
 
     def eval_step(self) -> None:
         """Evaluate all test images. This is the function that is captured."""
-        batch_size = evaluation_batch_size(len(self.test_images), self.recipe.batch_size)
+        batch_size = self.recipe.batch_size
+        if not self.native:
+            batch_size = evaluation_batch_size(len(self.data.test_images), batch_size)
         self.test_correct.copy_(self._evaluate_in_batches(lambda *batch: self.loss_grad_fn(*batch)[2], batch_size))
+
+    def _test_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        if self.test_images is None:
+            yield from super()._test_batches(batch_size)
+        else:
+            for images in self.test_images.split(batch_size):
+                yield images.clone() if self.custom_model else images
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """Call ``function`` until nothing is left to compile or choose. On a GPU, return the graph of one call."""
@@ -195,17 +226,18 @@ def make_loss_grad_fn(
     return loss_grad_fn
 
 
-def fuse(model: CNN) -> CNN:
-    """Replace each (max-pool,) batch norm and CELU of ``model`` by one operator, in place, and return ``model``.
+def fuse(model: CNN, channels: int = PADDED_CHANNELS) -> CNN:
+    """Replace each (max-pool,) batch norm and activation of ``model`` by one operator, in place, and return ``model``.
 
-    The result takes images with ``PADDED_CHANNELS`` channels. Other norms and activations stay plain, for the
-    compiler. Modules keep their indices, so the names in the state dict do not change.
+    The result takes images with ``channels`` channels. Modules keep their indices, so the names in the state dict do
+    not change.
     """
     fuse_norms(model.seq)
     model.seq[-3] = GlobalMaxPool2d()  # before flatten and linear
     first = model.seq[0]
     assert isinstance(first, nn.Conv2d)
-    model.seq[0] = PaddedConv2d(first, PADDED_CHANNELS)
+    if channels > first.in_channels:
+        model.seq[0] = PaddedConv2d(first, channels)
     return model
 
 

@@ -16,7 +16,14 @@ from cifar_fast.backends.eager import Compiled, Eager
 from cifar_fast.data.tensors import DeviceData
 from cifar_fast.model import CustomModel, build_model, parameter_dtype
 from cifar_fast.recipe import BACKENDS, DTYPES, IMAGE_CHANNELS, IMAGE_SIZE, MEMORY_FORMATS, Recipe
-from cifar_fast.utils.device import check_caches, default_dtype, fused_unavailable_reason, resolve_device, short_name
+from cifar_fast.utils.device import (
+    check_caches,
+    default_dtype,
+    fused_unavailable_reason,
+    resolve_device,
+    short_name,
+    slow_on_cpu_reason,
+)
 from cifar_fast.utils.errors import InputError, first_cause, first_line, option, out_of_memory
 from cifar_fast.utils.progress import LOGGER
 
@@ -82,8 +89,11 @@ def resolve_backend(
     if backend != "auto":
         backends = (backend,)
     elif where.type == "cpu":
-        backends = ("eager",)
-        reasons.append("eager was measured faster than compiled on a CPU")
+        slow = unavailable or slow_on_cpu_reason(getattr(torch, dtype))
+        if memory_format == "contiguous_format":
+            slow = "its kernels need channels_last"
+        backends = ("eager",) if slow else ("fused", "eager")
+        reasons.append(f"fused would be slow here: {slow}" if slow else "fused was measured fastest on a CPU")
     elif memory_format == "contiguous_format":
         reasons.append("the fused backend's kernels need channels_last, so compiled is used instead")
     elif unavailable:

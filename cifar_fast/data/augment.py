@@ -6,6 +6,7 @@ source pixel, computed from its row and column. The square of the cutout is then
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,17 +81,24 @@ def draw_epoch(
 
 
 def augment(
-    images: torch.Tensor, draws: Draws, recipe: Recipe, memory_format: torch.memory_format = torch.channels_last
+    images: torch.Tensor,
+    draws: Draws,
+    recipe: Recipe,
+    memory_format: torch.memory_format = torch.channels_last,
+    normalize: Callable[[torch.Tensor], torch.Tensor] = lambda pixels: pixels,
 ) -> torch.Tensor:
-    """Gather, crop, mirror and cut out the batch that ``draws`` chooses from ``images``.
+    """Gather, crop, mirror, normalize and cut out the batch that ``draws`` chooses from ``images``.
 
     Args:
-        images: normalized images ``[N, S, S, C]`` of any dtype, contiguous.
+        images: ``[N, S, S, C]`` of any dtype, contiguous.
         draws: the choices of B positions of an epoch, on the same device.
         recipe: gives ``crop_padding`` and ``cutout_size``.
+        memory_format: of the result.
+        normalize: function of ``[B, S, S, C]`` that is called before the cutout. Normalizing a batch gives the same
+            bits as normalizing all images first, and needs less memory.
 
     Returns:
-        ``[B, C, S, S]`` in ``memory_format``, in the dtype of ``images``. No two batches share memory.
+        ``[B, C, S, S]`` in ``memory_format``, in the dtype of ``normalize``. No two batches share memory.
     """
     size, channels = images.shape[2], images.shape[3]
     padding, cutout = recipe.crop_padding, recipe.cutout_size
@@ -102,6 +110,7 @@ def augment(
     column = _reflect(column + (draws.crop // crops)[:, None] - padding, size)
     source = ((draws.permutation[:, None] * size + row) * size)[:, :, None] + column[:, None, :]  # [B, S, S]
     batch = images.view(-1, channels).index_select(0, source.view(-1)).view(*source.shape, channels)
+    batch = normalize(batch)
 
     corners = size + 1 - cutout
     top, left = (draws.cutout % corners)[:, None], (draws.cutout // corners)[:, None]

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -116,13 +116,16 @@ def _compare(
     def eager_in(dtype: torch.dtype) -> Eager:
         return Eager(recipe, data, device, dtype, first.memory_format)
 
+    def normalize_as_eager(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda pixels: eager.normalize(pixels).to(dtype)
+
     ours, theirs = (build_backend(config, recipe, data)[0] for config in (first, second))
     is_eager = theirs.name == "eager" and theirs.memory_format == first.memory_format
     eager = cast(Eager, theirs) if is_eager else eager_in(dtype)
     higher = eager_in(higher_precision(dtype))
     exact = higher if higher.dtype == torch.float64 else eager_in(torch.float64)
     for one in (higher, exact):
-        one.train_images = eager.train_images.to(one.dtype)
+        one.normalize = normalize_as_eager(one.dtype)
     roles: tuple[Backend, ...] = (ours, theirs, eager, higher, exact)
     sides = list(dict.fromkeys(roles))  # a backend may have two roles
     weights, generator = make_generators(seed, device)

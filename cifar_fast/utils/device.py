@@ -75,7 +75,7 @@ def fused_unavailable_reason(device: torch.device) -> str | None:
     if device.type == "cpu":
         if interpreted():
             return None
-        return "its kernels need a CUDA GPU; TRITON_INTERPRET=1 runs them without one, slowly"
+        return None
     if interpreted():
         return "TRITON_INTERPRET=1 is set, and a CUDA graph cannot hold interpreted kernels"
     if torch.version.hip:
@@ -84,6 +84,14 @@ def fused_unavailable_reason(device: torch.device) -> str | None:
     if capability < OLDEST_GPU:
         return "a GPU of compute capability {}.{}, and its kernels need {}.{}".format(*capability, *OLDEST_GPU)
     return None
+
+
+def slow_on_cpu_reason(dtype: torch.dtype) -> str | None:
+    """Return why the fused backend would be slow on a CPU, or None. The first call may compile its kernels."""
+    from cifar_fast.kernels import cpu
+    from cifar_fast.kernels.launch import interpreted
+
+    return "TRITON_INTERPRET=1 is set" if interpreted() else cpu.unavailable_reason(dtype)
 
 
 def check_caches() -> None:

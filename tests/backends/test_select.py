@@ -10,6 +10,7 @@ from cifar_fast import InputError, Recipe, fit
 from cifar_fast.backends.eager import Eager
 from cifar_fast.backends.select import BackendCache, BackendConfig, build_backend, local_device, resolve_backend
 from cifar_fast.data.tensors import device_data
+from cifar_fast.kernels import cpu
 from cifar_fast.model import CustomModel
 from cifar_fast.utils.device import fused_unavailable_reason
 from cifar_fast.utils.errors import with_flags
@@ -24,12 +25,34 @@ def config(*backends, device=CPU):
     return BackendConfig(backends, device, torch.float32, torch.channels_last, "as on a GPU")
 
 
-def test_fused_without_gpu_or_interpreter_is_refused_with_the_reason(small, monkeypatch):
+def test_auto_on_a_cpu_is_fused_unless_its_kernels_would_be_slow(monkeypatch, tmp_path):
+    def choice(**options):
+        resolved = resolve_backend(device="cpu", dtype="float32", **options)
+        return resolved.backends, resolved.reason
+
+    assert choice()[0] == ("eager",) and "TRITON_INTERPRET=1 is set" in choice()[1]
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(
-        InputError, match=r"the fused backend cannot run here \(its kernels need a CUDA GPU; .*\); choose backend"
-    ):
-        fit(RECIPE, small, backend="fused", device="cpu", dtype="float32", log=None)
+    assert choice()[0] == ("fused", "eager") and "fused was measured fastest on a CPU" in choice()[1]
+    assert choice(memory_format="contiguous_format")[0] == ("eager",)
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("CIFAR_FAST_CACHE", str(tmp_path))
+    cpu.forget()
+    try:
+        assert choice()[0] == ("eager",) and "no-compiler" in choice()[1]
+    finally:
+        cpu.forget()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, dict(activation="gelu"), dict(residual=True), dict(batch_norm=False)])
+def test_fused_on_a_cpu_trains_as_eager_does(small, monkeypatch, dtype, options):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    recipe, how = dataclasses.replace(RECIPE, **options), dict(device="cpu", dtype=dtype, seed=3, log=None)
+    how |= dict(memory_format="channels_last")
+    fused, eager = (fit(recipe, small, backend=name, **how) for name in ("fused", "eager"))
+    rows = zip(fused.rows, eager.rows, strict=True)
+    assert all(mine.train_loss == pytest.approx(its.train_loss, rel=0.05) for mine, its in rows)
+    assert fused.config.backend == "fused"
 
 
 def test_fused_in_contiguous_format_is_refused_with_the_option():

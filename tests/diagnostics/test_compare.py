@@ -99,8 +99,8 @@ def statistics_momentum(patch):
 
 
 def with_change(fuse, change):
-    def changed(model):
-        fused = fuse(model)
+    def changed(model, **options):
+        fused = fuse(model, **options)
         change(fused.seq[5])
         return fused
 

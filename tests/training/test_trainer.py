@@ -109,12 +109,13 @@ def test_missing_gpu_is_refused(small):
         train(small, device="cuda")
 
 
-def test_auto_on_a_cpu_logs_its_choice_and_the_reason(small):
+def test_auto_on_a_cpu_logs_its_choice_and_the_reason(small, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     lines = []
     result = fit(RECIPE, small, device="cpu", log=lines.append)
     assert result.dtype == ("bfloat16" if cpu_has_bfloat16() else "float32")
-    assert f"backend eager, channels_last, {result.dtype}" in lines[0]
-    assert "bfloat16" in lines[1] and "eager was measured faster" in lines[1]
+    assert f"backend fused, channels_last, {result.dtype}" in lines[0]
+    assert "bfloat16" in lines[1] and "fused was measured fastest" in lines[1]
 
 
 def test_images_of_one_color_are_refused(small):
