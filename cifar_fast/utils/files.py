@@ -30,10 +30,13 @@ def absolute_paths(given: Iterable[str | Path]) -> dict[str, str]:
     return {str(path): str(path.absolute()) for path in paths if path.exists()}
 
 
-def known_path(known: Mapping[str, str], given: str | Path, name: str) -> str:
+def known_path(
+    known: Mapping[str, str], given: str | Path, name: str, is_there: Callable[[str], bool] = os.path.exists
+) -> str:
     """Return the absolute path that ``known`` has for ``given``, or ``given`` if it has none.
 
     ``known`` comes from :func:`absolute_paths`, maybe in another working folder. ``name`` is the option of the path.
+    ``is_there`` tells whether a path has what was read.
 
     Raises:
         InputError: nothing is at either path.
@@ -42,9 +45,9 @@ def known_path(known: Mapping[str, str], given: str | Path, name: str) -> str:
     absolute = known.get(path)
     if absolute is None:
         return path
-    if os.path.exists(absolute):
+    if is_there(absolute):
         return absolute
-    if not os.path.exists(path):
+    if not is_there(path):
         raise InputError(
             f"{absolute}: the training read it, but it is gone; move it back, or name its new place with {option(name)}"
         )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -283,6 +284,38 @@ def test_resume_without_the_files_of_the_training_is_an_error_in_one_line(
     error = capfd.readouterr().err
     assert error.startswith(f"error: {moved / gone}: the training read it, but it is gone; ") and option in error
     assert error.count("\n") == 1 and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_resume_does_not_download_into_a_folder_that_was_emptied(moved, capfd, monkeypatch):
+    (moved / "data").rename(moved / "kept")
+    (moved / "data").mkdir()
+    monkeypatch.setattr("cifar_fast.data.download.download", lambda *args: pytest.fail("downloads again"))
+    assert main(["--resume", "../work/out"]) == 2
+    assert capfd.readouterr().err.startswith(f"error: {moved}/data: the training read it, but it is gone; ")
+    (moved / "kept/cifar-10-batches-py").rename("cifar-10-batches-py")
+    assert main(["--resume", "../work/out", "--data-dir", "."]) == 0
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--data-dir", "data"), ("--also-test", "more=test.npz")])
+def test_data_that_is_named_for_a_finished_training_is_compared(moved, capfd, flag, value):
+    assert main(["--resume", "../work/out"]) == 0
+    shutil.copytree(moved / "data", "data") if flag == "--data-dir" else shutil.copy(moved / "test.npz", "other.npz")
+    value = value.replace("test.npz", "other.npz")
+    capfd.readouterr()
+    assert main(["--resume", "../work/out", flag, value]) == 0
+    assert capfd.readouterr().out.startswith("nothing to do: ")
+    other = small_dataset(train=100, test=50, classes=10, seed=1)
+    save_npz(Path("other.npz"), other, images=other.test_images, labels=other.test_labels)
+    flags = "--dataset npz --data-dir other.npz" if flag == "--data-dir" else f"{flag} {value}"
+    assert main(["--resume", "../work/out", *flags.split()]) == 2
+    assert "is not the " in capfd.readouterr().err
+
+
+def test_profile_of_a_resumed_training_reads_the_same_files(moved, monkeypatch):
+    read = []
+    monkeypatch.setattr("cifar_fast.cli.profile.run", lambda args: read.append(args.data_dir) or 0)
+    assert main(["--resume", "../work/out", "--profile", "trace"]) == 0
+    assert read == [str(moved / "data")]
 
 
 def test_resume_reads_a_moved_project(tmp_path, moved, capfd, monkeypatch):
