@@ -423,6 +423,31 @@ class Training:
         return result
 
 
+def refuse_other_ranks(trainings: Sequence[Training], world: World) -> None:
+    """Raise :class:`InputError` unless all ranks train the same: each reads flags and files on its own machine."""
+    if world.size == 1:
+        return
+    content = [(one.dataset.digest, one.dataset.class_names, one.also_test) for one in trainings]
+    ranks = world.gather(([one.config for one in trainings], content))
+    configs, first = ranks[0]
+    with world.all_or_none():
+        for rank, (others, its_content) in enumerate(ranks):
+            for mine, other in zip(configs, others):
+                changed = other.difference(mine)
+                if not changed and other.runs != mine.runs:
+                    changed = "runs", str(mine.runs), str(other.runs)
+                if changed:
+                    name, here, there = changed
+                    raise InputError(
+                        f"{option(name)} is {here} on rank 0, and {there} on rank {rank}; give both the same value"
+                    )
+            if its_content != first:
+                raise InputError(
+                    f"the images, labels, classes or variants of rank {rank} differ from those of rank 0; give both "
+                    "the same files"
+                )
+
+
 def train_all(
     trainings: Sequence[Training],
     world: World = World(),  # noqa: B008  (frozen)
@@ -442,6 +467,7 @@ def train_all(
     Returns:
         The results on rank 0, without trainings that diverged; none on the other ranks.
     """
+    refuse_other_ranks(trainings, world)
     with contextlib.ExitStack() as stack:
 
         def begin() -> tuple[list[tuple[int, int]], list[Path | None], list[int | None]]:

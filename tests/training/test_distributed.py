@@ -18,9 +18,12 @@ from cifar_fast import InputError, Recipe, fit
 from cifar_fast.backends.select import BackendConfig, local_device
 from cifar_fast.cli.main import main as command
 from cifar_fast.train import main
+from cifar_fast.training.config import TrainConfig
+from cifar_fast.training.fit import Training, train_all
 from cifar_fast.utils import distributed
+from cifar_fast.utils.distributed import World
 from cifar_fast.utils.progress import lines_to
-from tests.helpers import HOW, ROOT, contents, files_in, files_of, stop_after
+from tests.helpers import HOW, ROOT, contents, files_in, files_of, save_npz, small_dataset, stop_after
 
 RECIPE = Recipe(epochs=30, batch_size=16, widths=(4, 8))
 FLAGS = "--dataset npz --widths 4 8 --epochs 30 --batch-size 16 --device cpu --dtype float32 --backend eager --seed 3"
@@ -316,6 +319,42 @@ def test_signal_ends_a_rank_that_waits(tmp_path, npz):
     second.kill()
     second.communicate()
     assert (first.returncode, error) == (130, f"interrupted; to resume: cifar-fast train --resume {tmp_path}/out\n")
+
+
+@pytest.mark.slow  # starts processes
+def test_ranks_with_other_data_are_an_error(tmp_path, npz):
+    """Two machines may have different files at one path."""
+    other = save_npz(tmp_path / "other.npz", small_dataset(train=32, test=16, seed=1))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    flags = f"{FLAGS} --runs 2 --output {tmp_path}/out --data-dir"
+    both = start_rank(f"{flags} {npz}", 0, port), start_rank(f"{flags} {other}", 1, port)
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2] and errors[1] == ""
+    assert errors[0].startswith(
+        "error: the images, labels, classes or variants of rank 1 differ from those of rank 0; "
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(seed=7), "seed is 3 on rank 0, and 7 on rank 1"),
+        (dict(runs=4), "runs is 2 on rank 0, and 4 on rank 1"),
+        (dict(recipe=Recipe(epochs=31, batch_size=16, widths=(4, 8))), "epochs is 30 on rank 0, and 31 on rank 1"),
+    ],
+)
+def test_ranks_with_other_options_are_an_error(tiny, monkeypatch, changes, words):
+    def gather(world, value, waiting=None):
+        configs, content = value if isinstance(value, tuple) else (None, None)
+        return [value, ([configs[0].replace(**changes)], content) if configs else value]
+
+    monkeypatch.setattr(World, "gather", gather)
+    training = Training(TrainConfig(recipe=RECIPE, backend="eager", device="cpu", dtype="float32", seed=3, runs=2))
+    training.prepare(tiny)
+    with pytest.raises(InputError, match=words):
+        train_all([training], World(0, 2))
 
 
 def test_more_processes_than_gpus_is_an_error(monkeypatch):
