@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,17 @@ from cifar_fast.backends.select import BackendConfig, build_backend, resolve_bac
 from cifar_fast.data.tensors import device_data
 from cifar_fast.diagnostics import kernel_cases
 from cifar_fast.diagnostics.profile import profile
-from cifar_fast.diagnostics.roofline import Pass, copy_bandwidth, layer_costs, matmul_flops, roofline_times, wall
+from cifar_fast.diagnostics.roofline import (
+    COPY_BYTES,
+    Pass,
+    copy_bandwidth,
+    layer_costs,
+    matmul_flops,
+    roofline_times,
+    wall,
+)
 from cifar_fast.training.trainer import train
-from cifar_fast.utils.device import device_timer, fused_unavailable_reason, tune_malloc
+from cifar_fast.utils.device import device_timer, fused_unavailable_reason, short_name, slow_on_cpu_reason, tune_malloc
 from cifar_fast.utils.seeds import make_generators
 
 Rows = Iterator[Row]
@@ -107,7 +115,7 @@ def ceilings(bench: Bench) -> Rows:
 
 
 def parity(bench: Bench) -> Rows:
-    """Compare fused with eager by ``cifar-fast compare``. Without a GPU, use a narrow model and the interpreter."""
+    """Compare fused with eager by ``cifar-fast compare``, in a narrow model without a GPU."""
     flags = "--dataset synthetic --device cuda --dtype float16 --steps 3 --batch-size 512"
     if not bench.cuda:
         narrow = "--batch-size 4 --widths 4 8 8 8 16 32 32 32"
@@ -231,10 +239,16 @@ def _script(script: Path, npz: Path, recipe: Recipe) -> dict[str, float]:
 
 
 def kernels(bench: Bench) -> Rows:
-    """Time each kernel at each shape of the recipe beside eager torch and torch.compile."""
-    if not bench.cuda:
-        raise Skip("the kernels need a CUDA GPU")
+    """Time each operator at each shape of the recipe beside eager torch and torch.compile."""
     measured = {(row.case, row.side) for row in bench.done if row.part == "kernels" and row.values}
+    if not bench.cuda:
+        _require_cpu_kernels(bench.config.dtype)
+        for case in kernel_cases.cpu_cases(bench.recipe, bench.config.dtype):
+            sides = [side for side in kernel_cases.IMPLEMENTATIONS if (case.name, side) not in measured]
+            if bench.late():
+                return
+            yield from measure_on_cpu(case, sides, bench.rate("copy"))
+        return
     for implementation in kernel_cases.IMPLEMENTATIONS:
         for case in kernel_cases.kernel_cases(bench.recipe, bench.config.dtype):
             if (case.name, implementation) not in measured:
@@ -256,9 +270,6 @@ def measure_kernel(case: kernel_cases.TimedCase, implementation: str) -> list[Ro
     stream = torch.cuda.Stream()  # a backward pass uses the stream of its forward pass, which must be the captured one
     stream.wait_stream(torch.cuda.current_stream())
 
-    def row(metric: str, unit: str, values: list[float]) -> Row:
-        return Row("kernels", case.name, implementation, metric, unit, values)
-
     try:
         with torch.cuda.stream(stream):
             sets = [case.inputs(device) for _ in range(kernel_cases.input_sets(case, cache))]
@@ -271,15 +282,126 @@ def measure_kernel(case: kernel_cases.TimedCase, implementation: str) -> list[Ro
             kernel_cases.check_replay(graph.replay, outputs[0], expected)
             launches = len(device_work(calls[0]))  # last, so that the profiler slows nothing that is timed
     except kernel_cases.WrongResult as error:
-        return [row(f"wrong: {error}", "", [])]
+        return [_wrong(case, implementation, error)]
     finally:
         torch.cuda.current_stream().wait_stream(stream)
-    size = kernel_cases.bytes_moved(case.launches())
-    rows = [
-        row("in a loop", "us", [seconds * 1e6 for seconds in times]),
-        row("our bytes", "GB/s", [size / seconds / 1e9 for seconds in times]),
-    ]
-    return rows + ([row("launches", "", [launches])] if launches else [])  # the profiler may see nothing
+    rows = _kernel_rows(case, implementation, times)
+    if launches:  # the profiler may see nothing
+        rows.append(Row("kernels", case.name, implementation, "launches", "", [launches]))
+    return rows
+
+
+def measure_on_cpu(case: kernel_cases.TimedCase, implementations: Sequence[str], copy_rate: float) -> list[Row]:
+    """Check ``implementations`` of ``case``, then time them in turn. A wrong result is a row without values.
+
+    A turn calls an implementation once on each of several input sets, which together are larger than the caches. The
+    outputs of a turn are kept until the next one, so they change places too. ``copy_rate``: bytes/s of a copy. The rest
+    is as in :func:`measure_kernel`.
+    """
+    device = torch.device("cpu")
+    torch.manual_seed(0)
+    sets = [case.inputs(device) for _ in range(kernel_cases.input_sets(case, COPY_BYTES["cpu"]))]
+    expected = case.expected(sets[0])
+    rows: list[Row] = []
+    sides: dict[str, Callable[[], float]] = {}
+    kept: dict[str, list[kernel_cases.Tensors]] = {}
+
+    def turn(implementation: str, calls: list[kernel_cases.Call]) -> float:
+        return wall(lambda: kept.update({implementation: [call() for call in calls]}), device) / len(calls)
+
+    for implementation in implementations:
+        calls = [case.call(implementation, given) for given in sets]
+        try:
+            kernel_cases.check(calls[0](), expected)
+        except kernel_cases.WrongResult as error:
+            rows.append(_wrong(case, implementation, error))
+        else:
+            sides[implementation] = functools.partial(turn, implementation, calls)
+    for implementation, times in interleave(sides, CPU_ROUNDS).items():
+        rows += _kernel_rows(case, implementation, times, copy_rate)
+    return rows
+
+
+CPU_ROUNDS = 7
+"""Turns of each implementation of an operator on a CPU."""
+
+
+def _wrong(case: kernel_cases.TimedCase, implementation: str, error: kernel_cases.WrongResult) -> Row:
+    return Row("kernels", case.name, implementation, f"wrong: {error}", "", [])
+
+
+def _kernel_rows(
+    case: kernel_cases.TimedCase, implementation: str, times: list[float], copy_rate: float | None = None
+) -> list[Row]:
+    """Return the rows for the seconds of one call."""
+    rates = _rates(kernel_cases.bytes_moved(case.launches()), times, copy_rate)
+    measured = [("in a loop", "us", [seconds * 1e6 for seconds in times]), *rates]
+    return [Row("kernels", case.name, implementation, *metric) for metric in measured]
+
+
+def _rates(size: int, times: list[float], copy_rate: float | None = None) -> list[tuple[str, str, list[float]]]:
+    """Return the rates at which ``size`` bytes were moved: name, unit and values, in GB/s and relative to a copy."""
+    rates = [size / seconds for seconds in times]
+    metrics = [("our bytes", "GB/s", [rate / 1e9 for rate in rates])]
+    if copy_rate:
+        metrics.append(("of a copy's rate", "%", [100 * rate / copy_rate for rate in rates]))
+    return metrics
+
+
+def _require_cpu_kernels(*dtypes: torch.dtype) -> None:
+    for dtype in dtypes:
+        if reason := slow_on_cpu_reason(dtype):
+            raise Skip(f"no compiled kernels for {short_name(dtype)}: {reason}")
+
+
+def norms(bench: Bench) -> Rows:
+    """Time all norms of a training step on a CPU, forward and backward, beside eager torch in turn.
+
+    A turn runs every block's max-pool, norm and activation forward in order, then backward, as a step does.
+    """
+    if bench.cuda:
+        raise Skip("a GPU is here; use --device cpu for the CPU")
+    device = torch.device("cpu")
+    _require_cpu_kernels(*NORM_DTYPES)
+    for dtype in NORM_DTYPES:
+        cases = {case: n for case, n in kernel_cases.norm_cases(bench.recipe, dtype).items() if case.section == "step"}
+        for case in cases:
+            kernel_cases.check_kernel(case, device)
+        size = sum(n * kernel_cases.bytes_moved(case.launches()) for case, n in cases.items())
+        settings: Any = dict(direction="backward", statistics=True)
+        layers = [
+            kernel_cases.Norm(block, bench.recipe.batch_size, bench.recipe.celu_alpha, dtype, **settings)
+            for block in bench.recipe.blocks()
+        ]
+        inputs = [layer.inputs(device) for layer in layers]
+        sides = {
+            side: functools.partial(wall, functools.partial(_norms_of_a_step, side, layers, inputs), device)
+            for side in ("fused", "eager")
+        }
+        times = interleave(sides, CPU_ROUNDS)
+        name = f"{len(layers)} norms, forward + backward, {short_name(dtype)}"
+        for side, values in times.items():
+            yield Row("norms", name, side, "time", "ms", [seconds * 1e3 for seconds in values])
+            shares = [100 * seconds / eager for seconds, eager in zip(values, times["eager"])]
+            yield Row("norms", name, side, "of eager's time", "%", shares)
+            for metric in _rates(size, values, bench.rate("copy")):
+                yield Row("norms", name, side, *metric)
+
+
+NORM_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _norms_of_a_step(
+    implementation: str, layers: Sequence[kernel_cases.Norm], inputs: Sequence[kernel_cases.Tensors]
+) -> None:
+    done = []
+    for layer, given in zip(layers, inputs):
+        learned = [given[name].detach().requires_grad_() for name in ("x", "weight", "bias")]
+        y = layer.plain(implementation)(*learned, given["running_mean"], given["running_var"])
+        done.append((y, learned, given["dy"]))
+    while done:  # frees what a layer saved, as a step does
+        y, learned, dy = done.pop()
+        torch.autograd.grad(y, learned, dy)
 
 
 def steps(bench: Bench) -> Rows:
@@ -371,5 +493,5 @@ def sweeps(bench: Bench) -> Rows:
 
 
 PARTS: dict[str, Callable[[Bench], Rows]] = {
-    part.__name__: part for part in (ceilings, parity, cpu, steps, trainings, sweeps, kernels)
+    part.__name__: part for part in (ceilings, parity, cpu, steps, trainings, sweeps, norms, kernels)
 }

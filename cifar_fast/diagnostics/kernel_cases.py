@@ -35,7 +35,7 @@ from cifar_fast.kernels.launch import Launch, interpreted
 from cifar_fast.kernels.record_step import StepState, record, record_reference
 from cifar_fast.kernels.record_step import example_launches as record_launches
 from cifar_fast.model import loss_dtype, parameter_dtype
-from cifar_fast.recipe import IMAGE_SIZE, Block, Recipe
+from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Block, Recipe
 
 DIRECTIONS = ("forward", "backward", "inference")
 IMAGES = 50_000
@@ -356,6 +356,14 @@ Case = TimedCase | Head
 def kernel_cases(recipe: Recipe, dtype: torch.dtype) -> list[TimedCase]:
     """Return the cases that the benchmarks time: every distinct shape of augmentation and norm, in each direction."""
     return [*(Augmentation(recipe, dtype, channels) for channels in (3, 4, 8)), *norm_cases(recipe, dtype)]
+
+
+def cpu_cases(recipe: Recipe, dtype: torch.dtype) -> list[TimedCase]:
+    """Return the cases that the benchmarks time on a CPU, where a batch has no channels of zeros.
+
+    The data set is small, because a batch accesses few of its images and each set of inputs has a data set.
+    """
+    return [Augmentation(recipe, dtype, IMAGE_CHANNELS, 4 * recipe.batch_size), *norm_cases(recipe, dtype)]
 
 
 def norm_cases(recipe: Recipe, dtype: torch.dtype) -> dict[Norm, int]:

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from benchmarks.parts import measure_kernel
+from benchmarks import parts
+from benchmarks.parts import measure_kernel, measure_on_cpu
 from cifar_fast import Recipe
+from cifar_fast.diagnostics import kernel_cases as definitions
 from cifar_fast.diagnostics.kernel_cases import (
     DIRECTIONS,
     Augmentation,
@@ -17,6 +19,7 @@ from cifar_fast.diagnostics.kernel_cases import (
     check,
     check_kernel,
     check_replay,
+    cpu_cases,
     input_sets,
     kernel_cases,
 )
@@ -147,3 +150,43 @@ def test_a_case_is_measured(implementation):
     (case,) = (one for one in kernel_cases(Recipe(batch_size=64), torch.float16) if one.name == "512x4x4, backward")
     rows = {row.metric: row for row in measure_kernel(case, implementation)}
     assert rows["in a loop"].median > 0 and rows["our bytes"].median > 0
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the test's tensors are on a GPU")
+@pytest.mark.parametrize(
+    ("name", "direction"), [("augmentation", "forward"), ("pool", "forward"), ("pool", "backward")]
+)
+def test_sides_take_turns_on_a_cpu_and_give_rates(name, direction, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setitem(parts.COPY_BYTES, "cpu", 2**16)
+    case = make_case(name, torch.bfloat16, direction)
+    rows = {(row.side, row.metric): row for row in measure_on_cpu(case, ["fused", "eager"], copy_rate=2e9)}
+    for side in ("fused", "eager"):
+        microseconds, rates, shares = (
+            rows[side, metric].values for metric in ("in a loop", "our bytes", "of a copy's rate")
+        )
+        assert len(microseconds) == parts.CPU_ROUNDS
+        moved = bytes_moved(case.launches())
+        assert rates == pytest.approx([moved / time / 1e3 for time in microseconds])  # B / us / 1e3 = GB/s
+        assert shares == pytest.approx([100 * rate / 2 for rate in rates])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the test's tensors are on a GPU")
+def test_a_wrong_operator_is_not_timed_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setitem(parts.COPY_BYTES, "cpu", 2**10)
+    case = make_case("norm", direction="backward")
+    right = definitions.batch_norm_act
+
+    def doubled(*tensors, **settings):
+        return 2 * right(*tensors, **settings)
+
+    monkeypatch.setattr(definitions, "batch_norm_act", doubled)
+    rows = measure_on_cpu(case, ["fused", "eager"], copy_rate=1e9)
+    assert rows[0].side == "fused" and rows[0].metric.startswith("wrong: dx is off by") and not rows[0].values
+    assert [row.side for row in rows[1:]] == ["eager"] * 3
+
+
+def test_every_norm_of_the_recipe_is_a_case_on_a_cpu():
+    names = [case.name for case in cpu_cases(Recipe(), torch.float32)]
+    assert len(set(names)) == len(names) == 1 + 6 * 3 and "augment to 3 channels, forward" in names

@@ -7,7 +7,7 @@ import pytest
 
 import benchmarks.run
 from benchmarks.__main__ import main
-from benchmarks.parts import Bench, Skip, time_steps
+from benchmarks.parts import CPU_ROUNDS, Bench, Skip, norms, time_steps
 from benchmarks.report import RESULTS, pivot, write_report
 from benchmarks.rows import Row, ratio, rows_of
 from benchmarks.run import run
@@ -146,6 +146,30 @@ def test_steps_of_a_backend_are_timed():
     bench = Bench(recipe, small, False, resolve_backend("auto", "cpu", "float32"), time.perf_counter() + 60, None, [])
     assert list(bench.backends) == ["eager", "auto"]
     assert [len(values) for values in time_steps(bench, bench.backends, rounds=2).values()] == [2, 2]
+
+
+def norm_rows():
+    copy = Row("ceilings", "copy", "device", "bandwidth", "GB/s", [10.0])
+    recipe = Recipe(batch_size=4, widths=NARROW)
+    config = resolve_backend("eager", "cpu", "float32")
+    return list(norms(Bench(recipe, small_dataset(), False, config, time.perf_counter() + 60, None, [copy])))
+
+
+def test_norms_of_a_step_are_timed_in_turn_with_eager(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    rows = {(row.case, row.side, row.metric): row.values for row in norm_rows()}
+    for dtype in ("float32", "bfloat16"):
+        case = f"8 norms, forward + backward, {dtype}"
+        fused, eager = (rows[case, side, "time"] for side in ("fused", "eager"))
+        assert len(fused) == CPU_ROUNDS >= 5
+        assert rows[case, "fused", "of eager's time"] == pytest.approx([100 * a / b for a, b in zip(fused, eager)])
+        assert rows[case, "fused", "our bytes"] and rows[case, "fused", "of a copy's rate"]
+
+
+def test_norms_are_not_timed_under_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(Skip, match="no compiled kernels for float32: TRITON_INTERPRET=1 is set"):
+        norm_rows()
 
 
 @pytest.mark.nightly  # a comparison and thirteen processes
