@@ -31,7 +31,7 @@ NOTES = """
 | exit code | meaning |
 |---|---|
 | 0 | success |
-| 1 | a tolerance exceeded, a loss that diverged, a dead rank, a file not written, an image not read, a failed check |
+| 1 | a tolerance exceeded, a run that diverged, a dead rank, a file not written, a file not read, a failed check |
 | 2 | invalid input; one line on standard error names the mistake and the remedy |
 | 130 | interrupted by Ctrl-C or SIGTERM |
 

@@ -28,13 +28,15 @@ def main() -> None:
     result = fit(recipe, load_dataset(args.dataset), runs=args.runs, log=None)
 
     accuracies = [run.test_accuracy for run in result.runs]
-    for n in range(1, args.runs + 1):
+    for n in range(1, len(accuracies) + 1):
         line = f"run {n}: {accuracies[n - 1]:.2f} %, mean so far {statistics.fmean(accuracies[:n]):.2f} %"
         if interval := confidence_interval_95(accuracies[:n]):
             line += f", 95 % interval {interval[0]:.2f} to {interval[1]:.2f}"
         print(line)
-    if args.runs > 1:
+    if len(accuracies) > 1:
         print(f"the runs' standard deviation is {statistics.stdev(accuracies):.2f} %")
+    for run in result.diverged:
+        print(f"not counted: the run with seed {run.seed} diverged at step {run.step}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ the search has not seen, for example with ``also_test``.
 import argparse
 from typing import Any
 
-from cifar_fast import Recipe, StopTraining, fit, load_dataset
+from cifar_fast import Diverged, Recipe, StopTraining, fit, load_dataset
 from cifar_fast.training.metrics import EpochRow
 
 try:
@@ -43,7 +43,10 @@ def main() -> None:
             if trial.should_prune():
                 raise StopTraining
 
-        (run,) = fit(recipe, dataset, on_epoch=on_epoch, log=None).runs
+        try:
+            (run,) = fit(recipe, dataset, on_epoch=on_epoch, log=None).runs
+        except Diverged:  # costs no other trial
+            raise optuna.TrialPruned from None
         if run.stopped:
             raise optuna.TrialPruned
         return run.test_accuracy
@@ -55,9 +58,8 @@ def main() -> None:
     for trial in study.trials:
         peak, decay = trial.params["peak learning rate"], trial.params["weight decay"]
         outcome = "test accuracy" if trial.state.name == "COMPLETE" else "stopped early at"
-        print(
-            f"trial {trial.number}: learning rate {peak:.3f}, weight decay {decay:.1e}: {outcome} {trial.value:.2f} %"
-        )
+        value = "diverged" if trial.value is None else f"{outcome} {trial.value:.2f} %"
+        print(f"trial {trial.number}: learning rate {peak:.3f}, weight decay {decay:.1e}: {value}")
     print(f"best: {study.best_params}")
 
 

@@ -39,8 +39,9 @@ def main() -> None:
         fixed: dict[str, Any] = {source: 0 for source in sources if varied in sources and source != varied}
         result = fit(recipe, dataset, runs=args.runs, log=None, **fixed)
         accuracies = [run.test_accuracy for run in result.runs]
-        mean, std = statistics.fmean(accuracies), statistics.stdev(accuracies)
-        print(f"{varied} varied: standard deviation {std:.2f} %, mean {mean:.2f} %, n = {args.runs}")
+        n, mean = len(accuracies), statistics.fmean(accuracies)
+        std = f"{statistics.stdev(accuracies):.2f} %" if n > 1 else "-"  # runs may have diverged
+        print(f"{varied} varied: standard deviation {std}, mean {mean:.2f} %, n = {n}")
 
 
 if __name__ == "__main__":

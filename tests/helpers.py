@@ -14,6 +14,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from cifar_fast import Dataset
+from cifar_fast.backends.base import Backend
 from cifar_fast.data.dataset import ARRAYS
 from cifar_fast.data.tensors import Normalization
 from cifar_fast.training.config import TrainConfig
@@ -176,6 +177,19 @@ def contents(folder, *left_out):
     saved = torch.load(folder / "model.pt", weights_only=True)
     saved["state_dict"] = {name: tensor.tolist() for name, tensor in saved["state_dict"].items()}
     return files_in(folder), rows, summary, training, saved
+
+
+def diverge(monkeypatch, *seeds):
+    """Let the runs with these seeds start from weights that are not numbers, so that they diverge at step 1."""
+    new_model = Backend.new_model
+
+    def broken(backend, generator):
+        model = new_model(backend, generator)
+        if generator.initial_seed() in seeds:
+            next(model.parameters()).data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(Backend, "new_model", broken)
 
 
 def stop_after(*points):

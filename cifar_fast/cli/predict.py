@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 from cifar_fast.cli.flags import add_device_flags, check_json, command_parser, print_line, run_command
-from cifar_fast.utils.errors import InputError
+from cifar_fast.utils.errors import InputError, with_flags
 
 SUMMARY = "classify images with a trained network: one line per image, with class and probability"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``cifar-fast predict``. Return 0; 1 if an image could not be decoded; 2 for bad input."""
+    """Run ``cifar-fast predict``. Return 0; 1 if a file or an image could not be read; 2 for bad input."""
     return run_command(lambda: run(make_parser().parse_args(argv)), argv)
 
 
@@ -52,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
     names = model.class_names
     if not 1 <= args.top <= len(names):
         raise InputError(f"--top must be from 1 to {len(names)}, the number of classes, not {args.top}")
-    images = find_images(args.images, model)
     unreadable: dict[str, str] = {}
 
     def on_unreadable(image: object, reason: str) -> None:
-        unreadable[str(image)] = reason
-        print(f"error: {reason}", file=sys.stderr)
+        unreadable[str(image)] = with_flags(reason)
+        print(f"error: {with_flags(reason)}", file=sys.stderr)
 
+    images = find_images(args.images, model, on_unreadable)
     predictions: list[Prediction] = []
     size, flip = args.batch_size, args.flip_average
     with oom_hint("prediction", size):

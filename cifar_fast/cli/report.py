@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from cifar_fast.cli.flags import add_traceback_flag, command_parser, print_line, run_command
-from cifar_fast.utils.errors import option
+from cifar_fast.utils.errors import option, plain, with_flags
 from cifar_fast.utils.files import check_writable
 
 SUMMARY = "compare trainings: means, confidence intervals, differences"
@@ -41,17 +41,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report, write its files, and return the exit code."""
+    """Print the report, write its files, and return the exit code: 1 if a result cannot be read."""
     from cifar_fast.experiments.report import make_report, read_results, welch
 
     welch()  # raises before the reading if scipy is not installed
     if args.output:
         check_writable(Path(args.output).expanduser(), f"{option('output')} {args.output}")
-    results, skipped = read_results(args.folders)
-    for line in skipped:
+    found = read_results(args.folders)
+    left_out = [*found.unfinished, *map(plain, found.unreadable)]
+    report = make_report(found.results, baseline=args.baseline, metric=args.metric, left_out=left_out)
+    for line in (*found.repeated, *found.unfinished, *(f"error: {with_flags(line)}" for line in found.unreadable)):
         print(line, file=sys.stderr)
-    report = make_report(results, baseline=args.baseline, metric=args.metric)
+    print_line(report.markdown().rstrip())
     if args.output:
         report.write(args.output)
-    print_line(report.markdown().rstrip())
-    return 0
+    return 1 if found.unreadable else 0

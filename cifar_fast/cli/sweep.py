@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cifar_fast.cli.flags import add_traceback_flag, command_parser, interruptible, joined, print_line, run_command
 from cifar_fast.utils.distributed import World
+from cifar_fast.utils.errors import plain
 from cifar_fast.utils.progress import LOGGER
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ SUMMARY = "train the variants of the recipe that a file describes, one after ano
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code: 1 if a variant diverged or a file is missing, 2 for bad input."""
+    """Run the command; return its exit code: 1 if a run diverged or failed or a file is missing, 2 for bad input."""
     return run_command(lambda: run(argv), argv, flags=False, shared=True)
 
 
@@ -55,16 +56,18 @@ def train_in(world: World, args: argparse.Namespace, sweep: Sweep) -> int:
         on_cpu = resolve_backend(sweep.backend, sweep.device, sweep.dtype, sweep.memory_format).device.type == "cpu"
     if on_cpu:
         tune_malloc()
+    failed: dict[str, str] = {}
     with interruptible() as on_step:
         try:
-            results = train_sweep(sweep, world, on_step)
+            results = train_sweep(sweep, world, on_step, failed)
         except KeyboardInterrupt:
             command = shlex.join(["cifar-fast", "sweep", args.spec])
             raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
     if world.rank:
         return 0
-    unwritten = [line for result in results.values() for line in result.unwritten]
-    for line in unwritten:
+    problems = [f"{name}: {message}" for name, message in failed.items()]
+    problems += [f"{name}: {plain(line)}" for name, result in results.items() for line in result.problems()]
+    for line in problems:
         print(f"error: {line}", file=sys.stderr)
     LOGGER.info(f"written to {sweep.output}; to see it: {shlex.join(['cifar-fast', 'report', sweep.output])}")
-    return 1 if unwritten or len(results) < len(sweep.variants) else 0
+    return 1 if problems else 0

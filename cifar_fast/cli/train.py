@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifar_fast.cli import profile
 from cifar_fast.cli.flags import (
@@ -25,14 +25,17 @@ from cifar_fast.cli.flags import (
 from cifar_fast.data.sources import check_named, place_of, read_dataset
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import World
-from cifar_fast.utils.errors import InputError
+from cifar_fast.utils.errors import InputError, with_flags
 from cifar_fast.utils.progress import LOGGER, lines_to
+
+if TYPE_CHECKING:
+    from cifar_fast.training.results import Result
 
 SUMMARY = "train the recipe, and write the results to a folder"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code: 1 if the loss diverged or a file could not be written, 2 for bad input."""
+    """Run the command; return its exit code: 1 if a run diverged or a file could not be written, 2 for bad input."""
     return run_command(lambda: run(argv), argv, "interrupted before there was anything to resume", shared=True)
 
 
@@ -124,8 +127,9 @@ def train_in(
         if folder is None:
             folder = RunFolder(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
         training = Training(config, folder, world=world)
-        if not (typed.data_dir or typed.also_test) and training.finished():  # data that is named is compared first
-            return 0
+        # Data that is named is compared first.
+        if not (typed.data_dir or typed.also_test) and (finished := training.finished()):
+            return exit_code(finished)
         data_dir = typed.data_dir or place_of(args.dataset, args.data_dir, training.paths)
     if training.device.type == "cpu":
         tune_malloc()
@@ -134,19 +138,25 @@ def train_in(
             dataset = world.rank0_first(lambda: read_dataset(args.dataset, data_dir, args.data_url))
             with world.all_or_none():
                 training.prepare(dataset)
-                if training.finished():
-                    return 0
+                if finished := training.finished():
+                    return exit_code(finished)
             results = train_all([training], world, on_step=on_step)
         except KeyboardInterrupt:
             if not folder.resumable:
                 raise
             command = shlex.join(["cifar-fast", "train", "--resume", str(folder.path)])
             raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
-    LOGGER.info(f"written to {folder.path}")
-    unwritten = results[0].unwritten if results else ()
-    for line in unwritten:
-        print(f"error: {line}", file=sys.stderr)
-    return 1 if unwritten else 0
+    if folder.resumable:  # something was trained
+        LOGGER.info(f"written to {folder.path}")
+    return exit_code(results[0]) if results and results[0] else 0
+
+
+def exit_code(result: Result) -> int:
+    """Return 1 if a run diverged or a file could not be written, with a line for each, else 0."""
+    problems = result.problems()
+    for line in problems:
+        print(f"error: {with_flags(line)}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def flags_of(earlier: Any, args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import functools
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,31 +44,40 @@ VARIANTS_FIGURE, CURVES_FIGURE = "report-variants.png", "report-curves.png"
 class Variant:
     """Statistics of one training.
 
-    ``changes`` lists the constants of the recipe that differ from the baseline's. ``n`` is the number of runs and
-    ``values`` their metric; ``mean`` and ``std`` (with n - 1) are over the runs. ``difference`` is the mean minus the
-    baseline's mean, None for the baseline itself. Intervals are ``[low, high]`` and hold the true value with 95 %
-    confidence. ``std``, the intervals and ``welch_p`` are None if there are too few runs for them.
+    ``changes`` lists the constants of the recipe that differ from the baseline's. ``n`` is the number of finished runs
+    and ``values`` their metric; ``mean`` and ``std`` (with n - 1) are over these runs. ``difference`` is the mean minus
+    the baseline's mean, None for the baseline itself. Intervals are ``[low, high]`` and hold the true value with 95 %
+    confidence. A statistic is None if there are too few runs for it. ``diverged`` and ``missing`` list the other runs
+    as ``summary.json`` does.
     """
 
     name: str
     changes: str
     n: int
     values: list[float]
-    mean: float
+    mean: float | None
     std: float | None
     ci95: list[float] | None
     difference: float | None
     difference_ci95: list[float] | None
     welch_p: float | None
-    train_seconds_median: float
+    train_seconds_median: float | None
+    diverged: list[dict[str, Any]]
+    missing: list[dict[str, Any]]
+
+    @property
+    def count(self) -> str:
+        """``n`` for a person, such as "3 of 4" if a run diverged or is missing."""
+        others = len(self.diverged) + len(self.missing)
+        return f"{self.n} of {self.n + others}" if others else str(self.n)
 
 
 @dataclass(frozen=True)
 class Report:
     """The result of :func:`make_report`.
 
-    ``warnings`` has a line for each setting that affects the figures and differs between the variants. ``repeated`` has
-    a line for equal runs, which are counted once.
+    ``warnings`` has a line for each variant without all its runs, and for each setting that affects the figures and
+    differs between the variants. ``repeated`` has a line for equal runs, which are counted once.
     """
 
     metric: str
@@ -96,9 +105,9 @@ class Report:
                 _number(variant.difference, digits, "+"),
                 _interval(variant.difference_ci95, digits, "+"),
                 "-" if variant.welch_p is None else f"{variant.welch_p:.2g}",
-                f"{variant.train_seconds_median:.2f}",
+                _number(variant.train_seconds_median, 2),
             ]
-            lines.append([variant.name, variant.changes or "-", str(variant.n), *numbers])
+            lines.append([variant.name, variant.changes or "-", variant.count, *numbers])
         cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         widths = [max(2, *map(len, column)) for column in zip(*cells)]  # "-:" below the header takes 2
         aligned = [[f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(line)] for line in cells]
@@ -120,13 +129,16 @@ class Report:
         """Return a figure of the metric by variant: a point for each run, and the mean with its 95 % interval."""
         figure, axes = _figure(width=max(4.0, 1.5 + 1.1 * len(self.variants)))
         for place, variant in enumerate(self.variants):
+            if variant.mean is None:
+                continue
             color = f"C{place % 10}"
             beside = place + np.linspace(-0.12, 0.12, variant.n) if variant.n > 1 else [place]
             axes.plot(beside, variant.values, "o", color=color, alpha=0.6, markersize=5, markeredgewidth=0)
             mean, ci95 = variant.mean, variant.ci95
             margins = [[mean - ci95[0]], [ci95[1] - mean]] if ci95 else None
             axes.errorbar([place + 0.27], [mean], margins, fmt="D", color=color, markersize=5, capsize=4)
-        axes.set_xticks(range(len(self.variants)), [f"{variant.name}\nn = {variant.n}" for variant in self.variants])
+        labels = [f"{variant.name}\nn = {variant.count}" for variant in self.variants]
+        axes.set_xticks(range(len(labels)), labels)
         axes.tick_params(axis="x", rotation=30 if len(self.variants) > 4 else 0)
         axes.set_xlim(-0.6, len(self.variants) - 0.4)
         axes.set_ylabel(self.label)
@@ -150,6 +162,8 @@ class Report:
             by_epoch: dict[int, list[float]] = {}
             for row in result.rows:  # a run that was stopped early has fewer epochs
                 by_epoch.setdefault(row.epoch, []).append(getattr(row, column))
+            if not by_epoch:  # all runs diverged
+                continue
             epochs, values = zip(*sorted(by_epoch.items()))
             color = f"C{place % 10}"
             axes.plot(epochs, list(map(statistics.fmean, values)), ".-", color=color, label=name)
@@ -161,7 +175,7 @@ class Report:
         axes.set_ylabel(EPOCH_METRICS[column])
         axes.grid(alpha=0.3)
         axes.set_title("mean of the runs; band: minimum to maximum", fontsize="medium")
-        for label in axes.legend().get_texts():
+        for label in axes.legend().get_texts() if axes.lines else ():
             label.set_parse_math(False)
         return figure
 
@@ -202,7 +216,13 @@ def _interval(ends: list[float] | None, digits: int, sign: str = "") -> str:
     return "-" if ends is None else " to ".join(_number(end, digits, sign) for end in ends)
 
 
-def make_report(results: Mapping[str, Result], *, baseline: str | None = None, metric: str = "test_accuracy") -> Report:
+def make_report(
+    results: Mapping[str, Result],
+    *,
+    baseline: str | None = None,
+    metric: str = "test_accuracy",
+    left_out: Sequence[str] = (),
+) -> Report:
     """Compare the runs of several trainings.
 
     Equal runs are one observation. The first is counted, and a line of ``Report.repeated`` names the others. A variant
@@ -216,6 +236,7 @@ def make_report(results: Mapping[str, Result], *, baseline: str | None = None, m
         baseline: the name of the variant that the others are compared with; None for the first one.
         metric: test_accuracy, train_accuracy or train_loss after the last epoch of each run, or the name of an extra
             test set of ``also_test``.
+        left_out: lines about trainings that are not among the results, for the warnings.
 
     Raises:
         InputError: scipy is not installed, or a name does not exist.
@@ -223,6 +244,7 @@ def make_report(results: Mapping[str, Result], *, baseline: str | None = None, m
     welch_test = welch()
     if not results:
         raise InputError("there are no results to report")
+    all_results = results
     results, repeated = _counted_once(results)
     baseline = next(iter(results)) if baseline is None else baseline
     if baseline not in results:
@@ -230,12 +252,16 @@ def make_report(results: Mapping[str, Result], *, baseline: str | None = None, m
         raise InputError(
             f"{option('baseline')} {baseline!r} is not a variant; the variants are {', '.join(results)}{equal}"
         )
-    values = {name: _metric_values(name, result, metric) for name, result in results.items()}
-    base = values[baseline]
+    values = {name: _metric_values(result, metric) for name, result in results.items()}
+    if all(own is None for own in values.values()):
+        names = dict.fromkeys(name for result in results.values() for run in result.runs for name in run.also_test)
+        choices = ", ".join([*EPOCH_METRICS, *names])
+        raise InputError(f"{baseline}: {option('metric')} {metric!r} does not exist; the choices are {choices}")
+    base = values[baseline] or []
     variants = []
     for name, result in results.items():
-        own, n = values[name], len(values[name])
-        is_baseline = name == baseline
+        own = values[name] or []
+        n, is_baseline = len(own), name == baseline
         test = None
         if not is_baseline and n > 1 and len(base) > 1 and (statistics.stdev(own) or statistics.stdev(base)):
             with warnings.catch_warnings():
@@ -247,16 +273,20 @@ def make_report(results: Mapping[str, Result], *, baseline: str | None = None, m
                 changes=changes(result.recipe, results[baseline].recipe),
                 n=n,
                 values=own,
-                mean=statistics.fmean(own),
+                mean=statistics.fmean(own) if own else None,
                 std=statistics.stdev(own) if n > 1 else None,
                 ci95=confidence_interval_95(own, math.inf if metric == "train_loss" else 100.0),
-                difference=None if is_baseline else statistics.fmean(own) - statistics.fmean(base),
+                difference=statistics.fmean(own) - statistics.fmean(base) if own and base and not is_baseline else None,
                 difference_ci95=[float(end) for end in test.confidence_interval(0.95)] if test else None,
                 welch_p=float(test.pvalue) if test else None,
-                train_seconds_median=statistics.median(run.train_seconds for run in result.runs),
+                train_seconds_median=statistics.median(run.train_seconds for run in result.runs) if own else None,
+                **all_results[name].not_finished(),
             )
         )
-    return Report(metric, baseline, variants, _differing_settings(results), repeated, results)
+    unfinished = {name: all_results[name].not_finished_line() for name in results}
+    lines = [*left_out, *(f"{name}: {line}" for name, line in unfinished.items() if line)]
+    lines += [f"{name}: was not tested on {metric}" for name, own in values.items() if own is None]
+    return Report(metric, baseline, variants, [*lines, *_differing_settings(results)], repeated, results)
 
 
 def welch() -> Callable[..., Any]:
@@ -319,15 +349,13 @@ def _observation(result: Result, run_result: RunResult, seeds: tuple[int | None,
     return seeds, result.recipe, how, repr(rows)  # text, because NaN differs from itself
 
 
-def _metric_values(name: str, result: Result, metric: str) -> list[float]:
-    """Return the metric of each run after its last epoch."""
+def _metric_values(result: Result, metric: str) -> list[float] | None:
+    """Return the metric of each run after its last epoch, or None for a test set that the runs do not have."""
     if metric in EPOCH_METRICS:
         last_row = {row.run: row for row in result.rows}
         return [getattr(last_row[run.run], metric) for run in result.runs]
-    test_sets = list(result.runs[0].also_test)
-    if metric not in test_sets:
-        choices = ", ".join([*EPOCH_METRICS, *test_sets])
-        raise InputError(f"{name}: {option('metric')} {metric!r} does not exist; the choices are {choices}")
+    if result.runs and metric not in result.runs[0].also_test:
+        return None
     return [run.also_test[metric] for run in result.runs]
 
 
@@ -381,36 +409,77 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(names if len(names) < 4 else [*names[:2], f"{len(names) - 2} more"])
 
 
-def read_results(folders: list[str | Path]) -> tuple[dict[str, Result], list[str]]:
-    """Read the results of trainings, as far as their runs are finished.
+@dataclass
+class Found:
+    """Trainings in folders.
+
+    Attributes:
+        results: by the names of the folders, or by their paths if two folders have the same name.
+        repeated: a line for each folder that is given twice, which is read once.
+        unfinished: a line for each training without a run that has ended.
+        unreadable: a line for each folder or run that cannot be read.
+    """
+
+    results: dict[str, Result] = dataclasses.field(default_factory=dict)
+    repeated: list[str] = dataclasses.field(default_factory=list)
+    unfinished: list[str] = dataclasses.field(default_factory=list)
+    unreadable: list[str] = dataclasses.field(default_factory=list)
+
+
+def read_results(folders: Sequence[str | Path]) -> Found:
+    """Read the results of trainings, as far as their runs have ended.
 
     Args:
         folders: folders of trainings or of sweeps; a sweep stands for all its variants.
 
-    Returns:
-        The results by the names of their folders, or by their paths if two folders have the same name; and a line for
-        each variant of a sweep that has no finished run, and for each folder that is given twice, which is read once.
-
     Raises:
-        InputError: a folder holds no results that can be read.
+        InputError: a folder does not exist, or none holds results that can be read.
     """
-    found: dict[Path, Result] = {}
-    skipped = []
+    found = Found()
+    results: dict[Path, Result] = {}
     given: dict[Path, Path] = {}  # by the path without links
     for folder in (Path(folder).expanduser() for folder in folders):
         is_sweep = (folder / SWEEP).exists()
-        for training in [folder / name for name in variants_in(folder)] if is_sweep else [folder]:
+        try:
+            trainings = [folder / name for name in variants_in(folder)] if is_sweep else [folder]
+        except InputError as error:
+            found.unreadable.append(error.message)
+            continue
+        for training in trainings:
             first = given.setdefault(training.resolve(), training)
             if first is not training:
                 same = "" if str(first) == str(training) else f" as {first}"
-                skipped.append(f"{training} is given twice{same}; it is counted once")
-                continue
-            if is_sweep and not any(training.glob(f"run-*/{RUN_RESULT}")):
-                skipped.append(f"{training.name} has no finished run and is left out")
-                continue
-            if not (training / TRAINING).exists():
-                raise InputError(f"{training}: holds no {TRAINING}; choose the folder of a training, or of a sweep")
-            found[training] = RunReader(training).result(weights=False)
-    names = [folder.resolve().name for folder in found]
-    keys = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, found)]
-    return dict(zip(keys, found.values())), skipped
+                found.repeated.append(f"{training} is given twice{same}; it is counted once")
+            elif not (training / TRAINING).exists() and not is_sweep:
+                line = f"{training}: holds no {TRAINING}; choose the folder of a training, or of a sweep"
+                if not training.exists():
+                    raise InputError(line)
+                found.unreadable.append(line)
+            elif not any(training.glob(f"run-*/{RUN_RESULT}")):
+                found.unfinished.append(f"{training.name} has no finished run and is left out")
+            elif result := _read_training(RunReader(training), found.unreadable):
+                results[training] = result
+    if not results:
+        raise InputError([*found.unreadable, f"{folders[0]}: no run of the training there has ended"][0])
+    names = [folder.resolve().name for folder in results]
+    keys = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, results)]
+    found.results = dict(zip(keys, results.values()))
+    return found
+
+
+def _read_training(reader: RunReader, unreadable: list[str]) -> Result | None:
+    """Read the runs that have ended, if there are any. ``unreadable`` gets a line for each file that is damaged."""
+    ended = []
+    try:
+        training = reader.training()
+    except InputError as error:
+        unreadable.append(error.message)
+        return None
+    for run in range(training.config.runs):
+        try:
+            result = reader.run_result(run, logits=False)
+        except InputError as error:
+            unreadable.append(error.message)
+        else:
+            ended += [result] if result else []
+    return training.with_runs(ended) if ended else None

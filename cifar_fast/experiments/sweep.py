@@ -19,7 +19,7 @@ from cifar_fast.data.sources import check_named, place_of, read_dataset
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.fit import Training, train_all
-from cifar_fast.training.results import Result
+from cifar_fast.training.results import Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import InputError, first_line
@@ -192,7 +192,7 @@ def fit_sweep(
     """Train each variant once, then each a second time, and so on, so that slow drift affects all variants equally.
 
     An interrupted sweep is resumed by the same call, and ends with the same bits. The folder of a variant is what
-    :func:`cifar_fast.fit` writes with ``output``. A variant that diverges is reported and left out from there on.
+    :func:`cifar_fast.fit` writes with ``output``. A run that diverges or fails is reported, and the others are trained.
     Compiled and captured backends are kept from one run of a variant to the next.
 
     Args:
@@ -201,14 +201,15 @@ def fit_sweep(
         world: processes that split the runs, in the same order.
 
     Returns:
-        The results by the variants' names, without those that diverged; empty on ranks other than 0.
+        The results by the variants' names, without variants of which no run has ended; empty on ranks other than 0.
+        ``Result.diverged`` and ``Result.missing`` of a variant name the runs that it has no accuracy of.
     """
     with lines_to(None if world.rank else log):
-        return train_sweep(sweep, world, on_step)
+        return train_sweep(sweep, world, on_step, {})
 
 
-def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None]) -> dict[str, Result]:
-    """Train as :func:`fit_sweep` does, with lines on the logger alone."""
+def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None], failed: dict[str, str]) -> dict[str, Result]:
+    """Train as :func:`fit_sweep` does, with lines on the logger alone. ``failed`` is as in :func:`train_all`."""
     with world.all_or_none():
         trainings = trainings_of(sweep, world)
         data_dir = place_of(sweep.dataset, sweep.data_dir, trainings[0].paths)
@@ -216,12 +217,10 @@ def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None]) -> dict
     with world.all_or_none():
         for training in trainings:
             training.prepare(dataset)
-    diverged: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         world.broadcast(lambda: stack.enter_context(sweep_lock(sweep)))
-        results = train_all(trainings, world, on_step=on_step, diverged=diverged)
-    left = [training.name for training in trainings if training.name not in diverged]
-    return dict(zip(left, results))
+        results = train_all(trainings, world, on_step=on_step, failed=failed)
+    return {training.name: result for training, result in zip(trainings, results) if result}
 
 
 def trainings_of(sweep: Sweep, world: World = World()) -> list[Training]:  # noqa: B008  (frozen)
@@ -273,8 +272,8 @@ def dry_run(sweep: Sweep) -> Iterable[str]:
 def run_state(training: Training, run: int) -> str:
     """Return the state of a run, for a person."""
     assert training.folder is not None
-    if run not in training.missing():
-        return "has ended"
+    if ended := training.folder.run_result(run, logits=False):
+        return "has ended" if isinstance(ended, RunResult) else f"diverged at step {ended.run.step}"
     checkpoint = training.folder.checkpoint(run)
     return f"will resume after epoch {checkpoint.rows[-1].epoch}" if checkpoint else "to do"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.tensors import Normalization
 from cifar_fast.model import CNN
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
-from cifar_fast.training.results import FORMAT
+from cifar_fast.training.results import FORMAT, Result
 from cifar_fast.utils.errors import InputError, first_line, option
 from cifar_fast.utils.files import MODEL, TRAINING
 
@@ -93,6 +94,15 @@ def _check_images(images: torch.Tensor) -> None:
         )
 
 
+def _without_weights(folder: Path) -> str:
+    """Return why the folder of a training has no weights, and what to do."""
+    with contextlib.suppress(InputError):
+        result = Result.load(folder, weights=False)
+        if not (result.runs or result.missing):
+            return "all runs of this training diverged, so it has no weights; train again with other options"
+    return f"this training is not finished; continue it with {option('resume')} {folder}"
+
+
 def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
     """Load a trained network on the CPU, in float32 and eval mode, whatever backend and dtype trained it.
 
@@ -106,7 +116,7 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
     path = Path(path).expanduser()
     if path.is_dir():
         if not (path / MODEL).exists() and (path / TRAINING).exists():
-            raise InputError(f"{path}: this training is not finished; continue it with {option('resume')} {path}")
+            raise InputError(f"{path}: {_without_weights(path)}")
         path = path / MODEL
     hint = f"choose the {MODEL} of a finished training, or its folder"
     try:

@@ -68,27 +68,45 @@ class Prediction:
     probabilities: torch.Tensor
 
 
-def find_images(paths: Iterable[str | Path], model: Classifier) -> list[ImageRef]:
+def find_images(
+    paths: Iterable[str | Path], model: Classifier, on_unreadable: Callable[[Path, str], None] | None = None
+) -> list[ImageRef]:
     """Return the images in ``paths``: image files, folders with subfolders, and .npz files.
 
     The images of a folder are in the order of their paths. The label of such an image comes from its path: the
     folder that is named after a class of ``model``. The labels of a .npz file are its own. They are compared by the
-    file's class names, or by number if it has none.
+    file's class names, or by number if it has none. ``on_unreadable`` is called with each path that cannot be used, and
+    a one-line reason.
 
     Raises:
-        InputError: a path contains no images, or a label is not a class of ``model``.
+        InputError: a path contains no images, or a label is not a class of ``model``. If
+            ``on_unreadable`` is given, no path can be used.
     """
     images: list[ImageRef] = []
+    unusable: list[tuple[Path, InputError]] = []
     for path in (Path(path).expanduser() for path in paths):
-        if path.is_dir():
-            images += _images_of_folder(path, model.class_names)
-        elif path.suffix == ".npz":
-            images += _images_of_npz(path, model)
-        elif path.is_file():
-            images.append(ImageRef(path))
-        else:
-            raise InputError(f"{path}: no such file; give image files, folders of them, or .npz files")
+        try:
+            images += _images_of(path, model)
+        except InputError as error:
+            if on_unreadable is None:
+                raise
+            unusable.append((path, error))
+    for path, reason in unusable:
+        if not images:
+            raise reason
+        if on_unreadable:
+            on_unreadable(path, reason.message)
     return images
+
+
+def _images_of(path: Path, model: Classifier) -> list[ImageRef]:
+    if path.is_dir():
+        return _images_of_folder(path, model.class_names)
+    if path.suffix == ".npz":
+        return _images_of_npz(path, model)
+    if path.is_file():
+        return [ImageRef(path)]
+    raise InputError(f"{path}: no such file; give image files, folders of them, or .npz files")
 
 
 def _images_of_folder(folder: Path, class_names: ClassNames) -> list[ImageRef]:

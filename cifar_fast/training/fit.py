@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,25 @@ from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.evaluate import accuracy, plain_logits
-from cifar_fast.training.metrics import EpochRow, Run
-from cifar_fast.training.results import Result, RunResult
+from cifar_fast.training.metrics import DivergedRun, EpochRow, Run
+from cifar_fast.training.results import DivergedResult, Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.training.schedule import schedule_notes
 from cifar_fast.training.tensorboard import TensorBoard
 from cifar_fast.training.trainer import train
 from cifar_fast.utils.device import AFFECTS_FIGURES, device_guard, device_timer, environment, short_name
 from cifar_fast.utils.distributed import World
-from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, StopTraining, option, out_of_memory
+from cifar_fast.utils.errors import (
+    Diverged,
+    InputError,
+    MissingRuns,
+    StopTraining,
+    UserError,
+    first_line,
+    option,
+    out_of_memory,
+    plain,
+)
 from cifar_fast.utils.files import absolute_paths, known_path
 from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, prefix_lines, print_line
 from cifar_fast.utils.seeds import Seeds
@@ -103,7 +114,7 @@ def fit(
 
     Raises:
         InputError: an argument cannot work here.
-        Diverged: the loss is no longer finite.
+        Diverged: all runs have diverged. If only some have, the others are returned, and ``Result.diverged`` has these.
 
     A file that cannot be written does not stop the training: see ``Result.unwritten``.
     """
@@ -133,8 +144,10 @@ def fit(
         training = Training(config, folder, custom_model=custom_model, on_epoch=on_epoch)
         training.prepare(dataset)  # first, because it refuses another data set
         if finished := training.finished():
-            return finished
-        return train_all([training])[0]
+            return with_a_run(finished)
+        (result,) = train_all([training])
+        assert result is not None
+        return with_a_run(result)
 
 
 class Training:
@@ -175,7 +188,8 @@ class Training:
         self.backends = backends or BackendCache()
         self.result = None if earlier is None else dataclasses.replace(earlier, config=self.config)
         self.paths = dict(earlier.paths) if earlier else {}
-        self._runs: dict[int, RunResult] = {}  # trained by this process
+        self._runs: dict[int, RunResult | DivergedResult] = {}  # trained by this process
+        self._weights_of: int | None = None  # the run whose weights ``result`` has
         self._told: list[str] = []  # changes of the environment
         if folder and earlier:
             self._refuse_differences(folder.name, earlier)
@@ -208,6 +222,11 @@ class Training:
     @property
     def device(self) -> torch.device:
         return self.backend_config.device
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether a run has ended in this process."""
+        return bool(self._runs)
 
     @property
     def name(self) -> str:
@@ -304,25 +323,31 @@ class Training:
             after = rows[-1] if rows else EpochRow(run, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
             if not environments or environments[-1] | facts != environments[-1]:
                 environments = [*environments, {"first_epoch": after.epoch + 1} | facts]
-            for row in train(backend, order, augmentation, clock, after=after, on_step=on_step):
-                rows.append(row)
-                if folder:
-                    folder.add_row(row)
-                LOGGER.info(str(row))
-                due = config.checkpoint_every and row.epoch % config.checkpoint_every == 0
-                if folder and (due or row.epoch == config.recipe.epochs):
-                    states = [generator.get_state() for generator in generators]
-                    folder.save_checkpoint(
-                        run, Checkpoint(rows, setup_seconds, environments, backend.training_state(), states)
-                    )
-                try:
-                    if self.on_epoch:
-                        self.on_epoch(row)
-                except StopTraining as reason:
-                    cause = f": {reason}" if str(reason) else ""
-                    LOGGER.info(f"run {run + 1} is stopped after epoch {row.epoch}{cause}")
-                    stopped = True
-                    break
+            try:
+                for row in train(backend, order, augmentation, clock, after=after, on_step=on_step):
+                    rows.append(row)
+                    if folder:
+                        folder.add_row(row)
+                    LOGGER.info(str(row))
+                    due = config.checkpoint_every and row.epoch % config.checkpoint_every == 0
+                    if folder and (due or row.epoch == config.recipe.epochs):
+                        states = [generator.get_state() for generator in generators]
+                        state = backend.training_state()
+                        folder.save_checkpoint(run, Checkpoint(rows, setup_seconds, environments, state, states))
+                    try:
+                        if self.on_epoch:
+                            with callback_errors():
+                                self.on_epoch(row)
+                    except StopTraining as reason:
+                        cause = f": {reason}" if str(reason) else ""
+                        LOGGER.info(f"run {run + 1} is stopped after epoch {row.epoch}{cause}")
+                        stopped = True
+                        break
+            except Diverged as error:
+                LOGGER.info(str(error))
+                diverged = DivergedRun(run, **dataclasses.asdict(seeds), step=error.step, epoch=error.epoch)
+                self._end(result, DivergedResult(diverged, rows, backend.name, environments))
+                return
 
             also_test = {}
             for images in self.eval_sets:
@@ -342,12 +367,15 @@ class Training:
                 also_test=also_test,
                 stopped=stopped,
             )
-            self._runs[run] = RunResult(record, rows, backend.name, environments, logits)
-            if run == config.runs - 1:
-                weights_now = backend.state_dict().items()
-                result.state_dict.update((name, tensor.detach().cpu().clone()) for name, tensor in weights_now)
-            if folder:
-                folder.finish_run(result, self._runs[run])
+            for name, tensor in backend.state_dict().items():
+                result.state_dict[name] = tensor.detach().cpu().clone()
+            self._weights_of = run
+            self._end(result, RunResult(record, rows, backend.name, environments, logits))
+
+    def _end(self, result: Result, run: RunResult | DivergedResult) -> None:
+        self._runs[run.run.run] = run
+        if self.folder:
+            self.folder.finish_run(result, run)
 
     def _backend(self, facts: dict[str, Any]) -> tuple[Backend, Result]:
         """Return the backend, built at the first call, and the result without runs."""
@@ -394,33 +422,61 @@ class Training:
                 self._told.append(line)
                 LOGGER.info(line)
 
-    def finish(self) -> Result:
-        """Return the result of all runs, of other processes too, and write the files made from them.
+    def finish(self) -> Result | None:
+        """Return the result of the runs that have ended, of other processes too, or None if there are none.
+
+        Also write the files made from the runs.
 
         Raises:
-            MissingRuns: a run is missing, or was trained by another backend.
+            MissingRuns: a run was trained by another backend.
         """
-        folder, runs = self.folder, []
+        folder = self.folder
+        found = [self._runs.get(run) or (folder.run_result(run) if folder else None) for run in range(self.config.runs)]
+        ended = [run for run in found if run]
+        if not ended:
+            return None
         result = self.result or (folder.training() if folder else None)
         assert result is not None
-        for number in range(self.config.runs):
-            found = self._runs.get(number) or (folder.run_result(number) if folder else None)
-            where = f"{folder.path if folder else 'memory'}: run {number + 1}"
-            if found is None:
-                raise MissingRuns(f"{where} is missing, it could not be written; start again with {option('resume')}")
-            if found.backend != result.backend:
+        for run in ended:
+            if run.backend != result.backend:
                 raise MissingRuns(
-                    f"{where} was trained by {found.backend}, and others by {result.backend}; name a "
-                    f"{option('backend')}, and start again"
+                    f"{self._where(run.run.run)} was trained by {run.backend}, and others by "
+                    f"{result.backend}; name a {option('backend')}, and start again"
                 )
-            runs.append(found)
-        state_dict = result.state_dict or (folder.state_dict() if folder else {})
-        result = dataclasses.replace(result, run_results=runs, state_dict=state_dict)
+        result = result.with_runs(ended)
         for line in (*result.environment_changes(), result.summary_line()):
             LOGGER.info(line)
         if folder:
             folder.finish(result, self.dataset.test_labels)
+            if result.runs and result.runs[-1].run != self._weights_of:
+                result = dataclasses.replace(result, state_dict=folder.state_dict())
         return result
+
+    def missing_line(self, result: Result | None) -> str:
+        """Return a line about the first run that is not in ``result``; empty if there is none."""
+        missing = result.missing if result else [0]
+        return f"{self._where(missing[0])} is missing; start again with {option('resume')}" if missing else ""
+
+    def _where(self, run: int) -> str:
+        return f"{self.folder.path if self.folder else 'memory'}: run {run + 1}"
+
+
+class CallbackError(BaseException):
+    """Carries an error of the caller's function past the code that keeps errors of runs."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+@contextlib.contextmanager
+def callback_errors() -> Iterator[None]:
+    """Let an error of the block, which calls the caller's function, end all trainings and not only the run."""
+    try:
+        yield
+    except (StopTraining, Diverged):
+        raise
+    except Exception as error:
+        raise CallbackError(error) from None
 
 
 def refuse_other_ranks(trainings: Sequence[Training], world: World) -> None:
@@ -453,19 +509,21 @@ def train_all(
     world: World = World(),  # noqa: B008  (frozen)
     *,
     on_step: Callable[[], None] = lambda: None,
-    diverged: dict[str, str] | None = None,
-) -> list[Result]:
+    failed: dict[str, str] | None = None,
+) -> list[Result | None]:
     """Train what is missing of ``trainings``, run 0 of each, then run 1 of each, split over the ranks of ``world``.
+
+    An error of a run does not end the others. If no run of its training has ended on this rank, the training's other
+    runs are left out here, because they would fail too. The error is raised when the files of all others are written.
 
     Args:
         on_step: called after each step, and while this rank waits for others. An error that it raises ends the
             training.
-        diverged: dict that receives the message of each diverged training, with its name as key. The other runs
-            of such a training are left out. If the dict is given, each log line of a training starts with its name. If
-            it is None, the error is raised.
+        failed: dict that receives the first error of each training, with its name as key. If it is given, each log line
+            of a training starts with its name, and a :class:`UserError` is only raised if no run has ended.
 
     Returns:
-        The results on rank 0, without trainings that diverged; none on the other ranks.
+        On rank 0 the result of each training, None if no run of it has ended; nothing on the other ranks.
     """
     refuse_other_ranks(trainings, world)
     with contextlib.ExitStack() as stack:
@@ -491,38 +549,82 @@ def train_all(
             shared = f"split over {world.size} processes; the lines are those of rank 0"
             LOGGER.info(f"{len(missing)} runs to train, {shared}")
         rounds: list[int] = []
+        errors: dict[int, Exception] = {}  # the first of each training on this rank
+        left_out: set[int] = set()
 
         def prefixed(training: Training) -> contextlib.AbstractContextManager[None]:
-            return prefix_lines("" if diverged is None else f"{training.name}: ")
+            return prefix_lines("" if failed is None else f"{training.name}: ")
 
-        def train_one(item: tuple[int, int]) -> None:
-            run, training = item[0], trainings[item[1]]
-            if diverged is not None and training.name in diverged:
-                return
+        def step() -> None:
+            with callback_errors():
+                on_step()
+
+        def train_one(run: int, number: int) -> None:
+            training = trainings[number]
             if len(trainings) > 1 and run not in rounds:
                 rounds.append(run)
                 LOGGER.info(f"round {run + 1} of {training.config.runs}")
             with prefixed(training):
                 try:
-                    training.train(run, on_step)
-                except Diverged as error:
-                    if diverged is None:
-                        raise
-                    LOGGER.info(f"{error}; its other runs are left out")
-                    diverged[training.name] = str(error)
+                    training.train(run, step)
+                except Exception as error:
+                    if not training.has_trained:
+                        left_out.add(number)
+                    if failed is not None or training.config.runs > 1:
+                        others = "left out" if number in left_out else "trained"
+                        LOGGER.info(f"run {run + 1} failed: {error}; the other runs are {others}")
+                    LOGGER.debug("run %d failed", run + 1, exc_info=error)
+                    free_frames(error)
+                    errors.setdefault(number, error)
 
-        world.split(missing, train_one, on_step)
-        if diverged is not None:
-            for name, message in sorted({item for found in world.gather(diverged) for item in found.items()}):
-                if name not in diverged:  # on another rank, whose lines are not printed
-                    LOGGER.info(f"{name}: {message}; its other runs are left out")
-                    diverged[name] = message
-        results = []
-        for training in trainings if world.rank == 0 else ():
-            if not diverged or training.name not in diverged:
-                with prefixed(training):
-                    results.append(training.finish())
+        lost = None
+        try:
+            for run, number in world.share(missing):
+                if number not in left_out:
+                    train_one(run, number)
+            told = world.gather({number: message_of(error) for number, error in errors.items()}, on_step)
+        except MissingRuns as error:
+            lost, told = error, []
+        except CallbackError as stopped:
+            raise stopped.error from stopped.error.__cause__
+        results: list[Result | None] = []
+        problems: dict[int, str] = {}
+        for rank, messages in enumerate(told):
+            for number, message in messages.items():
+                problems.setdefault(number, message if world.size == 1 else f"rank {rank}: {message}")
+        for number, training in enumerate(trainings) if world.rank == 0 else ():
+            result = None
+            with prefixed(training):
+                try:
+                    result = training.finish()
+                except Exception as error:
+                    errors.setdefault(number, error)
+                    problems.setdefault(number, message_of(error))
+            results.append(result)
+            if missing_run := training.missing_line(result):
+                problems.setdefault(number, missing_run)
+    for raised in errors.values():
+        if not isinstance(raised, UserError):
+            raise raised
+    if lost:
+        raise lost
+    if problems and world.rank == 0:
+        if failed is None or not any(results):
+            raise errors[min(errors)] if errors and world.size == 1 else MissingRuns(problems[min(problems)])
+        failed.update((trainings[number].name, plain(message)) for number, message in problems.items())
     return results
+
+
+def message_of(error: Exception) -> str:
+    """Return the message of ``error`` for a person, with marked options."""
+    return error.message if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def free_frames(error: BaseException | None) -> None:
+    """Clear the variables of the frames that ``error`` and its causes hold, such as tensors."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def settle_backend(config: TrainConfig) -> BackendConfig:
@@ -534,6 +636,13 @@ def settle_backend(config: TrainConfig) -> BackendConfig:
             "bfloat16 or float32"
         )
     return found
+
+
+def with_a_run(result: Result) -> Result:
+    """Return ``result`` if a run has finished, else raise the error of the first run."""
+    if result.runs:
+        return result
+    raise result.diverged[0].error(result.config.runs)
 
 
 def seeds_of(config: TrainConfig) -> Seeds:

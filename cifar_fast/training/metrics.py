@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cifar_fast.utils.errors import Diverged
+
 
 @dataclass(frozen=True)
 class EpochRow:
@@ -47,6 +49,27 @@ class Run:
     evaluation_seconds: float
     also_test: dict[str, float] = field(default_factory=dict)
     stopped: bool = False
+
+
+@dataclass(frozen=True)
+class DivergedRun:
+    """A run that ended at ``step`` in ``epoch``, both counted from 1, because its loss was no longer finite.
+
+    Index and seeds are as in :class:`Run`.
+    """
+
+    run: int
+    seed: int
+    init_seed: int | None
+    order_seed: int | None
+    augment_seed: int | None
+    step: int | None
+    epoch: int | None
+
+    def error(self, runs: int) -> Diverged:
+        """Return the error for a person, which names the run if it is one of several ``runs``."""
+        error = Diverged.at(self.step, self.epoch)
+        return error if runs == 1 else Diverged(f"run {self.run + 1} of {runs}, seed {self.seed}: {error.message}")
 
 
 def confidence_interval_95(values: list[float], highest: float = 100.0) -> list[float] | None:

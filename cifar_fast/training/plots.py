@@ -68,7 +68,7 @@ def curves_figure(rows: Sequence[EpochRow], recipe: Recipe, title: str) -> Figur
     figure = Figure(figsize=(8, 9), layout="constrained")
     loss, accuracy, learning_rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1])
     runs = list(dict.fromkeys(row.run for row in rows))
-    alpha = max(0.15, len(runs) ** -0.5)
+    alpha = max(0.15, max(1, len(runs)) ** -0.5)
     for run in runs:
         own = [row for row in rows if row.run == run]
         epochs = [row.epoch for row in own]
@@ -84,8 +84,9 @@ def curves_figure(rows: Sequence[EpochRow], recipe: Recipe, title: str) -> Figur
     for axes, label in ((loss, "loss"), (accuracy, "accuracy (%)"), (learning_rate, "learning rate")):
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    loss.legend()
-    accuracy.legend(loc="lower right")
+    if runs:
+        loss.legend()
+        accuracy.legend(loc="lower right")
     learning_rate.set_xlabel("epoch")
     figure.suptitle(title).set_parse_math(False)  # a name may contain dollar signs
     return figure

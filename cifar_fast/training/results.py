@@ -9,7 +9,7 @@ import html
 import io
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import torch
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.metrics import EpochRow, Run, confidence_interval_95
+from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, confidence_interval_95
 from cifar_fast.training.plots import curves_figure, draw_curves
 from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, first_line, option
@@ -63,6 +63,26 @@ class RunResult:
 
 
 @dataclass(frozen=True)
+class DivergedResult:
+    """A run that diverged, with the rows of the epochs before. Its ``result.json`` is that of a finished run."""
+
+    run: DivergedRun
+    rows: list[EpochRow]
+    backend: str
+    environments: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``result.json`` holds."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DivergedResult:
+        """Return the run that :meth:`to_dict` stored."""
+        rows = [EpochRow(**row) for row in values["rows"]]
+        return cls(DivergedRun(**values["run"]), rows, values["backend"], values["environments"])
+
+
+@dataclass(frozen=True)
 class Result:
     """The options, runs and weights of a training. A notebook shows a table of the runs, and the curves.
 
@@ -81,9 +101,10 @@ class Result:
         parameters: number of trained values.
         model_digest: the value of :attr:`cifar_fast.model.CustomModel.digest`; None for the recipe's network.
         paths: absolute paths of the data set and the extra test sets, by the paths that were given.
-        run_results: the finished runs, in order.
-        state_dict: weights of the last run.
+        run_results: the finished runs, in order, without those that diverged.
+        state_dict: weights of the last finished run; empty if there is none.
         unwritten: a line for each file that could not be written.
+        diverged_results: the runs that diverged, in order.
     """
 
     config: TrainConfig
@@ -100,13 +121,14 @@ class Result:
     state_dict: dict[str, torch.Tensor] = field(default_factory=dict)
     unwritten: list[str] = field(default_factory=list)
     model_digest: str | None = None
+    diverged_results: list[DivergedResult] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: str | Path, weights: bool = True) -> Result:
-        """Read the finished runs in ``folder``, and the weights of the last run if ``weights``.
+        """Read the runs in ``folder`` that have ended, and the weights of the last finished run if ``weights``.
 
         Raises:
-            InputError: the folder holds no training or no finished run, or a file cannot be read.
+            InputError: the folder holds no training or no run that has ended, or a file cannot be read.
         """
         return RunReader(folder).result(weights)
 
@@ -137,8 +159,24 @@ class Result:
         return [result.run for result in self.run_results]
 
     @property
+    def diverged(self) -> list[DivergedRun]:
+        return [result.run for result in self.diverged_results]
+
+    @property
+    def ended(self) -> list[RunResult | DivergedResult]:
+        """The runs that finished or diverged, in order."""
+        both: list[RunResult | DivergedResult] = [*self.run_results, *self.diverged_results]
+        return sorted(both, key=lambda result: result.run.run)
+
+    @property
+    def missing(self) -> list[int]:
+        """Indices of the runs that have not ended."""
+        ended = {result.run.run for result in self.ended}
+        return [run for run in range(self.config.runs) if run not in ended]
+
+    @property
     def rows(self) -> list[EpochRow]:
-        """All epochs of all runs, in order."""
+        """All epochs of the finished runs, in order."""
         return [row for result in self.run_results for row in result.rows]
 
     @property
@@ -146,9 +184,20 @@ class Result:
         """Logits of the test images, float16 ``[N, classes]`` for each run that kept them."""
         return [result.logits for result in self.run_results if result.logits is not None]
 
+    def with_runs(self, ended: Iterable[RunResult | DivergedResult]) -> Result:
+        """Return the training with these runs in place of its own."""
+        finished: list[RunResult] = []
+        diverged: list[DivergedResult] = []
+        for result in ended:
+            if isinstance(result, RunResult):
+                finished.append(result)
+            else:
+                diverged.append(result)
+        return dataclasses.replace(self, run_results=finished, diverged_results=diverged)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of ``training.json``: everything known before the first epoch."""
-        after = ("run_results", "state_dict", "unwritten")
+        after = ("run_results", "state_dict", "unwritten", "diverged_results")
         values = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in after
         }
@@ -160,11 +209,11 @@ class Result:
         return cls(**values | {"config": TrainConfig.from_dict(values["config"])})
 
     def __repr__(self) -> str:
-        return f"<Result: {self.title()}, test accuracy {self.summary()['test_accuracy_mean']:.2f} %>"
+        return f"<Result: {self.title()}, {self._accuracy()}>"
 
     def _repr_html_(self) -> str:
         """Return a table with a row for each run, and the curves, for a notebook."""
-        sets = ("training", "test", *map(html.escape, self.runs[0].also_test))
+        sets = ("training", "test", *map(html.escape, self._also_test_names()))
         head = ["run", "seed", "epochs", "loss", *(f"{name} accuracy" for name in sets), "training time"]
         lines = [f"<tr><th>{'</th><th>'.join(head)}</th></tr>"]
         for result in self.run_results:
@@ -185,14 +234,15 @@ class Result:
         return curves_figure(self.rows, self.recipe, self.title())
 
     def title(self) -> str:
-        """Return data set, backend, dtype, device and number of runs in one line."""
-        runs = f"{len(self.runs)} runs" if len(self.runs) > 1 else "1 run"
+        """Return data set, backend, dtype, device and number of finished runs in one line."""
+        finished, total = len(self.runs), self.config.runs
+        runs = f"{finished} of {total} runs" if finished < total else f"{total} runs" if total > 1 else "1 run"
         devices = " and ".join(self.environment_values("device_name"))
         return f"{self.dataset['name']}, {self.backend} backend, {self.dtype}, {devices}, {runs}"
 
     def environment_values(self, name: str) -> list[str]:
         """Return the different values of a part of the environments that the runs were trained in."""
-        environments = [each for result in self.run_results for each in result.environments] or [self.environment]
+        environments = [each for result in self.ended for each in result.environments] or [self.environment]
         return list(dict.fromkeys("none" if each.get(name) is None else str(each[name]) for each in environments))
 
     def environment_changes(self) -> list[str]:
@@ -213,7 +263,10 @@ class Result:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Return the contents of ``summary.json``. Deviation and interval are None for a single run."""
+        """Return the contents of ``summary.json``.
+
+        Deviation and interval are None for a single finished run. All statistics are None if there is none.
+        """
         accuracies = [run.test_accuracy for run in self.runs]
         seconds = [run.train_seconds for run in self.runs]
         return {
@@ -230,33 +283,60 @@ class Result:
             "dataset": self.dataset,
             "settings": self.settings,
             "runs": [dataclasses.asdict(run) for run in self.runs],
-            "environments": [
-                {"run": result.run.run} | each for result in self.run_results for each in result.environments
-            ],
-            "test_accuracy_mean": statistics.fmean(accuracies),
+            "environments": [{"run": result.run.run} | each for result in self.ended for each in result.environments],
+            **self.not_finished(),
+            "test_accuracy_mean": statistics.fmean(accuracies) if accuracies else None,
             "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
             "test_accuracy_ci95": confidence_interval_95(accuracies),
             "also_test_mean": {
-                name: statistics.fmean(run.also_test[name] for run in self.runs) for name in self.runs[0].also_test
+                name: statistics.fmean(run.also_test[name] for run in self.runs) for name in self._also_test_names()
             },
-            "train_seconds_mean": statistics.fmean(seconds),
-            "train_seconds_median": statistics.median(seconds),
-            "train_seconds_min": min(seconds),
+            "train_seconds_mean": statistics.fmean(seconds) if seconds else None,
+            "train_seconds_median": statistics.median(seconds) if seconds else None,
+            "train_seconds_min": min(seconds, default=None),
         }
+
+    def not_finished(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the runs that ``diverged`` and those that are ``missing``, as ``summary.json`` holds them."""
+        missing = [{"run": run, "seed": self.config.seed + run} for run in self.missing]
+        return {"diverged": [dataclasses.asdict(run) for run in self.diverged], "missing": missing}
+
+    def not_finished_line(self) -> str:
+        """Return a line about the runs that diverged or are missing, for a person; empty if all have finished."""
+        if len(self.runs) == self.config.runs:
+            return ""
+        steps = [f"seed {run.seed} at step {run.step}" for run in self.diverged]
+        missing = [f"seed {self.config.seed + run}" for run in self.missing]
+        parts = {"diverged": steps, "missing": missing}
+        lists = [f"{what}: {', '.join(runs)}" for what, runs in parts.items() if runs]
+        return f"{len(self.runs)} of {self.config.runs} runs have finished; {'; '.join(lists)}"
+
+    def problems(self) -> list[str]:
+        """Return a line for each run that diverged and each file that could not be written, with marked options."""
+        return [*(run.error(self.config.runs).message for run in self.diverged), *self.unwritten]
+
+    def _also_test_names(self) -> list[str]:
+        return list(self.runs[0].also_test) if self.runs else []
+
+    def _accuracy(self) -> str:
+        mean = self.summary()["test_accuracy_mean"]
+        return "no run has finished" if mean is None else f"test accuracy {mean:.2f} %"
 
     def summary_line(self) -> str:
         """Return the summary in one line, for a person."""
-        summary = self.summary()
-        accuracy = f"test accuracy {summary['test_accuracy_mean']:.2f} %"
-        if summary["test_accuracy_ci95"]:
-            low, high = summary["test_accuracy_ci95"]
-            accuracy += f" (mean of {len(self.runs)} runs, 95 % interval {low:.2f} to {high:.2f})"
-        median = " (median)" if len(self.runs) > 1 else ""
-        setup = statistics.median(run.setup_seconds for run in self.runs)
-        evaluation = statistics.median(run.evaluation_seconds for run in self.runs)
+        unfinished = self.not_finished_line()
+        if not self.runs:
+            return unfinished
+
+        def median(name: str) -> str:
+            return f"{statistics.median(getattr(run, name) for run in self.runs):.2f} s"
+
+        accuracy, note = self._accuracy(), " (median)" if len(self.runs) > 1 else ""
+        if interval := self.summary()["test_accuracy_ci95"]:
+            accuracy += f" (mean of {len(self.runs)} runs, 95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
         return (
-            f"{accuracy}, training time {summary['train_seconds_median']:.2f} s{median}, plus {setup:.2f} s of set-up "
-            f"and {evaluation:.2f} s of evaluation"
+            f"{accuracy}, training time {median('train_seconds')}{note}, plus {median('setup_seconds')} of "
+            f"set-up and {median('evaluation_seconds')} of evaluation{unfinished and '; '}{unfinished}"
         )
 
 
@@ -286,13 +366,16 @@ class RunReader:
                 f"and {option('overwrite')}"
             ) from None
 
-    def run_result(self, run: int, logits: bool = True) -> RunResult | None:
-        """Return the result of a finished run, else None. ``logits``: also read its logits, if there are any."""
+    def run_result(self, run: int, logits: bool = True) -> RunResult | DivergedResult | None:
+        """Return the result of a run that has ended, else None. ``logits``: also read its logits, if there are any."""
         if not self.has_result(run):
             return None
         path = self.of_run(run) / RUN_RESULT
         with self._readable(path):
-            result = RunResult.from_dict(json.loads(path.read_text()))
+            values = json.loads(path.read_text())
+            if "step" in values["run"]:
+                return DivergedResult.from_dict(values)
+            result = RunResult.from_dict(values)
             if logits and (file := path.with_name(LOGITS)).exists():
                 with np.load(file) as arrays:
                     result = dataclasses.replace(result, logits=torch.from_numpy(arrays["logits"]))
@@ -317,7 +400,7 @@ class RunReader:
             ) from None
 
     def has_result(self, run: int) -> bool:
-        """Return whether a run has finished."""
+        """Return whether a run has finished or diverged."""
         return (self.of_run(run) / RUN_RESULT).exists()
 
     def missing(self, runs: int) -> list[int]:
@@ -326,12 +409,14 @@ class RunReader:
 
     def all_written(self, runs: int) -> bool:
         """Return whether all ``runs`` have ended and the files made from them are there."""
-        if self.missing(runs) or not (self.path / MODEL).exists():
+        if self.missing(runs):
             return False
         try:  # a process may have been killed before it counted a run that was added
-            return len(json.loads((self.path / SUMMARY).read_text())["runs"]) == runs
+            summary = json.loads((self.path / SUMMARY).read_text())
+            finished, diverged = len(summary["runs"]), len(summary["diverged"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
+        return finished + diverged == runs and (not finished or (self.path / MODEL).exists())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the weights in ``model.pt``."""
@@ -341,7 +426,8 @@ class RunReader:
     def result(self, weights: bool = True) -> Result:
         """Return the result as :meth:`Result.load` does."""
         training = self.training()
-        runs = [found for run in range(training.config.runs) if (found := self.run_result(run))]
-        if not runs:
+        ended = [found for run in range(training.config.runs) if (found := self.run_result(run))]
+        if not ended:
             raise InputError(f"{self.name}: no run of the training there has ended")
-        return dataclasses.replace(training, run_results=runs, state_dict=self.state_dict() if weights else {})
+        result = training.with_runs(ended)
+        return dataclasses.replace(result, state_dict=self.state_dict() if weights and result.runs else {})

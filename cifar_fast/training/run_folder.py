@@ -3,11 +3,13 @@
     training.json        options, data set and environment, written before the first epoch
     run-0/checkpoint.pt  state of the run between two epochs, until the run has finished
     run-0/result.json    rows and accuracies of the finished run; logits.npz beside it with ``save_logits``
+    run-0/model.pt       weights of the finished run, until a later run has finished or all runs have ended
     metrics.jsonl        the rows of all runs, each written at the end of its epoch
-    model.pt             weights of the last run
-    summary.json, curves.png, logits.npz    written when all runs have finished
+    model.pt             weights of the last finished run
+    summary.json, curves.png, logits.npz    written when all runs have ended
 
-A run without ``result.json`` is missing. Resuming a training and sharing it among processes both train missing runs.
+A run that diverged has ended, and ``result.json`` has the step. A run without ``result.json`` is missing. Resuming a
+training and sharing it among processes both train missing runs.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import torch
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.metrics import EpochRow
 from cifar_fast.training.plots import draw_curves
-from cifar_fast.training.results import Result, RunReader, RunResult
+from cifar_fast.training.results import DivergedResult, Result, RunReader, RunResult
 from cifar_fast.training.tensorboard import FOLDER, TensorBoard, remove_events
 from cifar_fast.utils.errors import InputError, first_line, option
 from cifar_fast.utils.files import (
@@ -79,6 +81,7 @@ class RunFolder(RunReader):
         self._result: Result | None = None
         self._pending: list[str] = []  # rows that could not be written yet
         self._replaced: list[Path] = []  # earlier results, to be replaced
+        self._diverged: list[tuple[Result, DivergedResult]] = []  # runs that diverged before that
         self.earlier = self.training() if resume else None
         if not (resume or new):
             self._refuse_results()
@@ -151,7 +154,8 @@ class RunFolder(RunReader):
         raise InputError(f"{self.name}: another run is writing its results there; choose another folder")
 
     def _forget_start(self) -> None:
-        if not self._replaced and not (self.path / ROWS).exists():
+        begun = (self.path / ROWS).exists() or any(self.path.glob(f"run-*/{RUN_RESULT}"))
+        if not self._replaced and not begun:
             (self.path / TRAINING).unlink(missing_ok=True)
 
     def has_result(self, run: int) -> bool:
@@ -180,6 +184,8 @@ class RunFolder(RunReader):
         self._try(FOLDER, lambda: remove_events(self.path))
         self._replaced = []
         self._write_training()
+        for result, run in self._diverged:
+            self.finish_run(result, run)
 
     @contextlib.contextmanager
     def run_lock(self, run: int) -> Iterator[None]:
@@ -224,35 +230,70 @@ class RunFolder(RunReader):
         """Write ``checkpoint.pt`` of a run."""
         self._write(self.of_run(run) / CHECKPOINT, checkpoint.save)
 
-    def finish_run(self, result: Result, run: RunResult) -> None:
-        """Write the files of a finished run. ``result.json`` is written last and replaces the checkpoint.
+    def finish_run(self, result: Result, run: RunResult | DivergedResult) -> None:
+        """Write the files of a run that has ended. ``result.json`` is written last and replaces the checkpoint.
 
-        The last run also writes ``model.pt``, from ``result``.
+        ``result`` has the weights of a finished run. A run that diverged does not replace earlier results.
         """
-        folder, written = self.of_run(run.run.run), True
-        if run.run.run == result.config.runs - 1:
-            written = self._write(self.path / MODEL, lambda temporary: torch.save(result.checkpoint(), temporary))
+        if self._replaced and isinstance(run, DivergedResult):
+            self._diverged.append((result, run))
+            return
+        folder, runs = self.of_run(run.run.run), result.config.runs
+        written = isinstance(run, DivergedResult) or self._write_finished(folder, result, run)
+        if written and self._write_json(folder / RUN_RESULT, run.to_dict):
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+            self._keep_weights(runs)
+
+    def _write_finished(self, folder: Path, result: Result, run: RunResult) -> bool:
+        """Write weights and logits of a finished run, and return whether ``result.json`` may be written too.
+
+        The last run of all writes ``model.pt`` itself, and counts as missing without it.
+        """
+        is_last = run.run.run == result.config.runs - 1
+        weights = (self.path if is_last else folder) / MODEL
+        written = self._write(weights, lambda temporary: torch.save(result.checkpoint(), temporary)) or not is_last
         if run.logits is not None:
             logits = run.logits.numpy()
             written &= self._write(folder / LOGITS, lambda temporary: _savez(temporary, logits=logits))
-        if written and self._write_json(folder / RUN_RESULT, run.to_dict):
-            (folder / CHECKPOINT).unlink(missing_ok=True)
+        return written
+
+    def _keep_weights(self, runs: int, ended: bool = False) -> None:
+        """Delete the weights of all runs but the last finished one. Move its weights to ``model.pt`` at the end.
+
+        Several ranks may do so at the same time. ``ended``: missing runs are not awaited.
+        """
+        finished = [run for run in range(runs) if isinstance(self.run_result(run, logits=False), RunResult)]
+        for run in finished[:-1]:
+            (self.of_run(run) / MODEL).unlink(missing_ok=True)
+        weights = self.of_run(finished[-1] if finished else 0) / MODEL
+        if weights.exists() and (ended or not self.missing(runs)):
+
+            def move() -> None:
+                with contextlib.suppress(FileNotFoundError):  # another rank has moved it
+                    os.replace(weights, self.path / MODEL)
+
+            self._try(MODEL, move)
 
     def finish(self, result: Result, test_labels: np.ndarray) -> None:
         """Write the files made from the runs, small ones first. ``result.unwritten`` gets a line for each failure.
 
         ``test_labels`` ``[N]`` are stored beside the logits.
         """
-        self._write_rows(result.rows)
+        if self._replaced:  # all runs diverged before the first row
+            return
+        self._keep_weights(result.config.runs, ended=True)
+        if not result.missing:  # otherwise the rows of an unfinished run would be lost
+            self._write_rows(row for run in result.ended for row in run.rows)
         self._write_json(self.path / SUMMARY, result.summary)
         if result.logits:
             logits, seeds = torch.stack(result.logits).numpy(), np.array([run.seed for run in result.runs])
             self._write(
                 self.path / LOGITS, lambda temporary: _savez(temporary, logits=logits, labels=test_labels, seeds=seeds)
             )
-        self._write(
-            self.path / CURVES, lambda temporary: draw_curves(result.rows, result.recipe, result.title(), temporary)
-        )
+        if result.rows:
+            self._write(
+                self.path / CURVES, lambda temporary: draw_curves(result.rows, result.recipe, result.title(), temporary)
+            )
         result.unwritten.extend(line for name, line in self.failures.items() if name != CHECKPOINT)
 
     def _write_json(self, path: Path, make: Callable[[], dict[str, Any]]) -> bool:
@@ -264,8 +305,8 @@ class RunFolder(RunReader):
             with atomic_write(path) as temporary:
                 write(temporary)
 
-        # All checkpoints share one entry, because a later one replaces one that failed.
-        return self._try(CHECKPOINT if path.name == CHECKPOINT else str(path.relative_to(self.path)), whole)
+        # All checkpoints share one entry, and so do all weights, because later ones replace those that failed.
+        return self._try(path.name if path.name in (CHECKPOINT, MODEL) else str(path.relative_to(self.path)), whole)
 
     def _try(self, name: str, write: Callable[[], object]) -> bool:
         try:

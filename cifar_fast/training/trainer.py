@@ -9,7 +9,7 @@ import torch
 from cifar_fast.backends.base import Backend
 from cifar_fast.data.augment import draw_epoch
 from cifar_fast.training.metrics import EpochRow
-from cifar_fast.utils.errors import Diverged, option
+from cifar_fast.utils.errors import Diverged
 from cifar_fast.utils.progress import progress_bar
 
 
@@ -74,8 +74,4 @@ def check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) ->
     bad = ~losses.isfinite().all(dim=1)
     if bad.any():
         step = first_step + int(bad.int().argmax())
-        epoch = (step - 1) // steps_per_epoch + 1
-        raise Diverged(
-            f"the loss is not finite at step {step} (epoch {epoch}); try smaller {option('lr_values')}, or "
-            f"{option('dtype')} float32"
-        )
+        raise Diverged.at(step, (step - 1) // steps_per_epoch + 1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, first_line
+from cifar_fast.utils.errors import InputError, MissingRuns, first_line
 from cifar_fast.utils.progress import LOGGER
 
 T = TypeVar("T")
@@ -174,19 +174,9 @@ class World:
                     value = call()
         return value
 
-    def split(self, items: Sequence[T], do: Callable[[T], object], waiting: Callable[[], None] = lambda: None) -> None:
-        """Call ``do`` with this rank's items: ``items[rank]``, ``items[rank + size]``, ...
-
-        Returns when all ranks are done, and calls ``waiting`` until then.
-        """
-        for item in items[self.rank :: self.size]:
-            try:
-                do(item)
-            except (InputError, Diverged) as error:
-                if self.size == 1:
-                    raise
-                raise type(error)(f"rank {self.rank}: {error.message}") from error
-        self.gather(None, waiting)
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this rank's share of ``items``: ``items[rank]``, ``items[rank + size]``, ..."""
+        return items[self.rank :: self.size]
 
 
 def _in_thread(call: Callable[[], None], line: str) -> None:

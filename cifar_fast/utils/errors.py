@@ -20,11 +20,16 @@ def with_flags(text: str) -> str:
     return _OPTION.sub(lambda match: f"--{match[1].replace('_', '-')}", text)
 
 
+def plain(text: str) -> str:
+    """Return ``text`` with marked options written as arguments in Python."""
+    return _OPTION.sub(r"\1", text)
+
+
 class UserError(Exception):
     """An error whose message is one line for a person, with options marked by :func:`option`."""
 
     def __str__(self) -> str:
-        return _OPTION.sub(r"\1", self.message)
+        return plain(self.message)
 
     @property
     def message(self) -> str:
@@ -37,7 +42,19 @@ class InputError(UserError, ValueError):
 
 
 class Diverged(UserError, ArithmeticError):
-    """The loss is no longer finite. The message names the step. The exit code is 1."""
+    """The loss is no longer finite. The message names ``step``, counted from 1 over the run, and its ``epoch``."""
+
+    step: int | None = None
+    epoch: int | None = None
+
+    @classmethod
+    def at(cls, step: int | None, epoch: int | None) -> Diverged:
+        """Return the error for the first step with a loss that is not finite."""
+        where = "" if step is None else f" at step {step} (epoch {epoch})"
+        hint = f"try smaller {option('lr_values')}, or {option('dtype')} float32"
+        error = cls(f"the loss is not finite{where}; {hint}")
+        error.step, error.epoch = step, epoch
+        return error
 
 
 class StopTraining(Exception):

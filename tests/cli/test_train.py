@@ -231,13 +231,12 @@ def test_bad_input_is_one_error_line_and_writes_nothing(tmp_path, monkeypatch, c
     assert not list(work.iterdir())
 
 
-def test_diverged_run_is_one_error_line_and_writes_nothing(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    flags = "--dataset synthetic --widths 4 8 8 8 16 32 32 32 --lr-values 1e30 1e30 0 --output out"
+def test_diverged_run_is_one_error_line_and_is_recorded(tmp_path, npz, capfd):
+    flags = f"--dataset npz --data-dir {npz} {NARROW} --lr-values 1e30 1e30 0 --output {tmp_path}/out"
     assert main(flags.split()) == 1
     error = capfd.readouterr().err
     assert error.startswith("error: the loss is not finite at step") and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    assert json.loads((tmp_path / "out/run-0/result.json").read_text())["run"]["step"] == int(error.split()[8])
 
 
 def test_traceback_flag_shows_the_traceback_of_an_error(npz, capfd):

@@ -17,8 +17,8 @@ from cifar_fast import Dataset, Recipe, fit, make_report
 from cifar_fast.cli.main import main
 from cifar_fast.data.synthetic import PATTERNS, textures
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.metrics import EpochRow, Run
-from cifar_fast.training.results import Result, RunResult
+from cifar_fast.training.metrics import DivergedRun, EpochRow, Run
+from cifar_fast.training.results import DivergedResult, Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.progress import lines_to
 from cifar_fast.utils.seeds import Seeds
@@ -56,7 +56,7 @@ def write(folder, result):
     """Write the files of a training with this result to ``folder`` and return its path as a string."""
     with RunFolder(folder) as output:
         output.begin(result)
-        for run in result.run_results:
+        for run in result.ended:
             with output.run_lock(run.run.run):
                 for row in run.rows:
                     output.add_row(row)
@@ -296,6 +296,76 @@ def test_folder_of_a_sweep_means_its_variants_in_order(tmp_path, no_figures, cap
     report = report_json(tmp_path, str(tmp_path / "sweep"))
     assert list(report["variants"]) == ["z", "a"]
     assert capfd.readouterr().err == "late has no finished run and is left out\n"
+    assert report["warnings"] == ["late has no finished run and is left out"]
+
+
+def without(result, diverged, missing=()):
+    """Return ``result`` as if the runs ``diverged`` had diverged at step 7, and those ``missing`` had not ended."""
+    lost = [DivergedRun(run, run, None, None, None, 7, 1) for run in diverged]
+    kept = [run for run in result.run_results if run.run.run not in (*diverged, *missing)]
+    return result.with_runs([*kept, *(DivergedResult(run, [], "eager", {"device_name": "A10"}) for run in lost)])
+
+
+def test_report_names_the_runs_that_diverged_or_are_missing(tmp_path, capfd, no_figures):
+    results = {"a": made_up([93.0, 93.2, 93.4, 93.6]), "b": without(made_up([94.0] * 4), [1, 2], [3])}
+    paths = [write(tmp_path / name, result) for name, result in results.items()]
+    report = report_json(tmp_path, *paths)
+    a, b = report["variants"].values()
+    assert (a["n"], a["diverged"], a["missing"]) == (4, [], [])
+    assert (b["n"], b["values"], b["welch_p"], b["ci95"]) == (1, [94.0], None, None)
+    assert [(run["seed"], run["step"]) for run in b["diverged"]] == [(1, 7), (2, 7)]
+    assert b["missing"] == [{"run": 3, "seed": 3}]
+    line = "b: 1 of 4 runs have finished; diverged: seed 1 at step 7, seed 2 at step 7; missing: seed 3"
+    assert report["warnings"] == [line]
+    for text in (capfd.readouterr().out, (tmp_path / "report/report.md").read_text()):
+        assert f"Warning: {line}\n" in text and [row[2] for row in cells(text.splitlines())[2:]] == ["4", "1 of 4"]
+
+
+@pytest.mark.parametrize("baseline", ["a", "b"])
+def test_variant_of_which_all_runs_diverged_is_in_the_table(baseline):
+    results = {"a": made_up([93.0, 93.2]), "b": without(made_up([94.0] * 2), [0, 1])}
+    report = make_report(results, baseline=baseline)
+    b = report.variants[1]
+    assert (b.n, b.mean, b.difference, b.train_seconds_median, len(b.diverged)) == (0, None, None, None, 2)
+    assert cells(report.markdown().splitlines())[3][2:] == ["0 of 2"] + ["-"] * 7
+    for figure in (report.variants_figure(), report.curves_figure()):
+        figure.savefig(io.BytesIO())
+
+
+def test_damaged_results_cost_no_others(tmp_path, folders, capfd, no_figures):
+    """A training, a sweep and a run are damaged."""
+    write(tmp_path / "damaged", made_up([90.0]))
+    (tmp_path / "damaged/training.json").write_text("")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/sweep.json").write_text("{}")
+    (tmp_path / "b/run-1/result.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    names = ("a", "damaged", "sweep", "empty", "b")
+    assert main(["report", *(f"{tmp_path}/{name}" for name in names), "--output", f"{tmp_path}/report"]) == 1
+    output, error = capfd.readouterr()
+    assert [row[:3] for row in cells(output.splitlines())[2:]] == [["a", "-", "4"], ["b", "-", "2 of 3"]]
+    for line, words in zip(
+        error.splitlines(),
+        ["damaged: training.json cannot", "sweep.json: cannot", "empty: holds no", "b: run-1/result.json cannot"],
+        strict=True,
+    ):
+        assert line.startswith("error: ") and words in line
+        assert words in output, "the table alone would not tell it"
+    warnings = json.loads((tmp_path / "report/report.json").read_text())["warnings"]
+    assert len(warnings) == 5 and "b: 2 of 3 runs have finished; missing: seed 1" in warnings
+
+
+def test_variant_that_was_not_tested_on_the_metric_costs_no_other(tmp_path, capfd):
+    results = {"a": made_up([90.0], also=True), "b": made_up([91.0])}
+    report = make_report(results, metric="other")
+    assert [variant.n for variant in report.variants] == [1, 0] and "b: was not tested on other" in report.warnings
+
+
+def test_table_is_printed_even_if_a_file_cannot_be_written(tmp_path, folders, capfd, monkeypatch):
+    monkeypatch.setattr("cifar_fast.experiments.report.Report.variants_figure", lambda report: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["report", *folders, "--output", f"{tmp_path}/report"])
+    assert "| variant |" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -307,7 +377,8 @@ def test_folder_of_a_sweep_means_its_variants_in_order(tmp_path, no_figures, cap
             "a: --metric 'zzz' does not exist; the choices are test_accuracy, train_accuracy, train_loss, other",
         ),
         ("{folder}/none", "none: holds no training.json; choose the folder of a training, or of a sweep"),
-        ("{folder}/a {folder}/damaged", "damaged: training.json cannot be read (Expecting value"),
+        ("{folder}/a {folder}/none", "none: holds no training.json; choose the folder of a training, or of a sweep"),
+        ("{folder}/damaged", "damaged: training.json cannot be read (Expecting value"),
         ("{folder}/sweep", "sweep.json: cannot be read ("),
         ("", "the following arguments are required: DIR"),
         ("{folder}/a --output {folder}/a/model.pt", "model.pt is not a directory"),

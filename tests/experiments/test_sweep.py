@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from cifar_fast import Recipe, Sweep, fit, fit_sweep
+from cifar_fast.backends.eager import Eager
 from cifar_fast.cli.main import main
 from cifar_fast.utils.progress import lines_to
-from tests.helpers import HOW, contents, save_npz, small_dataset
+from tests.helpers import HOW, contents, diverge, save_npz, small_dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings
 
@@ -39,6 +40,7 @@ RECIPES = {
     "momentum-0.85": Recipe(**vars(BASE) | {"momentum": 0.85}),
 }
 SEEDED = HOW | {"seed": 3}
+NO_MEMORY = "the eager backend cannot be set up here (out of memory at batch_size 16); choose another backend"
 
 
 @pytest.fixture
@@ -281,13 +283,60 @@ def test_new_variants_use_the_backend_and_threads_of_earlier_ones(tmp_path, spec
     assert [summary["environment"]["threads"] for summary in summaries[1:]] == [training["config"]["threads"]] * 2
 
 
-def test_diverged_variant_is_reported_and_left_out(tmp_path, spec, single_trainings, capfd):
+def test_other_seeds_and_variants_are_trained_beside_a_diverged_run(
+    tmp_path, spec, single_trainings, monkeypatch, capfd
+):
     wild = "0.8\nlr_values = [1e30, 1e30, 0]\n[variants.last]"
-    assert main(["sweep", spec(("[0.8, 0.85]", wild))]) == 1
-    lines = capfd.readouterr().out.splitlines()
-    assert sum("momentum: the loss is not finite" in line for line in lines) == 1
+    path = spec(("[0.8, 0.85]", wild))
+    for _ in range(2):  # the second sweep trains nothing
+        assert main(["sweep", path]) == 1
+        output, error = capfd.readouterr()
+        lines = [f"error: momentum: run {run} of 2, seed {run + 2}: the loss is not finite" for run in (1, 2)]
+        assert all(map(str.startswith, error.splitlines(), lines)) and error.count("\n") == 2
+    assert "epoch  1" not in output
     assert contents(tmp_path / "sweep/baseline", "data_source") == single_trainings["baseline"]
     assert len(json.loads((tmp_path / "sweep/last/summary.json").read_text())["runs"]) == 2
+    assert main(["sweep", path, "--dry-run"]) == 0
+    assert "run 2 of momentum, seed 4: diverged at step " in capfd.readouterr().out
+    assert main(["report", str(tmp_path / "sweep")]) == 0
+    output = capfd.readouterr().out
+    assert "| 0 of 2 |" in output and "Warning: momentum: 0 of 2 runs have finished; diverged: seed 3 at step" in output
+
+
+def test_variant_with_a_diverged_seed_has_its_other_seeds(tmp_path, npz, tiny, monkeypatch):
+    diverge(monkeypatch, 3)
+    options = {name: value for name, value in SEEDED.items() if name != "log"}
+    sweep = Sweep({"a": BASE}, str(tmp_path / "sweep"), "npz", str(npz), runs=2, **options)
+    result = fit_sweep(sweep, log=None)["a"]
+    assert ([run.seed for run in result.runs], [run.seed for run in result.diverged]) == ([4], [3])
+    monkeypatch.undo()
+    assert result.runs[0].test_accuracy == fit(BASE, tiny, **SEEDED | {"seed": 4}).runs[0].test_accuracy
+
+
+def test_variant_that_fails_costs_no_other_variant(tmp_path, spec, single_trainings, monkeypatch, capfd):
+    reset = Eager.reset
+
+    def fail(backend, model):
+        if backend.recipe.momentum == 0.8:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        reset(backend, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Eager, "reset", fail)
+        assert main(["sweep", spec()]) == 1
+    assert capfd.readouterr().err == f"error: momentum-0.8: {NO_MEMORY}\n"
+    assert contents(tmp_path / "sweep/momentum-0.85", "data_source") == single_trainings["momentum-0.85"]
+    assert main(["sweep", spec()]) == 0
+    assert sweep_contents(tmp_path / "sweep") == single_trainings
+
+
+def test_sweep_of_which_each_run_fails_is_an_error(spec, monkeypatch, capfd):
+    def fail(*arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(Eager, "reset", fail)
+    assert main(["sweep", spec()]) == 2
+    assert capfd.readouterr().err == f"error: {NO_MEMORY}\n"
 
 
 def test_compiled_backend_is_built_once_for_each_variant(tmp_path, tiny, spec, uncompiled, capfd):

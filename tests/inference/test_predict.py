@@ -232,6 +232,23 @@ def test_bad_input_prints_one_line_and_exits_with_2(tmp_path, trained, capfd, ar
     assert errors[0].startswith("error: ") and words in errors[0]
 
 
+def test_path_that_cannot_be_used_costs_no_other(tmp_path, trained, npz, capfd):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "cut_off.npz").write_bytes(npz.read_bytes()[:-999])
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "labels.npz", images=np.zeros((4, 32, 32, 3), np.uint8), labels=np.arange(4))
+    paths = [tmp_path / name for name in ("cut_off.npz", "a.png", "empty", "labels.npz", "none.png")]
+    lines, errors = predict(capfd, trained, *paths, "--json", tmp_path / "out.json", code=1)
+    assert [line.split()[0] for line in lines] == [str(tmp_path / "a.png")]
+    words = ["cut_off.npz: cannot be read", "empty: no image that", "labels.npz: ", "none.png: no such file"]
+    for line, word in zip(errors, words, strict=True):
+        assert line.startswith(f"error: {tmp_path}/{word}")
+    unreadable = json.loads((tmp_path / "out.json").read_text())["unreadable"]
+    assert [(image["path"], f"error: {image['error']}") for image in unreadable] == [
+        (str(path), error) for path, error in zip([paths[0], *paths[2:]], errors)
+    ]
+
+
 def test_load_model_restores_everything_and_draws_no_random_numbers(trained, dataset):
     torch.manual_seed(5)
     expected = torch.rand(1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import cifar_fast.training.fit
-from cifar_fast import InputError, Recipe, fit
+from cifar_fast import InputError, Recipe, fit, load_model
 from cifar_fast.backends.select import BackendConfig, local_device
 from cifar_fast.cli.main import main as command
 from cifar_fast.train import main
@@ -261,19 +261,12 @@ def test_bad_input_under_torchrun_is_one_line_and_writes_nothing(tmp_path, npz, 
 
 
 @pytest.mark.nightly  # starts processes
-def test_diverged_run_is_reported_with_its_rank(tmp_path, npz):
-    wild = "--lr-values 1e30 1e30 0 --init-seed 0 --runs 2"
-    code, _, errors = ended(torchrun(f"{FLAGS} {wild} --data-dir {npz} --output {tmp_path}/out"))
-    reports = [line for line in errors if "the loss is not finite" in line]
-    assert code == 1 and reports and all(line.startswith("error: rank ") for line in reports)
-
-
-@pytest.mark.nightly  # starts processes
-def test_diverged_variant_is_reported_once_and_left_out(tmp_path, npz):
+def test_diverged_variant_costs_no_other_under_torchrun(tmp_path, npz):
     text = SPEC.format(data=npz, output=tmp_path / "sweep", epochs=2) + "lr_values = [1e30, 1e30, 0]\n"
     (tmp_path / "spec.toml").write_text(text)
-    code, lines, _ = ended(torchrun(f"sweep {tmp_path}/spec.toml", module="cifar_fast"))
-    assert code == 1 and sum("momentum: the loss is not finite" in line for line in lines) == 1
+    code, _, errors = ended(torchrun(f"sweep {tmp_path}/spec.toml", module="cifar_fast"))
+    told = [f"error: momentum: run {seed + 1} of 2, seed {seed}: the loss is not finite" for seed in (0, 1)]
+    assert code == 1 and len(errors) == 2 and all(map(str.startswith, errors, told))
     assert len(json.loads((tmp_path / "sweep/baseline/summary.json").read_text())["runs"]) == 2
 
 
@@ -285,12 +278,12 @@ def start_rank(flags, rank, port, program=("-m", "cifar_fast.train")):
     return subprocess.Popen([sys.executable, *program, *flags.split()], **settings)
 
 
-def start_both_ranks(flags, file):
+def start_both_ranks(flags, file=None, program=("-m", "cifar_fast.train")):
     """Start both ranks, wait until ``file`` exists, and return the processes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    both = start_rank(flags, 0, port), start_rank(flags, 1, port)
-    while not file.exists():
+    both = start_rank(flags, 0, port, program), start_rank(flags, 1, port, program)
+    while file and not file.exists():
         assert all(process.poll() is None for process in both)
         time.sleep(0.01)
     return both
@@ -305,6 +298,62 @@ def test_rank_that_waits_for_a_dead_rank_ends_with_an_error(tmp_path, npz):
     first.communicate()
     _, error = second.communicate(timeout=20)
     assert (second.returncode, error) == (1, "error: rank 1: another process has ended before its runs had\n")
+
+
+def in_each_rank(code):
+    """Return the arguments of Python for the command ``train`` after ``code``, which can use ``patch``."""
+    start = "import sys; from pytest import MonkeyPatch; from tests import helpers; patch = MonkeyPatch()"
+    return "-c", f"{start}\n{code}\nfrom cifar_fast.train import main; sys.exit(main())"
+
+
+@pytest.mark.nightly  # starts processes
+@pytest.mark.parametrize(("seeds", "finished"), [([4, 6], [3, 5]), ([5], [3, 4, 6])])
+def test_run_that_diverges_on_a_rank_costs_no_other(tmp_path, npz, tiny, no_curves, seeds, finished):
+    """Rank 1 has the seeds 4 and 6. The last seed that has finished was on rank 0 or on rank 1."""
+    flags = f"{FLAGS} --epochs 2 --data-dir {npz} --runs 4 --output {tmp_path}/out"
+    both = start_both_ranks(flags, program=in_each_rank(f"helpers.diverge(patch, *{seeds})"))
+    errors = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 0] and errors[1] == ""
+    told = [f"error: run {seed - 2} of 4, seed {seed}: the loss is not finite at step 1 " for seed in seeds]
+    assert all(map(str.startswith, errors[0].splitlines(), told)) and errors[0].count("\n") == len(seeds)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert [run["seed"] for run in summary["runs"]] == finished
+    assert [run["seed"] for run in summary["diverged"]] == seeds
+    assert files_in(tmp_path / "out") == files_of(4)
+    alone = fit(Recipe(epochs=2, batch_size=16, widths=(4, 8)), tiny, seed=finished[-1], **HOW)
+    saved = torch.load(tmp_path / "out/model.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[name], tensor) for name, tensor in alone.state_dict.items())
+
+
+@pytest.mark.nightly  # starts processes
+def test_run_that_fails_on_a_rank_costs_no_other(tmp_path, npz, no_curves):
+    flags = f"{FLAGS} --epochs 2 --data-dir {npz} --runs 3 --output {tmp_path}/out"
+    no_memory = "patch.setattr('cifar_fast.backends.eager.Eager.reset', lambda *arguments: [].pop())"
+    program = in_each_rank(f"import os\nif os.environ['RANK'] == '1': {no_memory}")
+    both = start_both_ranks(flags, program=program)
+    errors = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 0], errors
+    assert errors[0].startswith("error: rank 1: the eager backend cannot be set up here (IndexError: pop from empty")
+    assert errors[0].count("\n") == 1
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert [run["seed"] for run in summary["runs"]] == [3, 5] and summary["missing"] == [{"run": 1, "seed": 4}]
+    assert main(["--resume", f"{tmp_path}/out"]) == 0
+
+
+@pytest.mark.nightly  # starts processes
+def test_rank_0_writes_what_has_ended_when_another_rank_dies(tmp_path, npz):
+    flags = f"{FLAGS} --data-dir {npz} --runs 2 --output {tmp_path}/out"
+    first, second = start_both_ranks(flags, tmp_path / "out/run-1/checkpoint.pt")
+    second.send_signal(signal.SIGSTOP)
+    assert any(line.startswith("epoch 30") for line in first.stdout)
+    time.sleep(1)
+    second.kill()
+    _, error = first.communicate(timeout=20)
+    second.communicate()
+    assert (first.returncode, error) == (1, "error: rank 0: another process has ended before its runs had\n")
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert [run["seed"] for run in summary["runs"]] == [3] and summary["missing"] == [{"run": 1, "seed": 4}]
+    assert load_model(tmp_path / "out")
 
 
 @pytest.mark.nightly  # starts processes

@@ -148,13 +148,6 @@ def test_existing_results_are_kept_without_overwrite(tmp_path, small):
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_diverged_run_leaves_no_folder(tmp_path, small):
-    wild = Recipe(epochs=2, batch_size=32, widths=NARROW, lr_values=(1e30, 1e30, 0))
-    with pytest.raises(Diverged, match="not finite"):
-        fit(wild, small, output=tmp_path / "a" / "b", **HOW)
-    assert not (tmp_path / "a").exists()
-
-
 @pytest.mark.parametrize("accuracies", [[100.0, 90.0], [0.0, 10.0]])
 def test_confidence_interval_stays_between_0_and_100(accuracies):
     low, high = confidence_interval_95(accuracies)
