@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -79,9 +80,13 @@ def device_work(call: Callable[[], object]) -> list[str]:
     return [event.name for event in sorted(gpu_events(trace.events()), key=lambda event: event.time_range.start)]
 
 
-def child(arguments: Sequence[str]) -> str:
-    """Return the output of a Python process, or raise RuntimeError with the last line of its errors."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+def child(arguments: Sequence[str], **variables: str) -> str:
+    """Return the output of a Python process, or raise RuntimeError with the last line of its errors.
+
+    ``variables`` are added to the environment.
+    """
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)[:80]} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
     return done.stdout

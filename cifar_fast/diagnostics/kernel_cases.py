@@ -68,11 +68,12 @@ class Expected:
     ulps: float = 1
 
 
-def check(outputs: Tensors, expected: Expected, *, rounded_once: bool = False) -> str:
+def check(outputs: Tensors, expected: Expected, *, rounded_once: bool = False, factor: float = 2) -> str:
     """Return the largest error in words, or raise :class:`WrongResult`.
 
-    An error may be twice eager's plus ``expected.ulps`` units in the last place, both for the largest element and in
-    the Euclidean norm. Eager may overflow although the exact result does not. Then any finite result passes.
+    An error may be ``factor`` times eager's plus ``expected.ulps`` units in the last place, both for the largest
+    element and in the Euclidean norm. Eager may overflow although the exact result does not. Then any finite result
+    passes.
 
     ``rounded_once``: results in half precision must also be the exact ones, rounded to nearest even. Only one element
     and ``MISROUNDED`` of all may differ. This finds a wrong rounding, which the error alone does not show.
@@ -103,10 +104,10 @@ def check(outputs: Tensors, expected: Expected, *, rounded_once: bool = False) -
             error, *errors = (float(size(side - exact)) for side in sides)
             own = max(value if math.isfinite(value) else math.inf for value in errors)
             scale = float(size(exact))
-            limit = 2 * own + expected.ulps * torch.finfo(eager.dtype).eps * scale
+            limit = factor * own + expected.ulps * torch.finfo(eager.dtype).eps * scale
             errors_in_words = f"{error / (scale or 1):.1e} against float64, eager by {own / (scale or 1):.1e}"
             if error > limit:
-                raise WrongResult(f"{name} is off by {errors_in_words}: more than twice as large")
+                raise WrongResult(f"{name} is off by {errors_in_words}: more than {factor:g} times as large")
             if limit and error / limit > worst:
                 worst, text = error / limit, f"{name} is off by {errors_in_words}"
         if rounded_once and eager.element_size() == 2:

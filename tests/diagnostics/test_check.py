@@ -104,7 +104,7 @@ def wrong_schedule(function):
 @pytest.mark.parametrize(
     ("kernel", "mistake", "named", "words"),
     [
-        ("batch_norm_act", other_alpha, NORMS, "more than twice as large"),
+        ("batch_norm_act", other_alpha, NORMS, "more than 2 times as large"),
         (
             "batch_norm_act",
             not_a_number,
