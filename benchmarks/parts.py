@@ -297,8 +297,8 @@ def measure_on_cpu(case: kernel_cases.TimedCase, implementations: Sequence[str],
     """Check ``implementations`` of ``case``, then time them in turn. A wrong result is a row without values.
 
     A turn calls an implementation once on each of at most ``MAX_SETS`` input sets, which together are larger than the
-    caches if the tensors are not small. The outputs of a turn are kept until the next one, so they change places too. ``copy_rate``: bytes/s of a copy. The rest
-    is as in :func:`measure_kernel`.
+    caches if the tensors are not small. The outputs of a turn are kept until the next one, so they change places too.
+    ``copy_rate`` is that of a copy, in bytes/s. The rest is as in :func:`measure_kernel`.
     """
     device = torch.device("cpu")
     torch.manual_seed(0)

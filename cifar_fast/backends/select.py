@@ -133,7 +133,7 @@ def build_backend(
         check_logits(custom_model, config, recipe, data.num_classes)
     failures: list[str] = []
     for name, following in zip(config.backends, (*config.backends[1:], None)):
-        if name != "eager":
+        if name == "compiled" or (name == "fused" and config.device.type == "cuda"):
             LOGGER.info(f"setting up the {name} backend, which compiles: about a minute, less if it is cached")
         try:
             backend = backend_class(name)(recipe, data, config.device, config.dtype, config.memory_format, custom_model)

@@ -10,7 +10,6 @@ from cifar_fast.cli.flags import (
     check_json,
     command_parser,
     config_of,
-    interpret_without_gpu,
     print_line,
     run_command,
 )
@@ -53,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
     if not args.tolerance > 0:
         raise InputError(f"--tolerance must be above 0, not {args.tolerance:g}")
     check_json(args.json)
-    interpret_without_gpu(args.device)
 
     from cifar_fast.backends.select import resolve_backend
     from cifar_fast.diagnostics.compare import Comparison, compare, write_report
@@ -65,10 +63,11 @@ def run(args: argparse.Namespace) -> int:
     dataset = read_dataset(args.dataset, args.data_dir, data_url=args.data_url)
     comparison = Comparison(first, second, tolerance=args.tolerance)
     print_line(comparison.heading())
-    if first.device.type == "cpu" and "fused" in (*first.backends, *second.backends):
-        print_line(
-            "no GPU: the kernels run in Triton's interpreter, slowly; narrow --widths and a small --batch-size help"
-        )
+    if "fused" in (*first.backends, *second.backends):
+        from cifar_fast.kernels.launch import interpreted  # which needs Triton
+
+        if interpreted():
+            print_line("the kernels run in Triton's interpreter, slowly; narrow --widths and a small --batch-size help")
     for step in compare(recipe, dataset, first, second, seed=args.seed, steps=args.steps, drift=args.drift):
         print_line(comparison.add(step))
     if args.json:

@@ -269,14 +269,6 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig(recipe=recipe_of(args), **options)
 
 
-def interpret_without_gpu(device: str) -> None:
-    """Make Triton interpret kernels if ``device`` is no GPU. Call it before anything imports Triton."""
-    import torch
-
-    if device == "cpu" or not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
 def check_json(path: Path | None) -> None:
     """Raise :class:`InputError` if ``--json`` names a file that cannot be written."""
     if path:

@@ -303,7 +303,9 @@ def without(result, diverged, missing=()):
     """Return ``result`` as if the runs ``diverged`` had diverged at step 7, and those ``missing`` had not ended."""
     lost = [DivergedRun(run, run, None, None, None, 7, 1) for run in diverged]
     kept = [run for run in result.run_results if run.run.run not in (*diverged, *missing)]
-    return result.with_runs([*kept, *(DivergedResult(run, [], "eager", [{"first_epoch": 1, "device_name": "A10"}]) for run in lost)])
+    return result.with_runs(
+        [*kept, *(DivergedResult(run, [], "eager", [{"first_epoch": 1, "device_name": "A10"}]) for run in lost)]
+    )
 
 
 def test_report_names_the_runs_that_diverged_or_are_missing(tmp_path, capfd, no_figures):
