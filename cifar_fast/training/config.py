@@ -37,7 +37,8 @@ class TrainConfig:
     recipe: Recipe = dataclasses.field(default=Recipe(), metadata={"help": "recipe to train", "may_change": False})
     backend: str = _field(
         "auto",
-        "eager: the reference; compiled: torch.compile; fused: our kernels in one CUDA graph; auto: the fastest here",
+        "eager: the reference; compiled: torch.compile; fused: our kernels, on a GPU in one CUDA graph; "
+        "auto: the fastest here",
         choices=BACKENDS,
     )
     device: str = _field("auto", "auto, cpu, cuda or cuda:N")
