@@ -3,8 +3,8 @@
     python examples/fused_norm_in_another_model.py    # on a CUDA GPU, or on a CPU with a C++ compiler
 
 ``BatchNormAct2d(channels, activation="silu", pool=2)`` replaces ``MaxPool2d(2)``, ``BatchNorm2d(channels)`` and
-``SiLU()``. Other activations are celu, relu, gelu, gelu_tanh and none. It computes in channels_last, has the state dict of
-``BatchNorm2d``, and works under ``torch.compile(fullgraph=True)``.
+``SiLU()``. Other activations are celu, relu, gelu, gelu_tanh and none. It computes in channels_last, has the state dict
+of ``BatchNorm2d``, and works under ``torch.compile(fullgraph=True)``.
 """
 
 from collections.abc import Callable
