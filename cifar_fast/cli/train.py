@@ -129,7 +129,7 @@ def train_in(
         training = Training(config, folder, world=world)
         # Data that is named is compared first.
         if not (typed.data_dir or typed.also_test) and (finished := training.finished()):
-            return exit_code(finished)
+            return exit_code(finished, world)
         data_dir = typed.data_dir or place_of(args.dataset, args.data_dir, training.paths)
     if training.device.type == "cpu":
         tune_malloc()
@@ -139,7 +139,7 @@ def train_in(
             with world.all_or_none():
                 training.prepare(dataset)
                 if finished := training.finished():
-                    return exit_code(finished)
+                    return exit_code(finished, world)
             results = train_all([training], world, on_step=on_step)
         except KeyboardInterrupt:
             if not folder.resumable:
@@ -148,12 +148,12 @@ def train_in(
             raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
     if folder.resumable:  # something was trained
         LOGGER.info(f"written to {folder.path}")
-    return exit_code(results[0]) if results and results[0] else 0
+    return exit_code(results[0] if results else None, world)
 
 
-def exit_code(result: Result) -> int:
-    """Return 1 if a run diverged or a file could not be written, with a line for each, else 0."""
-    problems = result.problems()
+def exit_code(result: Result | None, world: World) -> int:
+    """Return 1 if a run diverged or a file could not be written, with a line for each, else 0, as on other ranks."""
+    problems = result.problems() if result and world.rank == 0 else []
     for line in problems:
         print(f"error: {with_flags(line)}", file=sys.stderr)
     return 1 if problems else 0

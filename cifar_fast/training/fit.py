@@ -513,8 +513,9 @@ def train_all(
 ) -> list[Result | None]:
     """Train what is missing of ``trainings``, run 0 of each, then run 1 of each, split over the ranks of ``world``.
 
-    An error of a run does not end the others. If no run of its training has ended on this rank, the training's other
-    runs are left out here, because they would fail too. The error is raised when the files of all others are written.
+    An error of a run does not end the others. The training's other runs are left out on this rank if the first two fail
+    or no backend can be set up, because they would fail too. The error is raised when the files of all others are
+    written.
 
     Args:
         on_step: called after each step, and while this rank waits for others. An error that it raises ends the
@@ -550,7 +551,7 @@ def train_all(
             LOGGER.info(f"{len(missing)} runs to train, {shared}")
         rounds: list[int] = []
         errors: dict[int, Exception] = {}  # the first of each training on this rank
-        left_out: set[int] = set()
+        left_out: set[int] = set()  # trainings without hope
 
         def prefixed(training: Training) -> contextlib.AbstractContextManager[None]:
             return prefix_lines("" if failed is None else f"{training.name}: ")
@@ -568,7 +569,7 @@ def train_all(
                 try:
                     training.train(run, step)
                 except Exception as error:
-                    if not training.has_trained:
+                    if not training.has_trained and (number in errors or training.result is None):
                         left_out.add(number)
                     if failed is not None or training.config.runs > 1:
                         others = "left out" if number in left_out else "trained"

@@ -308,7 +308,7 @@ class Result:
         steps = [f"seed {run.seed} at step {run.step}" for run in self.diverged]
         missing = [f"seed {self.config.seed + run}" for run in self.missing]
         parts = {"diverged": steps, "missing": missing}
-        lists = [f"{what}: {', '.join(runs)}" for what, runs in parts.items() if runs]
+        lists = [f"{what}: {shortened(runs)}" for what, runs in parts.items() if runs]
         return f"{len(self.runs)} of {self.config.runs} runs have finished; {'; '.join(lists)}"
 
     def problems(self) -> list[str]:
@@ -338,6 +338,12 @@ class Result:
             f"{accuracy}, training time {median('train_seconds')}{note}, plus {median('setup_seconds')} of "
             f"set-up and {median('evaluation_seconds')} of evaluation{unfinished and '; '}{unfinished}"
         )
+
+
+def shortened(items: list[str], most: int = 6) -> str:
+    """Return a list for a person, which counts the items after the first ones."""
+    more = len(items) - most + 1
+    return ", ".join(items if more < 2 else [*items[: most - 1], f"{more} more"])
 
 
 class RunReader:

@@ -323,6 +323,8 @@ def test_run_that_diverges_on_a_rank_costs_no_other(tmp_path, npz, tiny, no_curv
     alone = fit(Recipe(epochs=2, batch_size=16, widths=(4, 8)), tiny, seed=finished[-1], **HOW)
     saved = torch.load(tmp_path / "out/model.pt", weights_only=True)["state_dict"]
     assert all(torch.equal(saved[name], tensor) for name, tensor in alone.state_dict.items())
+    again = start_both_ranks(f"--resume {tmp_path}/out")
+    assert [process.communicate(timeout=60)[1] for process in again] == errors, "rank 0 alone names them"
 
 
 @pytest.mark.nightly  # starts processes

@@ -155,26 +155,28 @@ def fail_in(monkeypatch, error, *runs):
 OUT_OF_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
 
-def test_run_that_fails_costs_no_other_run(tmp_path, npz, tiny, whole, monkeypatch, capfd):
-    out = tmp_path / "out"
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_run_that_fails_costs_no_other_run(tmp_path, npz, whole, monkeypatch, capfd, failing):
+    out, seed = tmp_path / "out", 3 + failing
     with monkeypatch.context() as patch:
-        fail_in(patch, OUT_OF_MEMORY, 1)
+        fail_in(patch, OUT_OF_MEMORY, failing)
         assert main(f"{FLAGS} --data-dir {npz} --runs 3 --output {out}".split()) == 2
     output, error = capfd.readouterr()
     assert error == "error: out of memory in training at --batch-size 16; try a smaller one\n"
-    assert "run 2 failed: out of memory in training at batch_size 16; try a smaller one; the other runs are" in output
-    assert "2 of 3 runs have finished; missing: seed 4" in output
+    assert f"run {failing + 1} failed: out of memory in training at batch_size 16; try a smaller one; the " in output
+    assert f"2 of 3 runs have finished; missing: seed {seed}" in output
     summary = read(out / "summary.json")
-    assert [run["seed"] for run in summary["runs"]] == [3, 5] and summary["missing"] == [dict(run=1, seed=4)]
+    assert [run["seed"] for run in summary["runs"]] == [each for each in (3, 4, 5) if each != seed]
+    assert summary["missing"] == [dict(run=failing, seed=seed)] and load_model(out)
     assert main(["--resume", str(out)]) == 0
     assert contents(out, "data_source") == contents(whole[0], "data_source")
 
 
-def test_error_of_the_first_run_leaves_out_the_others(tmp_path, npz, monkeypatch, capfd):
+def test_errors_of_the_first_two_runs_leave_out_the_others(tmp_path, npz, monkeypatch, capfd):
     fail_in(monkeypatch, OUT_OF_MEMORY, 0, 1, 2)
     assert main(f"{FLAGS} --data-dir {npz} --runs 3 --output {tmp_path}/out".split()) == 2
     output, error = capfd.readouterr()
-    assert output.count("out of memory") == 1 and error.count("\n") == 1
+    assert output.count("out of memory") == 2 and error.count("\n") == 1
 
 
 def test_unexpected_error_is_raised_when_the_other_runs_have_ended(tmp_path, tiny, monkeypatch):
@@ -211,6 +213,8 @@ def test_summary_line_names_what_is_not_in_the_mean(whole):
     assert fewer.title().endswith("1 of 3 runs")
     assert fewer.summary_line().endswith("; 1 of 3 runs have finished; missing: seed 4, seed 5")
     assert "have finished" not in result.summary_line()
+    many = dataclasses.replace(result, config=result.config.replace(runs=12)).summary_line()
+    assert many.endswith("missing: seed 6, seed 7, seed 8, seed 9, seed 10, 4 more")
 
 
 @pytest.mark.parametrize("backend", ["compiled", "fused"])
