@@ -189,6 +189,7 @@ class Training:
         self.result = None if earlier is None else dataclasses.replace(earlier, config=self.config)
         self.paths = dict(earlier.paths) if earlier else {}
         self._runs: dict[int, RunResult | DivergedResult] = {}  # trained by this process
+        self._other_backends: dict[int, str] = {}  # the backends of runs that do not belong to the result
         self._weights_of: int | None = None  # the run whose weights ``result`` has
         self._told: list[str] = []  # changes of the environment
         if folder and earlier:
@@ -427,8 +428,7 @@ class Training:
 
         Also write the files made from the runs.
 
-        Raises:
-            MissingRuns: a run was trained by another backend.
+        A run that another backend trained is left out.
         """
         folder = self.folder
         found = [self._runs.get(run) or (folder.run_result(run) if folder else None) for run in range(self.config.runs)]
@@ -437,13 +437,8 @@ class Training:
             return None
         result = self.result or (folder.training() if folder else None)
         assert result is not None
-        for run in ended:
-            if run.backend != result.backend:
-                raise MissingRuns(
-                    f"{self._where(run.run.run)} was trained by {run.backend}, and others by "
-                    f"{result.backend}; name a {option('backend')}, and start again"
-                )
-        result = result.with_runs(ended)
+        self._other_backends = {run.run.run: run.backend for run in ended if run.backend != result.backend}
+        result = result.with_runs([run for run in ended if run.run.run not in self._other_backends])
         for line in (*result.environment_changes(), result.summary_line()):
             LOGGER.info(line)
         if folder:
@@ -455,6 +450,11 @@ class Training:
     def missing_line(self, result: Result | None) -> str:
         """Return a line about the first run that is not in ``result``; empty if there is none."""
         missing = result.missing if result else [0]
+        if result and missing and (other := self._other_backends.get(missing[0])):
+            return (
+                f"{self._where(missing[0])} was trained by {other}, and others by {result.backend}; name a "
+                f"{option('backend')}, and start again"
+            )
         return f"{self._where(missing[0])} is missing; start again with {option('resume')}" if missing else ""
 
     def _where(self, run: int) -> str:
@@ -515,7 +515,7 @@ def train_all(
 
     An error of a run does not end the others. The training's other runs are left out on this rank if the first two fail
     or no backend can be set up, because they would fail too. The error is raised when the files of all others are
-    written.
+    written, as :class:`MissingRuns` if it is bad input for some of the runs alone.
 
     Args:
         on_step: called after each step, and while this rank waits for others. An error that it raises ends the
@@ -611,7 +611,9 @@ def train_all(
         raise lost
     if problems and world.rank == 0:
         if failed is None or not any(results):
-            raise errors[min(errors)] if errors and world.size == 1 else MissingRuns(problems[min(problems)])
+            if errors and world.size == 1 and not any(results):
+                raise errors[min(errors)]
+            raise MissingRuns(problems[min(problems)]) from errors.get(min(problems))
         failed.update((trainings[number].name, plain(message)) for number, message in problems.items())
     return results
 

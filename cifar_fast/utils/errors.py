@@ -62,7 +62,7 @@ class StopTraining(Exception):
 
 
 class MissingRuns(UserError, RuntimeError):
-    """Runs of a shared training are missing: a process died or could not write them. The exit code is 1."""
+    """Runs of a training are missing: they failed, or a process died or could not write them. The exit code is 1."""
 
 
 def first_cause(error: BaseException) -> BaseException:

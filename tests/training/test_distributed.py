@@ -163,7 +163,7 @@ def test_resume_by_command_after_fit_and_with_more_runs(tmp_path, tiny, npz, cap
 
 
 @pytest.mark.slow  # whole trainings
-def test_runs_by_different_backends_are_an_error(tmp_path, npz, capfd, monkeypatch, no_curves):
+def test_run_by_another_backend_is_an_error_and_costs_no_other_run(tmp_path, npz, capfd, monkeypatch, no_curves):
     flags = f"{FLAGS} --data-dir {npz} --epochs 2 --runs"
     folder = tmp_path / "shared"
     assert main(f"{flags} 1 --output {folder}".split()) == 0
@@ -175,7 +175,8 @@ def test_runs_by_different_backends_are_an_error(tmp_path, npz, capfd, monkeypat
     assert main(["--resume", str(folder)]) == 1
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {folder}: run 2 was trained by compiled, and others by eager; name a --backend")
-    assert len(json.loads((folder / "summary.json").read_text())["runs"]) == 1 and (folder / "run-2").exists()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [run["run"] for run in summary["runs"]] == [0, 2] and summary["missing"] == [dict(run=1, seed=4)]
 
 
 @pytest.mark.nightly  # starts processes several times

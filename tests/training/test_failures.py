@@ -160,7 +160,7 @@ def test_run_that_fails_costs_no_other_run(tmp_path, npz, whole, monkeypatch, ca
     out, seed = tmp_path / "out", 3 + failing
     with monkeypatch.context() as patch:
         fail_in(patch, OUT_OF_MEMORY, failing)
-        assert main(f"{FLAGS} --data-dir {npz} --runs 3 --output {out}".split()) == 2
+        assert main(f"{FLAGS} --data-dir {npz} --runs 3 --output {out}".split()) == 1
     output, error = capfd.readouterr()
     assert error == "error: out of memory in training at --batch-size 16; try a smaller one\n"
     assert f"run {failing + 1} failed: out of memory in training at batch_size 16; try a smaller one; the " in output
@@ -173,8 +173,8 @@ def test_run_that_fails_costs_no_other_run(tmp_path, npz, whole, monkeypatch, ca
 
 
 def test_errors_of_the_first_two_runs_leave_out_the_others(tmp_path, npz, monkeypatch, capfd):
-    fail_in(monkeypatch, OUT_OF_MEMORY, 0, 1, 2)
-    assert main(f"{FLAGS} --data-dir {npz} --runs 3 --output {tmp_path}/out".split()) == 2
+    fail_in(monkeypatch, OUT_OF_MEMORY, 0, 1, 2, 3)
+    assert main(f"{FLAGS} --data-dir {npz} --runs 4 --output {tmp_path}/out".split()) == 2
     output, error = capfd.readouterr()
     assert output.count("out of memory") == 2 and error.count("\n") == 1
 
