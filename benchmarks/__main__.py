@@ -29,6 +29,7 @@ from cifar_fast.backends.select import resolve_backend
 from cifar_fast.cli.flags import Parser, add_data_flags, add_traceback_flag, run_command
 from cifar_fast.diagnostics.kernel_cases import IMAGES
 from cifar_fast.diagnostics.roofline import copy_bandwidth, layer_costs, matmul_flops
+from cifar_fast.kernels.batch_norm_act import ACTIVATIONS
 from cifar_fast.kernels.launch import interpreted
 from cifar_fast.recipe import DTYPES
 from cifar_fast.utils.device import short_name, tune_malloc
@@ -90,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--targets", nargs="+", choices=targets, default=targets, help="(default: all)")
 
     count = add(_instructions, "count what each kernel issues in its compiled code", dtype=True)
+    what = "in the norms; several are compared with the first (default: celu)"
+    count.add_argument("--activation", nargs="+", choices=ACTIVATIONS, default=["celu"], metavar="NAME", help=what)
     count.add_argument("--arch", default="sm_90", choices=targets, help="target to compile for (default: sm_90)")
     count.add_argument("--batch-size", type=int, default=Recipe().batch_size, metavar="N", help="default: 512")
     count.add_argument("--card", dest="name", metavar="NAME", help="name of the card (default: that of --arch)")
@@ -167,12 +170,19 @@ def _instructions(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(instructions.Card)}
     card = instructions.CARDS.get(args.arch, instructions.CARDS["sm_90"])
     card = dataclasses.replace(card, **{name: value for name, value in given.items() if value})
-    rows = instructions.count_all(Recipe(batch_size=args.batch_size), getattr(torch, args.dtype), args.arch)
+    recipe, dtype = Recipe(batch_size=args.batch_size), getattr(torch, args.dtype)
+    counts = {name: instructions.count_all(recipe, dtype, args.arch, name) for name in args.activation}
     print("predicted: counted in compiled code, no GPU ran")
     print(f"triton {triton.__version__}, {args.arch}, {args.dtype}, batch {args.batch_size}; {card}")
-    print(f"thread instructions per element, by class; us of one launch\n\n{instructions.table(rows, card)}")
+    if len(counts) > 1:
+        print(f"thread instructions per element, as multiples of {args.activation[0]} in parentheses\n")
+        print(instructions.comparison(counts))
+    else:
+        table = instructions.table(counts[args.activation[0]], card)
+        print(f"thread instructions per element, by class; us of one launch\n\n{table}")
     if args.json:
-        write_json(args.json, [instructions.record(row, card) for row in rows], f"--json {args.json}")
+        rows = [{"activation": name} | instructions.record(row, card) for name, rows in counts.items() for row in rows]
+        write_json(args.json, rows, f"--json {args.json}")
     return 0
 
 

@@ -37,7 +37,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -285,8 +285,10 @@ def reuse(launch: Launch, before: Launch) -> tuple[int, int]:
     return sum(read[key] for key in read.keys() & earlier.keys()), sum(every.values())
 
 
-def recipe_launches(recipe: Recipe, dtype: torch.dtype) -> Iterator[tuple[str, str, int, Launch, Launch | None]]:
-    """Yield section, case, count, launch and first pass for each distinct launch.
+def recipe_launches(
+    recipe: Recipe, dtype: torch.dtype, activation: str = "celu"
+) -> Iterator[tuple[str, str, int, Launch, Launch | None]]:
+    """Yield section, case, count, launch and first pass for each distinct launch, with ``activation`` in the norms.
 
     The last item is the first pass of the same case if the launch is a second pass, else None.
     """
@@ -295,14 +297,14 @@ def recipe_launches(recipe: Recipe, dtype: torch.dtype) -> Iterator[tuple[str, s
             yield "step", single.name, 1, launch, None
     norms = norm_cases(recipe, dtype)
     for case in sorted(norms, key=lambda case: DIRECTIONS.index(case.direction)):
-        launches = case.launches()  # in training a pass, a merge and a second pass
+        launches = replace(case, activation=activation).launches()  # in training a pass, a merge and a second pass
         for i, launch in enumerate(launches):
             yield case.section, case.name, norms[case], launch, launches[0] if i == 2 else None
 
 
-def count_all(recipe: Recipe, dtype: torch.dtype, arch: str) -> list[Counted]:
-    """Count every distinct launch of ``recipe``."""
-    return [count_launch(*work, arch=arch) for work in recipe_launches(recipe, dtype)]
+def count_all(recipe: Recipe, dtype: torch.dtype, arch: str, activation: str = "celu") -> list[Counted]:
+    """Count every distinct launch of ``recipe`` with ``activation`` in the norms."""
+    return [count_launch(*work, arch=arch) for work in recipe_launches(recipe, dtype, activation)]
 
 
 def record(row: Counted, card: Card) -> dict[str, Any]:
@@ -330,3 +332,30 @@ def table(rows: Sequence[Counted], card: Card) -> str:
         sums.append((section, str(sum(count for count, _ in launches)), *(f"{total * 1e6:.1f}" for total in totals)))
     sections = markdown(("section", "launches", "issue us", "bytes us", "warm", "longer of both, us"), sums)
     return f"{markdown(header, lines)}\n\n{sections}"
+
+
+def comparison(counts: dict[str, list[Counted]]) -> str:
+    """Format thread instructions per element of the norm's kernels for each activation.
+
+    Behind each is its multiple of the first activation's. A range is that of the shapes. The last line is of all
+    launches of the norms of a step, per element before the pool.
+    """
+    lines: dict[str, list[str]] = {}
+    first: dict[str, float] = {}
+    for rows in counts.values():
+        norms = [row for row in rows if "x" in row.case.split(",")[0]]
+        groups: dict[str, list[float]] = {}
+        for row in norms:
+            if not row.kernel.startswith("merge"):
+                pool = ", pool" if "pool" in row.case else ""
+                key = f"{row.kernel}{pool}{', evaluation' if row.section == 'evaluation' else ''}"
+                groups.setdefault(key, []).append(row.per_element(sum(row.instructions.values())))
+        step = [row for row in norms if row.section == "step"]
+        # Each norm of a step has one first pass, which reads its x.
+        elements = sum(row.count * row.elements for row in step if row.kernel == "statistics")
+        groups["all of a step"] = [WARP * sum(row.count * row.warp_instructions for row in step) / elements]
+        for name, values in groups.items():
+            low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+            multiple = sum(values) / first.setdefault(name, sum(values))
+            lines.setdefault(name, []).append(f"{low if low == high else f'{low} to {high}'} ({multiple:.2f})")
+    return markdown(("kernel", *counts), [(name, *cells) for name, cells in lines.items()])

@@ -205,7 +205,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Norm:
-    """Max-pool (if the block has one), batch norm and CELU of a block in one of ``DIRECTIONS``.
+    """Max-pool (if the block has one), batch norm and activation of a block in one of ``DIRECTIONS``.
 
     Forward and backward are those of training. ``statistics``: the forward pass also updates running statistics. The
     benchmarks leave them out: they are a few values per channel, and each replay would change them.
@@ -217,6 +217,7 @@ class Norm:
     dtype: torch.dtype
     direction: str
     statistics: bool = False
+    activation: str = "celu"
 
     @property
     def name(self) -> str:
@@ -230,7 +231,7 @@ class Norm:
     @property
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of the operator, for training and for inference."""
-        return dict(alpha=self.alpha, pool=self.block.pool)
+        return dict(activation=self.activation, alpha=self.alpha, pool=self.block.pool)
 
     def launches(self) -> list[Launch]:
         shape = self.batch_size, self.block.c_out, self.block.size, self.block.size

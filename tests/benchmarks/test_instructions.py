@@ -13,6 +13,7 @@ from benchmarks.instructions import (
     Card,
     Counted,
     classify,
+    comparison,
     issued,
     recipe_launches,
     record,
@@ -185,6 +186,8 @@ def row(**changes):
 def test_bad_flags_are_refused(capsys):
     assert main(["instructions", "--arch", "sm_1"]) == 2
     assert "invalid choice: 'sm_1' (choose from 'sm_75'" in capsys.readouterr().err
+    assert main(["instructions", "--activation", "celu", "tanh"]) == 2
+    assert "invalid choice: 'tanh' (choose from 'none', 'celu'" in capsys.readouterr().err
     assert main(["instructions", "--clock", "0"]) == 2
     assert "must be a number above 0, not 0" in capsys.readouterr().err
 
@@ -212,6 +215,28 @@ def test_times_and_sums_of_a_section():
 def test_minimum_time_of_a_launch(changes, nanoseconds):
     card = Card("a card", multiprocessors=2, clock=1e9, bandwidth=1e9, cache=1e6)
     assert row(**changes).seconds(card) == pytest.approx(nanoseconds * 1e-9)
+
+
+def test_comparison_of_activations():
+    def rows(work):
+        norm = dict(kernel="apply", instructions=of(fp32=work))
+        statistics = dict(kernel="statistics", instructions=of(fp32=20))
+        shapes = [row(case="4x8x8, forward", **norm), row(case="4x4x4, forward", **norm | dict(elements=2048))]
+        other = [row(case="loss and record"), row(case="4x8x8, inference", section="evaluation", **norm)]
+        return [*shapes, row(case="4x8x8, forward", **statistics), *other]
+
+    expected = [
+        ["apply", "10.0 to 20.0 (1.00)", "5.0 to 10.0 (0.50)"],
+        ["statistics", "2.5 (1.00)", "2.5 (1.00)"],
+        ["apply, evaluation", "10.0 (1.00)", "5.0 (0.50)"],
+        ["all of a step", "22.5 (1.00)", "12.5 (0.56)"],
+    ]
+    assert cells(comparison({"celu": rows(80), "relu": rows(40)}).splitlines()[2:]) == expected
+
+
+def test_launches_have_the_given_activation():
+    launches = [launch for _, case, _, launch, _ in recipe_launches(Recipe(), torch.float16, "silu") if "x" in case]
+    assert {launch.constants.get("ACTIVATION", "silu") for launch in launches} == {"silu"}
 
 
 def least_recently_used(size, rows, first, second):
