@@ -211,7 +211,7 @@ def _normal(z, TERMS: tl.constexpr):
     """Return the distribution function and the density of the normal distribution.
 
     In half precision the function is, for z <= 0, the density times a polynomial in 1 / sqrt(|z| + 3), which has a
-    relative error of at most 1e-5, or an absolute error of 3e-8 if that is more.
+    relative error of at most 2e-5, or an absolute error of 3e-8 if that is more.
     """
     if TERMS == 2:
         density = tl.exp2(tl.fma(z * z, -0.5 * LOG2_E, NORMAL_LOG2))
