@@ -37,7 +37,7 @@ print(compile_launch('case', launch, 'sm_87').problems())
 @pytest.mark.parametrize(
     ("dtype", "target"),
     [
-        pytest.param("float16", "sm_75", marks=pytest.mark.slow),
+        pytest.param("float16", "sm_75", marks=pytest.mark.nightly),
         pytest.param("bfloat16", "sm_80", marks=pytest.mark.nightly),
         pytest.param("float32", "sm_120", marks=pytest.mark.nightly),
     ],

@@ -229,7 +229,7 @@ def ranks_of_a_group(rank, folder, dataset):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_of_a_group_get_different_images_unless_asked_otherwise(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     images, labels = small_dataset(train=24, test=6).train_images, np.arange(24)

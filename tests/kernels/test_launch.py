@@ -1,4 +1,8 @@
-"""Conversions in kernels, interpreted without a GPU and compiled with one."""
+"""Conversions in kernels, interpreted without a GPU and compiled with one, and the import of kernels."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -6,7 +10,7 @@ import triton
 import triton.language as tl
 
 from cifar_fast.kernels.launch import convert
-from tests.helpers import DEVICE
+from tests.helpers import DEVICE, ROOT
 
 
 @triton.jit
@@ -33,3 +37,21 @@ def test_kernels_convert_as_torch_does(source, dtype):
     expected = x.to(dtype)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+@pytest.mark.slow  # a process of its own
+@pytest.mark.parametrize("module", ["kernels", "kernels.launch"])
+def test_import_of_kernels_says_to_import_cifar_fast_kernels(module):
+    """A second copy would register the operators again, so the first copy must keep working."""
+    code = f"""
+import torch
+from cifar_fast.kernels import BatchNormAct2d
+try:
+    import {module}
+except ImportError as error:
+    print(error)
+print(BatchNormAct2d(2, alpha=0.1)(torch.zeros(2, 2, 2, 2)).sum().item())
+"""
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert (done.stdout, done.stderr) == ("import cifar_fast.kernels, not kernels\n0.0\n", "")
