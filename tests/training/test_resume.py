@@ -251,21 +251,21 @@ def test_resume_with_the_data_in_another_place(tmp_path, tiny, stopped):
 @pytest.fixture
 def moved(tmp_path, tiny, cifar10, monkeypatch):
     """The working folder of a stopped training whose paths are relative; the current folder is another one."""
-    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
-    work.mkdir()
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
     elsewhere.mkdir()
-    cifar10.rename(work / "data")
-    save_npz(work / "test.npz", tiny, images=tiny.test_images, labels=tiny.test_labels % 3, class_names=None)
-    monkeypatch.chdir(work)
+    cifar10.rename(project / "data")
+    save_npz(project / "test.npz", tiny, images=tiny.test_images, labels=tiny.test_labels % 3, class_names=None)
+    monkeypatch.chdir(project)
     flags = "--widths 4 8 8 16 --epochs 3 --batch-size 16 --device cpu --dtype float32 --also-test more=test.npz"
     with lines_to(stop_after((0, 2))):
         assert main(f"{flags} --output out".split()) == 130
     monkeypatch.chdir(elsewhere)
-    return work
+    return project
 
 
 def test_resume_from_another_working_folder_reads_the_same_files(tmp_path, moved, capfd, monkeypatch):
-    assert main(["--resume", "../work/out"]) == 0
+    assert main(["--resume", "../project/out"]) == 0
     assert "resuming after epoch 1" in capfd.readouterr().out and not list((tmp_path / "elsewhere").iterdir())
     training = json.loads((moved / "out/training.json").read_text())
     assert training["paths"] == {"data": str(moved / "data"), "test.npz": str(moved / "test.npz")}
@@ -273,7 +273,7 @@ def test_resume_from_another_working_folder_reads_the_same_files(tmp_path, moved
 
 
 @pytest.mark.parametrize(("gone", "option"), [("data", "--data-dir"), ("test.npz", "--also-test")])
-@pytest.mark.parametrize("place", ["elsewhere", "work"])
+@pytest.mark.parametrize("place", ["elsewhere", "project"])
 def test_resume_without_the_files_of_the_training_is_an_error_in_one_line(
     tmp_path, moved, capfd, monkeypatch, gone, option, place
 ):
@@ -290,31 +290,31 @@ def test_resume_does_not_download_into_a_folder_that_was_emptied(moved, capfd, m
     (moved / "data").rename(moved / "kept")
     (moved / "data").mkdir()
     monkeypatch.setattr("cifar_fast.data.download.download", lambda *args: pytest.fail("downloads again"))
-    assert main(["--resume", "../work/out"]) == 2
+    assert main(["--resume", "../project/out"]) == 2
     assert capfd.readouterr().err.startswith(f"error: {moved}/data: the training read it, but it is gone; ")
     (moved / "kept/cifar-10-batches-py").rename("cifar-10-batches-py")
-    assert main(["--resume", "../work/out", "--data-dir", "."]) == 0
+    assert main(["--resume", "../project/out", "--data-dir", "."]) == 0
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--data-dir", "data"), ("--also-test", "more=test.npz")])
 def test_data_that_is_named_for_a_finished_training_is_compared(moved, capfd, flag, value):
-    assert main(["--resume", "../work/out"]) == 0
+    assert main(["--resume", "../project/out"]) == 0
     shutil.copytree(moved / "data", "data") if flag == "--data-dir" else shutil.copy(moved / "test.npz", "other.npz")
     value = value.replace("test.npz", "other.npz")
     capfd.readouterr()
-    assert main(["--resume", "../work/out", flag, value]) == 0
+    assert main(["--resume", "../project/out", flag, value]) == 0
     assert capfd.readouterr().out.startswith("nothing to do: ")
     other = small_dataset(train=100, test=50, classes=10, seed=1)
     save_npz(Path("other.npz"), other, images=other.test_images, labels=other.test_labels)
     flags = "--dataset npz --data-dir other.npz" if flag == "--data-dir" else f"{flag} {value}"
-    assert main(["--resume", "../work/out", *flags.split()]) == 2
+    assert main(["--resume", "../project/out", *flags.split()]) == 2
     assert "is not the " in capfd.readouterr().err
 
 
 def test_profile_of_a_resumed_training_reads_the_same_files(moved, monkeypatch):
     read = []
     monkeypatch.setattr("cifar_fast.cli.profile.run", lambda args: read.append(args.data_dir) or 0)
-    assert main(["--resume", "../work/out", "--profile", "trace"]) == 0
+    assert main(["--resume", "../project/out", "--profile", "trace"]) == 0
     assert read == [str(moved / "data")]
 
 
