@@ -21,7 +21,7 @@ from cifar_fast.utils.seeds import derive_seed
 
 
 class CNN(nn.Module):
-    """Convolutions 3x3, each followed by (max-pool,) batch norm and CELU; then max-pool and a linear layer.
+    """Convolutions 3x3, each followed by (max-pool,) batch norm and activation; then max-pool and a linear layer.
 
     The max-pool comes before the norm, where it divides the norm's memory traffic by four. ``recipe.residual`` adds the
     input of a block (convolution, norm, activation) to its output if both have the same shape. The sum is not activated

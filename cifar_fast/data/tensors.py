@@ -39,14 +39,6 @@ class Normalization:
         return self.apply(every_byte, dtype).T.contiguous()
 
 
-def as_nchw(images: torch.Tensor) -> torch.Tensor:
-    """Return images ``[N, S, S, C]`` with the same shape and NCHW memory, the layout of torchvision's arrays.
-
-    Sums over this layout have the reference script's bits.
-    """
-    return images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-
-
 @dataclass(frozen=True)
 class DeviceData:
     """A data set on a device, its images as bytes.

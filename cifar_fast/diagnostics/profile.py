@@ -39,8 +39,8 @@ from cifar_fast.utils.torch_defaults import torch_defaults
 WARM_UP_STEPS = 2
 
 AUGMENT = "our kernels: augmentation"
-NORM_FORWARD = "our kernels: batch norm + CELU forward"
-NORM_BACKWARD = "our kernels: batch norm + CELU backward"
+NORM_FORWARD = "our kernels: batch norm + activation forward"
+NORM_BACKWARD = "our kernels: batch norm + activation backward"
 CONV_FORWARD = "convolutions forward"
 CONV_DATA = "convolutions data gradient"
 CONV_WEIGHT = "convolutions weight gradient"

@@ -191,7 +191,7 @@ class Training:
         self._runs: dict[int, RunResult | DivergedResult] = {}  # trained by this process
         self._other_backends: dict[int, str] = {}  # the backends of runs that do not belong to the result
         self._weights_of: int | None = None  # the run whose weights ``result`` has
-        self._told: list[str] = []  # changes of the environment
+        self._reported: list[str] = []  # changes of the environment
         if folder and earlier:
             self._refuse_differences(folder.name, earlier)
         if folder and config.tensorboard:
@@ -419,8 +419,8 @@ class Training:
         """Log a line, once, for each part of the environment that the figures depend on and that has changed."""
         for name in AFFECTS_FIGURES:
             line = f"{name} was {before[name]}, now {now[name]}: the last bits may differ"
-            if before[name] != now[name] and line not in self._told:
-                self._told.append(line)
+            if before[name] != now[name] and line not in self._reported:
+                self._reported.append(line)
                 LOGGER.info(line)
 
     def finish(self) -> Result | None:

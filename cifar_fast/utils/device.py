@@ -73,9 +73,7 @@ def fused_unavailable_reason(device: torch.device) -> str | None:
     except ImportError as error:
         return f"its kernels cannot be imported: {error}"
     if device.type == "cpu":
-        if interpreted():
-            return None
-        return None
+        return None  # compiled C++, Triton's interpreter or plain torch
     if interpreted():
         return "TRITON_INTERPRET=1 is set, and a CUDA graph cannot hold interpreted kernels"
     if torch.version.hip:

@@ -16,6 +16,7 @@ from scipy import stats
 from cifar_fast import Dataset, Recipe, fit, make_report
 from cifar_fast.cli.main import main
 from cifar_fast.data.synthetic import PATTERNS, textures
+from cifar_fast.experiments.report import Report
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.metrics import DivergedRun, EpochRow, Run
 from cifar_fast.training.results import DivergedResult, Result, RunResult
@@ -364,7 +365,7 @@ def test_variant_that_was_not_tested_on_the_metric_costs_no_other(tmp_path, capf
 
 
 def test_table_is_printed_even_if_a_file_cannot_be_written(tmp_path, folders, capfd, monkeypatch):
-    monkeypatch.setattr("cifar_fast.experiments.report.Report.variants_figure", lambda report: 1 / 0)
+    monkeypatch.setattr(Report, "variants_figure", lambda report: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["report", *folders, "--output", f"{tmp_path}/report"])
     assert "| variant |" in capfd.readouterr().out

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from cifar_fast import Recipe
 from cifar_fast.data.augment import Draws
 from cifar_fast.data.augment import augment as eager_augment
-from cifar_fast.data.tensors import as_nchw
 from cifar_fast.kernels.augment import (
     DTYPES,
     augment,
@@ -38,7 +37,8 @@ class Images:
             source="images", train_images=images, test_images=images if test_images is None else test_images
         )
         self.normalized, self.test_normalized = normalize(dataset, DEVICE, dtype)
-        self.table = normalization_table(as_nchw(self.images), dtype)
+        nchw = self.images.permute(0, 3, 1, 2).contiguous()  # sums over this layout have the bits of eager
+        self.table = normalization_table(nchw.permute(0, 2, 3, 1), dtype)
 
     def eager(self, draws, padding=4, cutout_size=8):
         recipe = Recipe(crop_padding=padding, cutout_size=cutout_size)

@@ -1,4 +1,4 @@
-"""Max-pool, batch norm and CELU as one kernel, interpreted without a GPU and compiled with one."""
+"""Max-pool, batch norm and activation as one operator: Triton interpreted or compiled, and C++ on a CPU."""
 
 import ast
 import copy

@@ -17,8 +17,10 @@ from torch import nn
 
 from cifar_fast import CNN, InputError, Recipe, Result, __version__, draw_epoch, fit, make_report
 from cifar_fast.backends.fused import Fused
+from cifar_fast.cli import profile
 from cifar_fast.cli.flags import interruptible
 from cifar_fast.cli.main import main as command
+from cifar_fast.data import download
 from cifar_fast.data.tensors import device_data
 from cifar_fast.train import main
 from cifar_fast.training import fit as training_fit
@@ -279,7 +281,7 @@ def test_resume_without_the_files_of_the_training_is_an_error_in_one_line(
 ):
     (moved / gone).rename(tmp_path / "new")
     monkeypatch.chdir(tmp_path / place)
-    monkeypatch.setattr("cifar_fast.data.download.download", lambda *args: pytest.fail("downloads again"))
+    monkeypatch.setattr(download, "download", lambda *args: pytest.fail("downloads again"))
     assert main(["--resume", str(moved / "out")]) == 2
     error = capfd.readouterr().err
     assert error.startswith(f"error: {moved / gone}: the training read it, but it is gone; ") and option in error
@@ -289,7 +291,7 @@ def test_resume_without_the_files_of_the_training_is_an_error_in_one_line(
 def test_resume_does_not_download_into_a_folder_that_was_emptied(moved, capfd, monkeypatch):
     (moved / "data").rename(moved / "kept")
     (moved / "data").mkdir()
-    monkeypatch.setattr("cifar_fast.data.download.download", lambda *args: pytest.fail("downloads again"))
+    monkeypatch.setattr(download, "download", lambda *args: pytest.fail("downloads again"))
     assert main(["--resume", "../project/out"]) == 2
     assert capfd.readouterr().err.startswith(f"error: {moved}/data: the training read it, but it is gone; ")
     (moved / "kept/cifar-10-batches-py").rename("cifar-10-batches-py")
@@ -313,7 +315,7 @@ def test_data_that_is_named_for_a_finished_training_is_compared(moved, capfd, fl
 
 def test_profile_of_a_resumed_training_reads_the_same_files(moved, monkeypatch):
     read = []
-    monkeypatch.setattr("cifar_fast.cli.profile.run", lambda args: read.append(args.data_dir) or 0)
+    monkeypatch.setattr(profile, "run", lambda args: read.append(args.data_dir) or 0)
     assert main(["--resume", "../project/out", "--profile", "trace"]) == 0
     assert read == [str(moved / "data")]
 
