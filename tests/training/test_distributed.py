@@ -444,7 +444,9 @@ def test_two_processes_on_a_simulator_of_two_gpus(tmp_path, npz, shared):
     flags = f"{FLAGS} --device auto --data-dir {npz} --epochs 2 --runs 2 --output {tmp_path}"
     both = [start_rank(f"{flags}/two", rank, port, on_gpus(f"{rank}.log")) for rank in range(2)]
     assert [process.wait() for process in both] == [0, 0], [process.communicate() for process in both]
-    assert json.loads((tmp_path / "two/run-1/result.json").read_text())["environment"]["device"] == "cuda:1"
+    assert [e["device"] for e in json.loads((tmp_path / "two/run-1/result.json").read_text())["environments"]] == [
+        "cuda:1"
+    ]
     done = subprocess.run(
         [sys.executable, *on_gpus("one.log"), *f"{flags}/one".split()], capture_output=True, text=True
     )
