@@ -64,7 +64,7 @@ def test_number_of_launches_does_not_grow(shared, tmp_path):
     simulator, log = shared("gpu_stand_in/run.py"), tmp_path / "log"
     if not shutil.which("gcc"):
         pytest.skip("the GPU simulator needs gcc")
-    small_dataset(Recipe().batch_size, 10_000, 10).save(tmp_path / "images.npz")
+    small_dataset(2 * Recipe().batch_size, 10_000, 10).save(tmp_path / "images.npz")
     flags = f"--dataset npz --data-dir {tmp_path}/images.npz --backend fused --device cuda --dtype float16 --epochs 1"
     flags += f" --output {tmp_path}/x"
     command = [sys.executable, simulator, "--log", log, "-m", "cifar_fast.train", *flags.split()]
