@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 #ifdef _OPENMP
@@ -18,7 +19,7 @@
 namespace {
 
 constexpr int64_t kWidth = 256;  // rows of fewer elements are joined to at least this many, for long inner loops
-constexpr int64_t kChunk = 32;   // joined rows per chunk, few because their sums are in the type of the arithmetic
+constexpr int64_t kChunk = 128;   // joined rows per chunk, few because their sums are in the type of the arithmetic
 constexpr int64_t kSplits = 64;  // the most splits
 
 struct Half { uint16_t bits; };
@@ -26,7 +27,6 @@ struct BFloat16 { uint16_t bits; };
 using T = DTYPE;
 using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
 using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
-constexpr int kTerms = sizeof(T) == 2 ? 4 : 7;  // of the series of exp(r) - 1, for a relative error of 1e-4 or 2e-8
 
 template <class To, class From> To bit_cast(From value) {
   static_assert(sizeof(To) == sizeof(From));
@@ -35,31 +35,36 @@ template <class To, class From> To bit_cast(From value) {
   return result;
 }
 
-inline float load(float value) { return value; }
-inline double load(double value) { return value; }
-inline float load(BFloat16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
-inline float load(Half value) {
-  uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
+// Two elements of 16 bits are read and written as one word of 32 bits, so that vectors need no shuffles.
+typedef std::conditional_t<sizeof(T) == 2, uint32_t, T> Word __attribute__((aligned(alignof(T)), may_alias));
+constexpr int kLanes = sizeof(Word) / sizeof(T);
+
+// The value of the low 16 bits.
+inline float widen(uint32_t bits) {
+  if constexpr (std::is_same_v<T, BFloat16>) return bit_cast<float>(bits << 16);
+  uint32_t magnitude = (bits & 0x7fff) << 13;
   float finite = bit_cast<float>(magnitude) * 0x1p112f;  // also right for subnormal numbers
-  uint32_t bits = (value.bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : bit_cast<uint32_t>(finite);
-  return bit_cast<float>(bits | uint32_t(value.bits & 0x8000) << 16);
+  uint32_t all = (bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : bit_cast<uint32_t>(finite);
+  return bit_cast<float>(all | (bits & 0x8000) << 16);
 }
 
-// Rounding is to nearest even.
-inline void store(float* to, float value) { *to = value; }
-inline void store(double* to, double value) { *to = value; }
-inline void store(BFloat16* to, float value) {
-  uint32_t bits = bit_cast<uint32_t>(value);
-  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  to->bits = uint16_t(value == value ? rounded : 0x7fc0);
-}
-inline void store(Half* to, float value) {
+// The low 16 bits of a value, rounded to nearest even.
+inline uint32_t narrow(float value) {
   uint32_t bits = bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffff;
+  // The sum keeps every NaN but those whose low 17 bits are all ones; see Shape::repeat.
+  if constexpr (std::is_same_v<T, BFloat16>) return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   uint32_t normal = (magnitude + 0xc8000fff + (magnitude >> 13 & 1)) >> 13;
   uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
   uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-  uint32_t result = magnitude < 0x38800000 ? subnormal : magnitude < 0x477ff000 ? normal : special;
-  to->bits = uint16_t(result | (bits >> 16 & 0x8000));
+  return (magnitude < 0x38800000 ? subnormal : magnitude < 0x477ff000 ? normal : special) | (bits >> 16 & 0x8000);
+}
+
+inline float element(uint32_t word, int lane) { return widen(lane ? word >> 16 : word & 0xffff); }
+inline float element(float word, int) { return word; }
+inline double element(double word, int) { return word; }
+inline Word word_of(A first, A second) {
+  if (kLanes == 1) return Word(first);
+  return Word(narrow(float(first)) | narrow(float(second)) << 16);
 }
 
 template <class V> inline V multiply_add(V a, V b, V c) {
@@ -76,18 +81,24 @@ template <int N, int I = 0> inline float polynomial(const float (&coefficients)[
   else return multiply_add(polynomial<N, I + 1>(coefficients, x), x, coefficients[I]);
 }
 
-// exp(t) - subtract for t <= 0 and subtract 0 or 1. If t = n ln 2 + r, it is 2^n (exp(r) - 1) + (2^n - subtract), which
-// keeps the digits near 0.
+// exp(t) - subtract for t <= 0 and subtract 0 or 1, with a relative error of 2e-8, or 3e-6 for types of 16 bits. If
+// t = n ln 2 + r, it is 2^n (exp(r) - 1) + (2^n - subtract), which keeps the digits near 0.
 inline float exponential(float t, float subtract) {
-  constexpr float kAll[] = {1.0f, 1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
-  constexpr float kFew[] = {1.0f, 1.0f / 2, 1.0f / 6, 1.0f / 24};
+  constexpr float kLog2e = 1.44269504f, kRound = 12582912.0f;  // 1.5 2^23: a sum with it has n in its low bits
   t = t < -87.0f ? -87.0f : t;
-  float shifted = multiply_add(t, 1.44269504f, 12582912.0f);  // 1.5 2^23, so the low bits are n
-  float n = shifted - 12582912.0f;
+  float shifted = multiply_add(t, kLog2e, kRound), n = shifted - kRound;
+  uint32_t exponent = bit_cast<uint32_t>(shifted) << 23;
+  if constexpr (sizeof(T) == 2) {
+    constexpr float kFit[] = {0.6931241934f, 0.2402409861f, 0.05590642475f, 0.009582853122f};  // of (2^r - 1) / r
+    float r = multiply_add(t, kLog2e, -n), fit = polynomial(kFit, r);
+    if (subtract == 0) return bit_cast<float>(bit_cast<uint32_t>(multiply_add(fit, r, 1.0f)) + exponent);
+    float power = bit_cast<float>(exponent + 0x3f800000);
+    return multiply_add(fit * r, power, power - subtract);
+  }
+  constexpr float kSeries[] = {1.0f, 1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
   float r = multiply_add(n, -1.42860677e-6f, multiply_add(n, -0.693145752f, t));
-  float power = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000);  // 2^n
-  float series = r * (kTerms == 7 ? polynomial(kAll, r) : polynomial(kFew, r));
-  return multiply_add(series, power, power - subtract);
+  float power = bit_cast<float>(exponent + 0x3f800000);  // 2^n
+  return multiply_add(r * polynomial(kSeries, r), power, power - subtract);
 }
 inline double exponential(double t, double subtract) { return subtract == 0 ? std::exp(t) : std::expm1(t); }
 
@@ -122,7 +133,7 @@ struct Celu {
   explicit Celu(double a) : alpha(A(a)), inverse(A(1 / a)), rest(A(1 / a - double(inverse))) {}
   A scaled(A z) const {
     A negative = z < 0 ? z : 0;
-    return kTerms == 4 ? negative * inverse : multiply_add(negative, inverse, negative * rest);
+    return sizeof(T) == 2 ? negative * inverse : multiply_add(negative, inverse, negative * rest);
   }
   A value(A z) const {
     A below = alpha * exponential(scaled(z), 1);
@@ -168,7 +179,8 @@ struct Shape {
   int64_t out_h() const { return h / pool; }
   int64_t out_w() const { return w / pool; }
   int64_t rows() const { return n * out_h() * out_w(); }
-  int64_t joined() const { return std::max<int64_t>(1, (kWidth + c - 1) / c); }  // rows
+  int64_t joined() const { int64_t r = (kWidth + c - 1) / c; return r + r * c % kLanes; }  // rows, of whole words
+  int64_t width() const { return joined() * c; }                                     // elements of joined rows
   int64_t chunk() const { return kChunk * joined(); }                            // rows
   int64_t chunks() const { return (rows() + chunk() - 1) / chunk(); }
   int64_t splits() const { return std::min(kSplits, chunks()); }
@@ -196,13 +208,40 @@ struct Shape {
     }
   }
 
-  // Call body(element, position in the joined row) for all elements of some rows.
-  template <class Body> void for_elements(int64_t rows, Body body) const {
-    int64_t width = joined() * c, total = rows * c;
-    for (int64_t start = 0; start < total; start += width) {
-      int64_t length = std::min(width, total - start);
+  // Call body(position, channel) for the elements of joined rows. First lanes of words come first, then second lanes.
+  template <class Body> void for_positions(Body body) const {
+    int64_t words = width() / kLanes;
+    for (int64_t lane = 0; lane < kLanes; lane++)
+      for (int64_t i = 0, channel = lane % c; i < words; i++) {
+        body(lane * words + i, channel);
+        for (channel += kLanes; channel >= c;) channel -= c;
+      }
+  }
+
+  // Write to = body(from, other, position) for all elements of some rows, or only call body without a place to write to.
+  template <class To, class Body> void for_elements(int64_t rows, const T* from, const T* other, To to, Body body) const {
+    constexpr bool kWrites = std::is_same_v<To, T*>;
+    int64_t words = width() / kLanes;
+    for (int64_t start = 0; start < rows * c; start += width()) {
+      int64_t length = std::min(width(), rows * c - start), whole = length / kLanes;
+      auto a = reinterpret_cast<const Word*>(from + start), b = reinterpret_cast<const Word*>(other + start);
+      Word* result = nullptr;
+      if constexpr (kWrites) result = reinterpret_cast<Word*>(to + start);
+      auto pair = [=](Word x, Word y, int64_t i) {
+        A first = body(element(x, 0), element(y, 0), i), second = first;
+        if constexpr (kLanes == 2) second = body(element(x, 1), element(y, 1), words + i);
+        return word_of(first, second);
+      };
 #pragma omp simd
-      for (int64_t i = 0; i < length; i++) body(start + i, i);
+      for (int64_t i = 0; i < whole; i++) {
+        if constexpr (kWrites) result[i] = pair(a[i], b[i], i);
+        else pair(a[i], b[i], i);
+      }
+      if (length % kLanes) {  // half a word
+        Bits x = reinterpret_cast<const Bits*>(a)[length - 1], y = reinterpret_cast<const Bits*>(b)[length - 1];
+        A value = body(element(Word(x), 0), element(Word(y), 0), whole);
+        if constexpr (kWrites) reinterpret_cast<Bits*>(result)[length - 1] = Bits(word_of(value, value));
+      }
     }
   }
 
@@ -216,39 +255,60 @@ struct Shape {
     }
   }
 
-  // Repeat values per channel for joined rows.
+  // Repeat values per channel for joined rows. Each NaN becomes the same one, which narrow() keeps.
   std::vector<A> repeat(const A* values) const {
-    std::vector<A> result(joined() * c);
-    for (size_t i = 0; i < result.size(); i++) result[i] = values[i % c];
+    std::vector<A> result(width());
+    for_positions([&](int64_t i, int64_t channel) {
+      result[i] = values[channel] == values[channel] ? values[channel] : std::numeric_limits<A>::quiet_NaN();
+    });
     return result;
   }
 
-  // Sum the values of a channel in a joined row.
-  double sum(const std::vector<A>& values, int64_t channel) const {
-    double result = 0;
-    for (size_t i = channel; i < values.size(); i += c) result += values[i];
-    return result;
+  // Add the values of joined rows to the totals of their channels.
+  void add(const std::vector<A>& values, double* totals) const {
+    for_positions([&](int64_t i, int64_t channel) { totals[channel] += values[i]; });
   }
 };
 
-// 2 x 2 max-pool. As in torch, the first maximum wins, but the last NaN.
+// The maximum of a window and its index. As in torch, the first maximum wins, but the last NaN.
+inline A window_maximum(A value, A second, A third, A fourth, uint32_t& index) {
+  A others[] = {second, third, fourth};
+  index = 0;
+  for (uint32_t k = 0; k < 3; k++) {
+    bool better = others[k] > value || others[k] != others[k];
+    value = better ? others[k] : value;
+    index = better ? k + 1 : index;
+  }
+  return value;
+}
+
+// 2 x 2 max-pool.
 void pool_rows(const T* x, T* pooled, uint8_t* argmax, int64_t first, int64_t count, const Shape& shape) {
+  using Indices = std::conditional_t<kLanes == 2, uint16_t, uint8_t>;
+  typedef Indices Unaligned __attribute__((aligned(1), may_alias));
   int64_t c = shape.c, line = shape.w * c;
   shape.for_windows(first, count, [=](int64_t row, int64_t corner, int64_t, int64_t) {
-    const T* window = x + corner;
-    T* to = pooled + row * c;
-    uint8_t* index_to = argmax + row * c;
+    const T* pixels[] = {x + corner, x + corner + c, x + corner + line, x + corner + line + c};
+    auto a = reinterpret_cast<const Word*>(pixels[0]), b = reinterpret_cast<const Word*>(pixels[1]);
+    auto d = reinterpret_cast<const Word*>(pixels[2]), e = reinterpret_cast<const Word*>(pixels[3]);
+    auto to = reinterpret_cast<Word*>(pooled + row * c);
+    auto index_to = reinterpret_cast<Unaligned*>(argmax + row * c);
 #pragma omp simd
-    for (int64_t i = 0; i < c; i++) {
-      A value = load(window[i]), others[] = {load(window[c + i]), load(window[line + i]), load(window[line + c + i])};
-      int32_t index = 0;
-      for (int k = 0; k < 3; k++) {
-        bool better = others[k] > value || others[k] != others[k];
-        value = better ? others[k] : value;
-        index = better ? k + 1 : index;
-      }
-      store(to + i, value);
-      index_to[i] = uint8_t(index);
+    for (int64_t i = 0; i < c / kLanes; i++) {
+      uint32_t index[2] = {0, 0};
+      A values[2];
+      for (int k = 0; k < kLanes; k++)
+        values[k] = window_maximum(element(a[i], k), element(b[i], k), element(d[i], k), element(e[i], k), index[k]);
+      to[i] = word_of(values[0], values[kLanes - 1]);
+      index_to[i] = Indices(index[0] | index[1] << 8);
+    }
+    if (c % kLanes) {  // half a word
+      uint32_t index;
+      A corners[4];
+      for (int k = 0; k < 4; k++) corners[k] = element(Word(reinterpret_cast<const Bits*>(pixels[k])[c - 1]), 0);
+      A value = window_maximum(corners[0], corners[1], corners[2], corners[3], index);
+      reinterpret_cast<Bits*>(pooled + row * c)[c - 1] = Bits(word_of(value, value));
+      argmax[row * c + c - 1] = uint8_t(index);
     }
   });
 }
@@ -272,13 +332,20 @@ void unpool_rows(const T* gradients, const uint8_t* argmax, T* dx, int64_t first
   });
 }
 
-// Count, mean and sum of squared deviations of a part, merged by the formula of Chan, Golub and LeVeque (1979).
+// Counts, means and sums of squared deviations of a part by channel.
 struct Moments {
-  double count = 0, mean = 0, square = 0;
+  double count = 0;
+  std::vector<double> mean, square;
+
+  explicit Moments(int64_t channels) : mean(channels), square(channels) {}
+  // The formula of Chan, Golub and LeVeque (1979).
   void merge(const Moments& other) {
-    double total = count + other.count, delta = other.mean - mean;
-    mean += delta * (other.count / total);
-    square += other.square + delta * delta * (count * other.count / total);
+    double total = count + other.count, share = other.count / total;
+    for (size_t i = 0; i < mean.size(); i++) {
+      double delta = other.mean[i] - mean[i];
+      mean[i] += delta * share;
+      square[i] += other.square[i] + delta * delta * (count * share);
+    }
     count = total;
   }
 };
@@ -303,38 +370,43 @@ extern "C" {
 void statistics(const T* x, T* pooled, uint8_t* argmax, double* moments, const Shape* given) {
   const Shape shape = *given;
   int64_t c = shape.c;
-  std::vector<Moments> parts(shape.splits() * c);
-  struct State { std::vector<A> origin, sums, squares; bool started; };
-  auto make = [&] { return State{std::vector<A>(shape.joined() * c), {}, {}, false}; };
+  std::vector<Moments> parts(shape.splits(), Moments(c));
+  struct State { std::vector<A> sums, squares; Moments chunk; bool started; };
+  auto make = [&] { return State{{}, {}, Moments(c), false}; };
   shape.for_chunks(false, make, [&](State& state, int64_t split, int64_t first, int64_t count) {
     if (shape.pool == 2) pool_rows(x, pooled + first * c, argmax + first * c, first, count, shape);
     const T* values = (shape.pool == 2 ? pooled : x) + first * c;
     // Deviations from the mean of the chunk before lose no digits. The first chunk is read twice.
+    Moments& chunk = state.chunk;
+    chunk.count = double(count);
     for (int pass = state.started; pass < 2; pass++) {
-      state.sums.assign(shape.joined() * c, 0);
-      state.squares.assign(shape.joined() * c, 0);
-      A *origin = state.origin.data(), *sums = state.sums.data(), *squares = state.squares.data();
-      shape.for_elements(count, [=](int64_t element, int64_t i) {
-        A deviation = load(values[element]) - origin[i];
+      std::vector<A> means(chunk.mean.begin(), chunk.mean.end()), origins = shape.repeat(means.data());
+      state.sums.assign(shape.width(), 0);
+      state.squares.assign(shape.width(), 0);
+      A *origin = origins.data(), *sums = state.sums.data(), *squares = state.squares.data();
+      shape.for_elements(count, values, values, nullptr, [=](A value, A, int64_t i) {
+        A deviation = value - origin[i];
         sums[i] += deviation;
         squares[i] = multiply_add(deviation, deviation, squares[i]);
+        return A(0);
       });
-      for (int64_t channel = 0; channel < c; channel++) {
-        double sum = shape.sum(state.sums, channel), mean = sum / count;
-        double square = std::max(shape.sum(state.squares, channel) - sum * mean, 0.0);
-        if (pass == 1) parts[split * c + channel].merge({double(count), origin[channel] + mean, square});
-        A next = A(origin[channel] + mean);
-        for (int64_t i = channel; i < shape.joined() * c; i += c) origin[i] = next;
+      std::vector<double> total(c);
+      std::fill(chunk.square.begin(), chunk.square.end(), 0);
+      shape.add(state.sums, total.data());
+      shape.add(state.squares, chunk.square.data());
+      for (int64_t i = 0; i < c; i++) {
+        double deviation = total[i] / count;
+        chunk.mean[i] = means[i] + deviation;
+        chunk.square[i] = std::max(chunk.square[i] - total[i] * deviation, 0.0);
       }
     }
     state.started = true;
+    parts[split].merge(chunk);
   });
-  for (int64_t channel = 0; channel < c; channel++) {
-    Moments all;
-    for (int64_t split = 0; split < shape.splits(); split++) all.merge(parts[split * c + channel]);
-    moments[channel] = all.mean;
-    moments[c + channel] = all.square;
-  }
+  Moments all(c);
+  for (const Moments& part : parts) all.merge(part);
+  std::copy(all.mean.begin(), all.mean.end(), moments);
+  std::copy(all.square.begin(), all.square.end(), moments + c);
 }
 
 // Write y = activation((pool(x) - mean) scale + shift) for parameters [3, C]: mean, scale, shift.
@@ -350,10 +422,8 @@ void apply(const T* x, T* y, const A* parameters, int64_t activation, double alp
     shape.for_chunks(true, make, [&](State& state, int64_t, int64_t first, int64_t count) {
       if (buffer) pool_rows(x, state.pooled.data(), state.argmax.data(), first, count, shape);
       const T* values = buffer ? state.pooled.data() : x + first * c;
-      T* to = y + first * c;
-      shape.for_elements(count, [=](int64_t element, int64_t i) {
-        A z = multiply_add(load(values[element]) - mean[i], scale[i], shift[i]);
-        store(to + element, function.value(z));
+      shape.for_elements(count, values, values, y + first * c, [=](A value, A, int64_t i) {
+        return function.value(multiply_add(value - mean[i], scale[i], shift[i]));
       });
     });
   });
@@ -370,20 +440,18 @@ void backward(const T* dy, const T* x, const uint8_t* argmax, T* dx, const A* pa
     std::vector<double> parts(shape.splits() * 2 * c);
     struct Sums { std::vector<A> of_q, of_qd; };
     shape.for_chunks(false, [] { return Sums(); }, [&](Sums& state, int64_t split, int64_t first, int64_t count) {
-      state.of_q.assign(shape.joined() * c, 0);
-      state.of_qd.assign(shape.joined() * c, 0);
+      state.of_q.assign(shape.width(), 0);
+      state.of_qd.assign(shape.width(), 0);
       const T *values = x + first * c, *gradients = dy + first * c;
       A *of_q = state.of_q.data(), *of_qd = state.of_qd.data();
-      shape.for_elements(count, [=](int64_t element, int64_t i) {
-        A centered = load(values[element]) - mean[i];
-        A q = load(gradients[element]) * function.slope(multiply_add(centered, scale[i], shift[i]));
+      shape.for_elements(count, values, gradients, nullptr, [=](A value, A gradient, int64_t i) {
+        A centered = value - mean[i], q = gradient * function.slope(multiply_add(centered, scale[i], shift[i]));
         of_q[i] += q;
         of_qd[i] = multiply_add(q, centered, of_qd[i]);
+        return q;
       });
-      for (int64_t channel = 0; channel < c; channel++) {
-        parts[split * 2 * c + channel] += shape.sum(state.of_q, channel);
-        parts[(split * 2 + 1) * c + channel] += shape.sum(state.of_qd, channel);
-      }
+      shape.add(state.of_q, &parts[split * 2 * c]);
+      shape.add(state.of_qd, &parts[(split * 2 + 1) * c]);
     });
     std::vector<A> totals(2 * c);  // subtracted in training: sum q / m, and sum q x^ / m / sqrt(var + eps)
     for (int64_t i = 0; i < 2 * c; i++) {
@@ -398,10 +466,9 @@ void backward(const T* dy, const T* x, const uint8_t* argmax, T* dx, const A* pa
     shape.for_chunks(true, make, [&](std::vector<T>& buffer, int64_t, int64_t first, int64_t count) {
       const T *values = x + first * c, *gradients = dy + first * c;
       T* to = shape.pool == 2 ? buffer.data() : dx + first * c;
-      shape.for_elements(count, [=](int64_t element, int64_t i) {
-        A centered = load(values[element]) - mean[i];
-        A q = load(gradients[element]) * function.slope(multiply_add(centered, scale[i], shift[i]));
-        store(to + element, multiply_add(centered, -slope[i], q - level[i]) * scale[i]);
+      shape.for_elements(count, values, gradients, to, [=](A value, A gradient, int64_t i) {
+        A centered = value - mean[i], q = gradient * function.slope(multiply_add(centered, scale[i], shift[i]));
+        return multiply_add(centered, -slope[i], q - level[i]) * scale[i];
       });
       if (shape.pool == 2) unpool_rows(to, argmax, dx, first, count, shape);
     });
