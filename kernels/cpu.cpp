@@ -293,7 +293,7 @@ void pool_rows(const T* x, T* pooled, uint8_t* argmax, int64_t first, int64_t co
     auto d = reinterpret_cast<const Word*>(pixels[2]), e = reinterpret_cast<const Word*>(pixels[3]);
     auto to = reinterpret_cast<Word*>(pooled + row * c);
     auto index_to = reinterpret_cast<Unaligned*>(argmax + row * c);
-#pragma omp simd
+#pragma omp simd simdlen(16)
     for (int64_t i = 0; i < c / kLanes; i++) {
       uint32_t index[2] = {0, 0};
       A values[2];
