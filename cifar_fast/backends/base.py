@@ -65,7 +65,7 @@ class Backend(ABC):
 
     @abstractmethod
     def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Train the next epoch, one step for each item that is requested.
+        """Train the next epoch, or a part of it with fewer draws: one step for each item that is requested.
 
         Yields each step's losses ``[batch_size]`` and, as bool ``[batch_size]``, which predictions are correct. They
         are on the device and stay valid until the next epoch. After the recipe's last epoch the learning rate schedule

@@ -97,10 +97,11 @@ class Fused(Backend):
         self.seek(0)
 
     def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        self.draws.tensor.copy_(draws.tensor)
+        n = draws.tensor.shape[1]
+        self.draws.tensor[:, :n].copy_(draws.tensor)
         self.seek(self.epoch % self.recipe.epochs * self.steps)
         self.epoch += 1
-        for i in range(self.steps):
+        for i in range(n // self.recipe.batch_size):
             self.step_graph.replay() if self.step_graph else self.train_step()
             yield self.state.losses[i], self.state.correct[i]
 

@@ -142,7 +142,8 @@ def test_results_of_other_settings_are_refused(tmp_path, parts):
 
 
 def test_steps_of_a_backend_are_timed():
-    recipe, small = Recipe(batch_size=16, widths=NARROW), small_dataset()
+    """A turn is three steps, which is less than an epoch."""
+    recipe, small = Recipe(batch_size=8, widths=NARROW), small_dataset(train=40)
     bench = Bench(recipe, small, False, resolve_backend("auto", "cpu", "float32"), time.perf_counter() + 60, None, [])
     assert list(bench.backends) == ["eager", "auto"]
     assert [len(values) for values in time_steps(bench, bench.backends, rounds=2).values()] == [2, 2]
