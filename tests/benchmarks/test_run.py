@@ -141,8 +141,9 @@ def test_results_of_other_settings_are_refused(tmp_path, parts):
         start(tmp_path, settings={"dtype": "bfloat16"})
 
 
-def test_steps_of_a_backend_are_timed():
+def test_steps_of_a_backend_are_timed(monkeypatch):
     """A turn is three steps, which is less than an epoch."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     recipe, small = Recipe(batch_size=8, widths=NARROW), small_dataset(train=40)
     bench = Bench(recipe, small, False, resolve_backend("auto", "cpu", "float32"), time.perf_counter() + 60, None, [])
     assert list(bench.backends) == ["eager", "auto"]
