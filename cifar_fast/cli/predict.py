@@ -25,8 +25,8 @@ def make_parser() -> argparse.ArgumentParser:
         "images",
         metavar="IMAGES",
         nargs="+",
-        help="image files, folders of them with subfolders, or .npz files with images, uint8 [N, 32, 32, 3]; the last "
-        "line shows the accuracy if a .npz file has labels or folders are named after the classes",
+        help="image files, folders of them with subfolders, or .npz, .npy and SVHN's .mat files with images; the last "
+        "line shows the accuracy if these files have labels or folders are named after the classes",
     )
     parser.add_argument("--top", type=int, default=1, metavar="K", help="show the K most probable classes (default: 1)")
     parser.add_argument("--flip-average", action="store_true", help="average the logits of each image and its mirror")
@@ -43,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
 
     from cifar_fast.backends.select import resolve_backend
+    from cifar_fast.data.images import tell_resized
     from cifar_fast.inference.classifier import load_model
-    from cifar_fast.inference.predict import RESIZING, Prediction, accuracy, classify, find_images, write_predictions
+    from cifar_fast.inference.predict import Prediction, accuracy, classify, find_images, write_predictions
     from cifar_fast.training.fit import oom_hint
 
     device = resolve_backend("eager", args.device, "float32").device
@@ -69,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
             print_line("  ".join((str(prediction.image), *classes)))
     if args.json:
         write_predictions(args.json, names, predictions, unreadable, top=args.top, flip_average=flip)
-    if resized := sum(prediction.resized for prediction in predictions):
-        print_line(f"resized {resized} of {len(predictions)} images {RESIZING}")
+    tell_resized(sum(prediction.resized for prediction in predictions), len(predictions))
     if flip:
         print_line("--flip-average: each image was averaged with its mirror")
     if (percent := accuracy(predictions)) is not None:

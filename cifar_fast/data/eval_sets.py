@@ -7,17 +7,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from cifar_fast.data.arrays import SUFFIXES, read_images
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import check_images, new_labels
-from cifar_fast.utils.errors import InputError, first_line, option
-
-KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels"))
-"""Names of images and labels in an .npz file: in CIFAR-10.2, in this project's files, and in others."""
-
+from cifar_fast.utils.errors import InputError, option
 
 IMAGES_AT_ONCE = 5000
 """Number of images that are read from disk at once for a digest."""
@@ -89,60 +85,23 @@ def read_eval_sets(
 def _read(name: str, path: Path) -> list[EvalSet]:
     if path.is_dir():
         return _read_folder(name, path)
-    if path.suffix == ".npz":
-        images, labels, class_names = read_npz(path)
-        if labels is None:
-            raise InputError(f"{path}: holds images without labels; it must hold both")
-        return [EvalSet(name, images, labels, class_names)]
-    if not path.name.endswith("_data.npy"):
-        raise InputError(f"{path}: must be a .npz file, a *_data.npy file or a folder of .npy files")
-    return [_read_pair(name, path)]
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: must be a .npz, .npy or .mat file, or a folder of .npy files")
+    return [_read_file(name, path)]
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, ClassNames | None]:
-    """Return images, labels or None, and class names or None of an .npz file in a published format.
-
-    Images and labels are unchecked.
-    """
-    arrays = _load(path)
-    found = [pair for pair in KEYS if pair[0] in arrays and pair[1] in arrays]
-    found = found or [pair for pair in KEYS if pair[0] in arrays]
-    if not found:
-        raise InputError(f"{path}: holds {', '.join(arrays)}; it must hold images and labels")
-    images, labels = found[0]
-    for other in found[1:]:
-        if not all(np.array_equal(arrays[a], arrays[b]) for a, b in zip(found[0], other) if b in arrays):
-            raise InputError(f"{path}: holds {images} and {other[0]}, which differ; it must hold one test set")
-    names = ClassNames(arrays["class_names"], str(path)) if "class_names" in arrays else None
-    return arrays[images], arrays.get(labels), names
+def _read_file(name: str, path: Path) -> EvalSet:
+    images, labels, class_names = read_images(path)
+    if labels is None:
+        where = "beside it, in NAME_labels.npy for NAME_data.npy or in labels.npy" if path.suffix == ".npy" else "too"
+        raise InputError(f"{path}: holds images without labels; they must be there {where}")
+    return EvalSet(name, images, labels, class_names)
 
 
 def _read_folder(name: str, folder: Path) -> list[EvalSet]:
     shared = folder / "labels.npy"
-    if shared.is_file():
-        labels = _load(shared)
-        files = sorted(file for file in folder.glob("*.npy") if file != shared)
-        sets = [EvalSet(f"{name}/{file.stem}", _load(file), labels) for file in files]
-    else:
-        files = sorted(folder.glob("*_data.npy"))
-        sets = [_read_pair(f"{name}/{file.stem.removesuffix('_data')}", file) for file in files]
+    files = sorted(folder.glob("*.npy" if shared.is_file() else "*_data.npy"))
+    sets = [_read_file(f"{name}/{file.stem.removesuffix('_data')}", file) for file in files if file != shared]
     if not sets:
         raise InputError(f"{folder}: no *_data.npy with its *_labels.npy, and no labels.npy beside other .npy files")
     return sets
-
-
-def _read_pair(name: str, data: Path) -> EvalSet:
-    """Read the images of a ``*_data.npy`` file and the labels of its ``*_labels.npy``."""
-    labels = data.with_name(data.name.removesuffix("_data.npy") + "_labels.npy")
-    return EvalSet(name, _load(data), _load(labels))
-
-
-def _load(path: Path) -> Any:
-    try:
-        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-        if path.suffix == ".npy":
-            return loaded
-        with loaded:
-            return dict(loaded)
-    except Exception as error:  # damaged files raise many different types
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', '') or first_line(error)})") from None

@@ -17,7 +17,7 @@ import numpy as np
 
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import check_images
-from cifar_fast.data.image_folder import decode_images
+from cifar_fast.data.images import decode_images
 from cifar_fast.utils.errors import InputError, first_line
 from cifar_fast.utils.progress import LOGGER
 
@@ -230,6 +230,6 @@ def _read_columns(source: str, split: str, table: Any, columns: tuple[str, str])
         raise InputError(f"{source}: the split {split!r} lacks the column {missing[0]!r}")
     encoded = table[image].combine_chunks().field("bytes").to_pylist()
     files = {f"{source}, {split} image {i}": io.BytesIO(data) for i, data in enumerate(encoded)}
-    images, labels = decode_images(files, f"decoding {split}"), table[label].to_numpy()
+    images, labels = decode_images(files, f"decoding {split}")[0], table[label].to_numpy()
     check_images(source, images, labels, f"{split}_")
     return images, labels

@@ -11,9 +11,9 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import PIL
@@ -21,12 +21,11 @@ from PIL import Image
 
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import ARRAYS
-from cifar_fast.recipe import IMAGE_SIZE
+from cifar_fast.data.images import decode_images
 from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import atomic_write
-from cifar_fast.utils.progress import LOGGER, progress_bar
+from cifar_fast.utils.progress import LOGGER
 
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits per channel, so RGB loses nothing
 MAX_WAYS = 100
 """The largest number of ways to one folder. Links among a few folders could otherwise lead through millions."""
 
@@ -57,7 +56,7 @@ def read_folder(root: Path) -> dict[str, Any]:
     images = _read_cache(cache, fingerprint)
     if images is None or len(images) != len(files):
         LOGGER.info(f"decoding {len(files)} images under {root}")
-        images = decode_images({str(file): file for file in files}, "decoding")
+        images, _ = decode_images({str(file): file for file in files}, "decoding")
         try:
             with atomic_write(cache) as temporary, open(temporary, "wb") as file:
                 np.savez(file, images=images, fingerprint=np.array(fingerprint))
@@ -143,7 +142,8 @@ def _type(entry: os.DirEntry[str]) -> str:
 @functools.cache
 def _readable_suffixes() -> frozenset[str]:
     """Return the suffixes of the formats that this build of Pillow decodes."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    extensions = Image.registered_extensions()
+    return frozenset(suffix for suffix, kind in extensions.items() if kind in (*Image.OPEN, "MPO"))  # a kind of JPEG
 
 
 def _kind(path: Path) -> str:
@@ -157,7 +157,7 @@ def by_kind(ignored: Counter[str]) -> str:
 
 def _fingerprint(files: list[Path]) -> str:
     # The text names the way of decoding, so that a cache from another way is not used.
-    digest = hashlib.sha256(f"transparent over white, Pillow {PIL.__version__}".encode())
+    digest = hashlib.sha256(f"upright, transparent over white, Pillow {PIL.__version__}".encode())
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
@@ -170,49 +170,3 @@ def _read_cache(cache: Path, fingerprint: str) -> np.ndarray | None:
             return arrays["images"] if arrays["fingerprint"] == fingerprint else None
     except Exception:  # whatever is wrong with a cache, it is written again
         return None
-
-
-def decode_images(files: Mapping[str, Path | BinaryIO], what: str) -> np.ndarray:
-    """Decode ``files`` to uint8 ``[len(files), 32, 32, 3]``. Their names are for messages, ``what`` is for the bar.
-
-    One process decodes about 6,000 images a second, once per data set. More processes would save only seconds, and they
-    cannot start in a worker of a pool, from standard input, or in a script without the main guard. Threads do not help.
-    """
-    images = np.empty((len(files), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    with progress_bar(len(files), what, " images") as bar:
-        for pixels, (name, file) in zip(images, files.items()):
-            pixels[:] = decode_image(file, name)
-            bar.update()
-    return images
-
-
-def decode_image(
-    file: Path | BinaryIO, name: str, resize: Callable[[Image.Image], Image.Image] | None = None
-) -> np.ndarray:
-    """Decode an image to uint8 ``[32, 32, 3]``, with white behind transparent pixels. ``name`` is for messages.
-
-    ``resize`` scales an RGB image of any other size to 32 x 32. By default such an image is refused.
-
-    Raises:
-        InputError: it is not a whole image, has several frames, the wrong size, or more than 8 bits per channel.
-    """
-    square = (IMAGE_SIZE, IMAGE_SIZE)
-    frames, pixels = 1, None
-    try:
-        with Image.open(file) as opened:
-            image: Image.Image = opened
-            mode, size, frames = image.mode, image.size, getattr(image, "n_frames", 1)
-            if (resize or size == square) and mode in MODES and frames == 1:
-                if "A" in image.getbands() or "transparency" in image.info:
-                    white = Image.new("RGBA", size, "white")
-                    image = Image.alpha_composite(white, image.convert("RGBA"))
-                image = image.convert("RGB")
-                pixels = np.asarray(resize(image) if resize and size != square else image)
-    except Exception as error:  # decoders raise many types, even SyntaxError and struct.error
-        raise InputError(f"{name}: not a whole image ({error}); replace or delete it") from None
-    if frames > 1:
-        raise InputError(f"{name}: holds {frames} images; save the intended one as a file of its own")
-    if pixels is None:
-        must = "have" if resize else f"be {IMAGE_SIZE} x {IMAGE_SIZE} with"
-        raise InputError(f"{name}: {size[0]} x {size[1]} pixels, mode {mode}; images must {must} 8 bits per channel")
-    return pixels

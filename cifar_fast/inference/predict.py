@@ -9,54 +9,44 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
+from cifar_fast.data.arrays import SUFFIXES, read_images
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import check_images
-from cifar_fast.data.eval_sets import read_npz
-from cifar_fast.data.image_folder import by_kind, decode_image, images_below
+from cifar_fast.data.image_folder import by_kind, images_below
+from cifar_fast.data.images import as_images, decode_image
 from cifar_fast.inference.classifier import Classifier
-from cifar_fast.recipe import IMAGE_SIZE
 from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import write_json
 from cifar_fast.utils.progress import LOGGER
 
-RESIZING = f"to {IMAGE_SIZE} x {IMAGE_SIZE}: rotated upright, cropped to the largest central square, bicubic"
-
 
 @dataclass(frozen=True, eq=False)
 class ImageRef:
-    """An image to classify: the file ``path``, or image number ``index`` of the .npz file ``path``.
+    """An image to classify: the file ``path``, or image number ``index`` of the array file ``path``.
 
-    ``pixels``, uint8 ``[32, 32, 3]``, are only set for an image of a .npz file. ``label`` is None if unknown.
+    ``pixels``, uint8 ``[32, 32, 3]``, and ``resized`` are only set for an image of an array file. ``label`` is None if
+    unknown.
     """
 
     path: Path
     label: int | None = None
     index: int | None = None
     pixels: np.ndarray | None = None
+    resized: bool = False
 
     def __str__(self) -> str:
         return str(self.path) if self.index is None else f"{self.path}[{self.index}]"
 
     def read(self) -> tuple[np.ndarray, bool]:
-        """Return the pixels, uint8 ``[32, 32, 3]``, and whether they were resized (see :data:`RESIZING`).
+        """Return the pixels, uint8 ``[32, 32, 3]``, and whether they were resized.
 
         Raises:
             InputError: the file cannot be decoded.
         """
         if self.pixels is not None:
-            return self.pixels, False
-        resized = False
-
-        def resize(image: Image.Image) -> Image.Image:
-            nonlocal resized
-            resized = True
-            upright = ImageOps.exif_transpose(image)  # cameras store the pixels as the sensor reads them
-            return ImageOps.fit(upright, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-
-        pixels = decode_image(self.path, str(self), resize)
-        return pixels, resized
+            return self.pixels, self.resized
+        return decode_image(self.path, str(self), resize=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +61,10 @@ class Prediction:
 def find_images(
     paths: Iterable[str | Path], model: Classifier, on_unreadable: Callable[[Path, str], None] | None = None
 ) -> list[ImageRef]:
-    """Return the images in ``paths``: image files, folders with subfolders, and .npz files.
+    """Return the images in ``paths``: image files, folders with subfolders, and files of arrays.
 
     The images of a folder are in the order of their paths. The label of such an image comes from its path: the
-    folder that is named after a class of ``model``. The labels of a .npz file are its own. They are compared by the
+    folder that is named after a class of ``model``. The labels of an array file are its own. They are compared by the
     file's class names, or by number if it has none. ``on_unreadable`` is called with each path that cannot be used, and
     a one-line reason.
 
@@ -102,11 +92,9 @@ def find_images(
 def _images_of(path: Path, model: Classifier) -> list[ImageRef]:
     if path.is_dir():
         return _images_of_folder(path, model.class_names)
-    if path.suffix == ".npz":
-        return _images_of_npz(path, model)
-    if path.is_file():
-        return [ImageRef(path)]
-    raise InputError(f"{path}: no such file; give image files, folders of them, or .npz files")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give image files, folders of them, or files of arrays")
+    return _images_of_arrays(path, model) if path.suffix in SUFFIXES else [ImageRef(path)]
 
 
 def _images_of_folder(folder: Path, class_names: ClassNames) -> list[ImageRef]:
@@ -116,7 +104,7 @@ def _images_of_folder(folder: Path, class_names: ClassNames) -> list[ImageRef]:
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; give folders that can be read") from None
     if not files:
-        raise InputError(f"{folder}: no image that Pillow reads; give image files, folders of them, or .npz files")
+        raise InputError(f"{folder}: no image that Pillow reads; give image files, folders of them, or files of arrays")
     if ignored:
         LOGGER.info(f"ignored {ignored.total()} files under {folder} that are not images: {by_kind(ignored)}")
     return [ImageRef(file, _label_of_path(file, folder, class_names)) for file in files]
@@ -132,18 +120,22 @@ def _label_of_path(file: Path, folder: Path, class_names: ClassNames) -> int | N
     return numbers[0] if numbers else None
 
 
-def _images_of_npz(path: Path, model: Classifier) -> list[ImageRef]:
-    images, labels, names = read_npz(path)
+def _images_of_arrays(path: Path, model: Classifier) -> list[ImageRef]:
+    arrays, labels, names = read_images(path)
+    images, resized = as_images(f"{path}: images", arrays, resize=True)
     check_images(str(path), images, np.zeros(images.shape[:1], int) if labels is None else labels)
     if labels is None:
-        return [ImageRef(path, None, index, pixels) for index, pixels in enumerate(images)]
-    if model.recipe.classes and not names:
+        numbers: list[int | None] = [None] * len(images)
+    elif model.recipe.classes and not names:
         raise InputError(
             f"{path}: has labels but no class_names, and the model was trained on some classes of its data, "
             f"{model.class_names}; add class_names, or remove the labels"
         )
-    labels = model.class_names.renumber(labels, names, str(path))
-    return [ImageRef(path, label, index, pixels) for index, (label, pixels) in enumerate(zip(labels.tolist(), images))]
+    else:
+        numbers = model.class_names.renumber(labels, names, str(path)).tolist()
+    return [
+        ImageRef(path, label, index, pixels, resized > 0) for index, (label, pixels) in enumerate(zip(numbers, images))
+    ]
 
 
 def classify(
@@ -164,7 +156,7 @@ def classify(
             try:
                 decoded.append((image, *image.read()))
             except InputError as error:
-                on_unreadable(image, str(error))
+                on_unreadable(image, error.message)
         if decoded:
             pixels = np.stack([pixels for _, pixels, _ in decoded])
             batch = model.predict(pixels, flip_average=flip_average, batch_size=batch_size).cpu()

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 
 from cifar_fast import CNN, InputError, Recipe, fit, load_dataset, load_model
 from cifar_fast.cli.main import main
@@ -150,7 +152,8 @@ def test_other_image_sizes_are_rotated_upright_and_cropped_to_the_central_square
     assert photo["probabilities"] == pytest.approx(small["probabilities"], abs=5e-4)
     assert (photo["resized"], small["resized"]) == (True, False)
     assert lines[2:] == [
-        "resized 1 of 2 images to 32 x 32: rotated upright, cropped to the largest central square, bicubic"
+        "resized 1 of 2 images to 32 x 32: rotated upright, cropped to the largest central square, bicubic with "
+        "antialiasing"
     ]
 
 
@@ -190,6 +193,58 @@ def test_linked_folders_are_followed_and_loops_counted(tmp_path, trained, capfd)
         ("truck/a.png", "truck"),
     ]
     assert lines[0].endswith("that are not images: 1 link to a parent folder")
+
+
+@pytest.mark.parametrize("form", ["npy", "data and labels", "one labels.npy", "single image", "gray", "mat"])
+def test_files_of_arrays_are_classified(tmp_path, trained, dataset, capfd, form):
+    """Each form is one that is published, or that numpy writes for a person's own images."""
+    images, labels = dataset.test_images, dataset.test_labels
+    path, expected, count, resized = tmp_path / "x_data.npy", None, 40, False
+    if form == "single image":
+        np.save(path, images[7])
+        images, count = images[7:8], 1
+    elif form == "gray":
+        images, resized = images[..., 0].repeat(2, 1).repeat(2, 2), True
+        np.save(path, images)
+    elif form == "mat":
+        path = tmp_path / "test_32x32.mat"
+        savemat(path, {"X": np.moveaxis(images, 0, -1), "y": np.where(labels == 0, 10, labels)[:, None]})
+    else:
+        np.save(path, images)
+        if form != "npy":
+            np.save(tmp_path / ("labels.npy" if form == "one labels.npy" else "x_labels.npy"), labels.astype(np.uint8))
+    if form in ("data and labels", "one labels.npy", "mat"):
+        expected = 100 * (plain_logits(trained, images).argmax(1).numpy() == labels).mean()
+    arguments = trained, path, "--json", tmp_path / "out.json"
+    lines, errors = predict(capfd, *arguments)
+    assert len([line for line in lines if line.startswith(f"{path}[")]) == count and not errors
+    if form != "gray":
+        found = [image["probabilities"][0] for image in json.loads((tmp_path / "out.json").read_text())["images"]]
+        assert found == pytest.approx(plain_logits(trained, images).softmax(1).amax(1).tolist(), abs=1e-5)
+    assert any(line.startswith(f"resized {count} of {count} images") for line in lines) == resized
+    assert lines[-1].startswith("accuracy") == (expected is not None)
+    if expected is not None:
+        assert lines[-1] == f"accuracy {expected:.2f} % of 40 images with a known class"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.npy", b"\x93NUMPY cut", "cannot be read ("),
+        ("a.npy", b"", "it is empty"),
+        ("a.npz", b"MATLAB 5.0 MAT-file", "it is no .npy or .npz file"),
+        ("a.npy", np.array([None]), "it holds pickled Python objects, which could run code; save arrays of numbers"),
+        ("a.mat", b"MATLAB 5.0 MAT-file", "not a readable .mat file"),
+    ],
+)
+def test_no_message_advises_to_read_a_file_unsafely(tmp_path, trained, capfd, name, content, words):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        np.save(tmp_path / name, content)
+    _, errors = predict(capfd, trained, tmp_path / name, code=2)
+    assert len(errors) == 1 and words in errors[0]
+    assert not re.search("allow_pickle|trust|unsafe", errors[0])
 
 
 @pytest.mark.parametrize(
