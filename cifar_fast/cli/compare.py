@@ -10,6 +10,7 @@ from cifar_fast.cli.flags import (
     check_json,
     command_parser,
     config_of,
+    data_options_of,
     print_line,
     run_command,
 )
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         resolve_backend(backend, args.device, args.dtype, args.memory_format)
         for backend in (args.backend, args.against)
     )
-    dataset = read_dataset(args.dataset, args.data_dir, data_url=args.data_url)
+    dataset = read_dataset(args.dataset, args.data_dir, args.data_url, data_options_of(args))
     comparison = Comparison(first, second, tolerance=args.tolerance)
     print_line(comparison.heading())
     if "fused" in (*first.backends, *second.backends):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cifar_fast.data.options import DataOptions
 from cifar_fast.data.sources import DATA_URL, DATASETS, is_dataset
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
@@ -177,6 +178,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help=f"URL or file of the archive of cifar10 or cifar100, instead of public sources (default: ${DATA_URL})",
     )
+    for field in dataclasses.fields(DataOptions):
+        add_flag(group, field, field.default)
 
 
 def _dataset(name: str) -> str:
@@ -209,7 +212,7 @@ def add_config_flags(group: Any, names: tuple[str, ...]) -> None:
 
 
 def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
-    """Add the flag of a field of :class:`Recipe` or :class:`TrainConfig`, with ``default`` if it is left out."""
+    """Add the flag of a field of a class of options, with ``default`` if it is left out."""
     value, shown = field.default, str(field.default)
     settings: dict[str, Any] = {}
     if isinstance(value, bool):
@@ -227,7 +230,8 @@ def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
         shown = f"{value:g}"
         settings.update(type=float, metavar="X")
     else:
-        settings.update(type=int, metavar="N")
+        kind = field.metadata.get("kind", int)
+        settings.update(type=kind, metavar={int: "N", float: "X", str: "FILE"}[kind])
     text = field.metadata["help"] if value is None else f"{field.metadata['help']} (default: {shown})"
     group.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **settings)
 
@@ -261,6 +265,11 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     recipe = Recipe.load(args.recipe) if args.recipe else Recipe()
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
     return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
+
+def data_options_of(args: argparse.Namespace) -> DataOptions:
+    """Return the options of reading the data of the flags of :func:`add_data_flags`."""
+    return DataOptions(**{name: getattr(args, name) for name in DataOptions.names()})
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:

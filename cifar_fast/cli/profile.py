@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cifar_fast.cli.flags import add_run_flags, command_parser, config_of, print_line, run_command
+from cifar_fast.cli.flags import add_run_flags, command_parser, config_of, data_options_of, print_line, run_command
 from cifar_fast.data.sources import read_dataset
 from cifar_fast.utils.files import check_writable
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable(Path(args.output).expanduser(), f"--output {args.output}")
     if config.device.type == "cpu":
         tune_malloc()
-    dataset = read_dataset(args.dataset, args.data_dir, data_url=args.data_url).for_recipe(recipe)
+    dataset = read_dataset(args.dataset, args.data_dir, args.data_url, data_options_of(args)).for_recipe(recipe)
     dataset.check_trainable(recipe.batch_size)
     weights, order, augmentation = seeds_of(options).for_run(0).generators(config.device)
     with device_guard(config.device), torch_defaults(config.device):

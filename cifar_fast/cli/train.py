@@ -15,6 +15,7 @@ from cifar_fast.cli.flags import (
     add_run_flags,
     command_parser,
     config_of,
+    data_options_of,
     interruptible,
     joined,
     name_and_path,
@@ -106,6 +107,7 @@ def run(argv: list[str] | None) -> int:
     args.also_test, args.tensorboard = dict(args.also_test), args.log == "tensorboard"
     config = config_of(args)
     config.check_runs_differ()
+    data_options_of(args)
     check_named(args.dataset, args.data_dir)
     with joined() as world:
         return train_in(world, args, config, folder, typed)
@@ -131,11 +133,12 @@ def train_in(
         if not (typed.data_dir or typed.also_test) and (finished := training.finished()):
             return exit_code(finished, world)
         data_dir = typed.data_dir or place_of(args.dataset, args.data_dir, training.paths)
+        options = data_options_of(args).relocated(training.paths)
     if training.device.type == "cpu":
         tune_malloc()
     with interruptible() as on_step:
         try:
-            dataset = world.rank0_first(lambda: read_dataset(args.dataset, data_dir, args.data_url))
+            dataset = world.rank0_first(lambda: read_dataset(args.dataset, data_dir, args.data_url, options))
             with world.all_or_none():
                 training.prepare(dataset)
                 if finished := training.finished():
@@ -165,7 +168,7 @@ def flags_of(earlier: Any, args: argparse.Namespace) -> dict[str, Any]:
     changeable = ("backend", "device", "dtype", "memory_format")  # auto keeps the earlier choice
     flags = {name: getattr(config, name) for name in TrainConfig.names() if name not in changeable}
     flags["also_test"] = [] if args.also_test else [*config.also_test.items()]  # the flag adds to its default
-    flags |= {"dataset": earlier.dataset["name"], "data_dir": earlier.dataset["source"]}
+    flags |= {"dataset": earlier.dataset["name"], "data_dir": earlier.dataset["source"]} | earlier.dataset["options"]
     flags["log"] = "tensorboard" if flags.pop("tensorboard") else "none"
     return flags if args.recipe else flags | dataclasses.asdict(config.recipe)
 

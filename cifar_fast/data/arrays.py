@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cifar_fast.data.class_names import ClassNames
-from cifar_fast.utils.errors import InputError, first_line, option
+from cifar_fast.utils.errors import InputError, first_line, option, plain
 from cifar_fast.utils.progress import LOGGER
 
 KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels"))
@@ -122,6 +122,13 @@ def read_mat(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.moveaxis(images, -1, 0), np.where(labels == 10, 0, labels)
 
 
+def count_in_mat(path: Path) -> int:
+    """Return the number of images in a .mat file that :func:`read_mat` can read, without reading them."""
+    from scipy.io import whosmat
+
+    return next((shape[-1] for name, shape, _ in whosmat(path) if name == "X"), 0)
+
+
 def as_labels(where: str, labels: np.ndarray) -> np.ndarray:
     """Return labels as numbers of classes ``[N]``.
 
@@ -147,7 +154,7 @@ def as_labels(where: str, labels: np.ndarray) -> np.ndarray:
     top = votes.max(axis=1)
     ties = int(((votes == top[:, None]).sum(axis=1) > 1).sum())
     LOGGER.info(
-        f"{where} are soft: the most probable class of each image is used, and the rest, "
+        f"{plain(where)} are soft: the most probable class of each image is used, and the rest, "
         f"{100 * float((1 - top / total).mean()):.1f} % of the probability, is left out; {ties} images have several "
         "such classes and get the first"
     )
@@ -194,7 +201,7 @@ def replaced_labels(given: str, name: str, labels: np.ndarray, classes: int) -> 
     if found.min() < 0 or found.max() >= classes:
         raise InputError(f"{where}: labels must lie in 0 to {classes - 1}, not {found.min()} to {found.max()}")
     differ = int((found != labels).sum())
-    LOGGER.info(f"{where}: {differ} of {len(labels)} labels differ from those of the data set")
+    LOGGER.info(f"{plain(where)}: {differ} of {len(labels)} labels differ from those of the data set")
     return found.astype(np.int64)
 
 

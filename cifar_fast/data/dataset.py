@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cifar_fast.data.class_names import ClassNames
+from cifar_fast.data.options import DataOptions
 from cifar_fast.recipe import IMAGE_SIZE, Recipe
 from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import atomic_write
@@ -37,6 +38,7 @@ class Dataset:
         class_names: names of the classes in the order of their numbers, or a mapping as for :class:`ClassNames`;
             their numbers by default.
         notes: lines that say what :meth:`for_recipe` changed.
+        options: how :func:`cifar_fast.load_dataset` read the data.
 
     Raises:
         InputError: an array is not as described.
@@ -50,6 +52,7 @@ class Dataset:
     test_labels: np.ndarray
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    options: DataOptions = dataclasses.field(default=DataOptions())
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
@@ -138,6 +141,7 @@ class Dataset:
             "train_images": len(self.train_images),
             "test_images": len(self.test_images),
             "class_names": list(self.class_names),
+            "options": self.options.given(),
         }
 
     @cached_property

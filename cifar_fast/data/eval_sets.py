@@ -13,6 +13,7 @@ import numpy as np
 from cifar_fast.data.arrays import SUFFIXES, read_images
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import check_images, new_labels
+from cifar_fast.data.images import as_images, tell_resized
 from cifar_fast.utils.errors import InputError, option
 
 IMAGES_AT_ONCE = 5000
@@ -55,30 +56,31 @@ class EvalSet:
 
 
 def read_eval_sets(
-    paths: Mapping[str, str | Path], class_names: Sequence[str], classes: tuple[int, ...] = ()
+    paths: Mapping[str, str | Path], class_names: Sequence[str], classes: tuple[int, ...] = (), resize: bool = False
 ) -> list[EvalSet]:
     """Read the test sets at ``paths``. Each path is one of
 
-    * a ``.npz`` file with ``images`` and ``labels``, as in CIFAR-10.2, or ``test_images`` and ``test_labels``; its
-      ``class_names``, if there are any, are compared with those of the training data;
-    * a ``*_data.npy`` file with its ``*_labels.npy`` in the same folder, as in CIFAR-10.1;
-    * a folder of such pairs, or of files of images with one ``labels.npy`` for all, as in CIFAR-10-C. Each file is a
-      test set, NAME/FILE.
+    * a file that :func:`cifar_fast.data.arrays.read_images` reads, with labels, as CIFAR-10.1, CIFAR-10.2 and SVHN are
+      published; the ``class_names`` of a .npz file are compared with those of the training data;
+    * a folder of pairs ``*_data.npy`` and ``*_labels.npy``, or of files of images with one ``labels.npy`` for all, as
+      in CIFAR-10-C. Each file is a test set, NAME/FILE.
 
     ``class_names`` are those of the whole training data. ``classes`` are the numbers of the classes that are trained
-    on; empty means all. An InputError names a test set that cannot be used.
+    on; empty means all. ``resize`` scales images of other sizes. An InputError names a test set that cannot be used.
     """
     eval_sets = []
     for eval_set in (one for name, path in paths.items() for one in _read(str(name), Path(path).expanduser())):
         name = f"{option('also_test')} {eval_set.name}"
-        check_images(name, eval_set.images, eval_set.labels)
+        images, resized = as_images(f"{name}: images", eval_set.images, resize)
+        check_images(name, images, eval_set.labels)
+        tell_resized(resized, len(images), name)
         labels = ClassNames(class_names).renumber(eval_set.labels, eval_set.class_names, f"test set {eval_set.name}")
         if classes:
             labels = new_labels(labels, classes)
             if (labels < 0).all():
                 chosen = " ".join(class_names[number] for number in classes)
                 raise InputError(f"{name}: has no image of {option('classes')} {chosen}")
-        eval_sets.append(dataclasses.replace(eval_set, labels=labels))
+        eval_sets.append(dataclasses.replace(eval_set, images=images, labels=labels))
     return eval_sets
 
 

@@ -17,19 +17,22 @@ import numpy as np
 
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import check_images
-from cifar_fast.data.images import decode_images
-from cifar_fast.utils.errors import InputError, first_line
+from cifar_fast.data.images import decode_images, tell_resized
+from cifar_fast.data.options import VALIDATION, DataOptions
+from cifar_fast.utils.errors import InputError, first_line, option
 from cifar_fast.utils.progress import LOGGER
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", *VALIDATION)
 LABELS = ("label", "fine_label")
 """Names of a column of labels, for a table with several columns that could be one."""
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?")
 """Name of one of several files of a split, without its suffix."""
 
 
-def read_hub(repository: str) -> dict[str, Any]:
-    """Read the data set ``repository``, "owner/name", as the arrays of ``ARRAYS`` and ``class_names`` if it has any.
+def read_hub(repository: str, options: DataOptions) -> dict[str, Any]:
+    """Read the data set ``repository``, "owner/name", as arrays of its splits, and ``class_names`` if it has any.
+
+    The splits are train and the one to test on, if the data set has one.
 
     huggingface_hub caches the downloads and honors HF_ENDPOINT. A missing package is an InputError, and so is a data
     set that cannot be read or could be read in several ways.
@@ -50,16 +53,16 @@ def read_hub(repository: str) -> dict[str, Any]:
         files = sorted(file.rfilename for file in HfApi().dataset_info(repository).siblings or ())
         card = (metadata_load(download("README.md")) if "README.md" in files else None) or {}
         config = _config(source, card)
-        splits = _splits(source, files, config)
+        splits = _splits(source, files, config, options)
         tables = {
-            split: concat_tables([parquet.read_table(download(file)) for file in splits[split]]) for split in SPLITS
+            split: concat_tables([parquet.read_table(download(file)) for file in of]) for split, of in splits.items()
         }
         columns = _columns(source, tables["train"].schema)
         names = {split: _class_names(source, table.schema, columns[1]) for split, table in tables.items()}
-        known = names["train"] or _names_of_card(source, card, config, columns[1]) or names["test"]
+        known = names["train"] or _names_of_card(source, card, config, columns[1]) or [*names.values()][-1]
         arrays: dict[str, Any] = {"class_names": known} if known else {}
         for split, table in tables.items():
-            images, labels = _read_columns(source, split, table, columns)
+            images, labels = _read_columns(source, split, table, columns, options.resize is not None)
             if known:
                 labels = known.renumber(labels, names[split] or known, f"{source}, {split}")
             arrays |= {f"{split}_images": images, f"{split}_labels": labels}
@@ -85,30 +88,41 @@ def _config(source: str, card: dict[str, Any]) -> dict[str, Any]:
     return default[0] if default else configs[0]
 
 
-def _splits(source: str, files: list[str], config: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the parquet files of each split: those that ``config`` names, else those that are named after a split."""
+def _splits(source: str, files: list[str], config: dict[str, Any], options: DataOptions) -> dict[str, list[str]]:
+    """Return the parquet files of train and of the split to test on, if there is one.
+
+    They are those that ``config`` names, else those that are named after a split.
+    """
     folder = posixpath.normpath(str(config.get("data_dir") or ".")).strip("/")
     if "data_files" in config:
         splits = _named_by_card(source, files, folder, config["data_files"])
     else:
         splits = _named_after_splits(source, [file for file in files if file.endswith(".parquet")], folder)
-    for split in SPLITS:
+    found = [split for split in ("test", *VALIDATION) if splits.get(split)]
+    held_out = not found and options.test_fraction is not None
+    for split in ("train", *([] if found or held_out else ["test"])):
         if not splits.get(split):
             given = ", ".join(sorted(splits)) or "none"
             raise InputError(
                 f"{source}: no parquet file of the split {split!r} among its {len(files)} files (splits: {given}); "
                 f"name it {split}.parquet, {split}-00000-of-00001.parquet or {split}/NAME.parquet, or list it in "
                 "data_files in its README.md"
+                + (f"; or hold out training images with {option('test_fraction')}" if split == "test" else "")
             )
+    test = options.test_split(found, source)
+    splits = {split: splits[split] for split in ("train", *([test] if test else []))}
+    for split in splits:
         if others := [file for file in splits[split] if not file.endswith(".parquet")]:
             raise InputError(f"{source}: {others[0]}, of the split {split!r}, is not a parquet file")
         _check_shards(source, splits[split])
-    if both := sorted(set(splits["train"]) & set(splits["test"])):
-        raise InputError(f"{source}: {both[0]} belongs to both splits, train and test")
-    used = {file for split in SPLITS for file in splits[split]}
+    if both := sorted(set(splits["train"]) & set(splits.get(test or "", ()))):
+        raise InputError(f"{source}: {both[0]} belongs to both splits, train and {test}")
+    used = {file for of in splits.values() for file in of}
     if left := [file for file in files if file.endswith(".parquet") and file not in used]:
         shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        LOGGER.info(f"{source}: these parquet files are not in the split train or test, and are left out: {shown}")
+        LOGGER.info(
+            f"{source}: these parquet files are not in the split train or {test or 'test'}, and are left out: {shown}"
+        )
     return splits
 
 
@@ -146,7 +160,7 @@ def _named_after_splits(source: str, files: Iterable[str], folder: str) -> dict[
         parts = [*parents, shard[1] if shard else name]
         of = [split for split in SPLITS if split in parts]
         if len(of) > 1:
-            raise InputError(f"{source}: {file} is named after both splits, train and test")
+            raise InputError(f"{source}: {file} is named after both splits, {of[0]} and {of[1]}")
         if of:
             place = parts.index(of[0])
             whole = "/".join([*parts[:place], "SPLIT"])
@@ -224,12 +238,16 @@ def _names_of_card(source: str, card: dict[str, Any], config: dict[str, Any], la
     return None
 
 
-def _read_columns(source: str, split: str, table: Any, columns: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
+def _read_columns(
+    source: str, split: str, table: Any, columns: tuple[str, str], resize: bool
+) -> tuple[np.ndarray, np.ndarray]:
     image, label = columns
     if missing := [name for name in columns if name not in table.schema.names]:
         raise InputError(f"{source}: the split {split!r} lacks the column {missing[0]!r}")
     encoded = table[image].combine_chunks().field("bytes").to_pylist()
     files = {f"{source}, {split} image {i}": io.BytesIO(data) for i, data in enumerate(encoded)}
-    images, labels = decode_images(files, f"decoding {split}")[0], table[label].to_numpy()
+    images, resized = decode_images(files, f"decoding {split}", resize)
+    tell_resized(resized, len(images), f"{source}, {split}")
+    labels = table[label].to_numpy()
     check_images(source, images, labels, f"{split}_")
     return images, labels

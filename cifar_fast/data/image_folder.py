@@ -20,8 +20,8 @@ import PIL
 from PIL import Image
 
 from cifar_fast.data.class_names import ClassNames
-from cifar_fast.data.dataset import ARRAYS
-from cifar_fast.data.images import decode_images
+from cifar_fast.data.images import RESIZING, decode_images, tell_resized
+from cifar_fast.data.options import VALIDATION, DataOptions
 from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import atomic_write
 from cifar_fast.utils.progress import LOGGER
@@ -30,19 +30,30 @@ MAX_WAYS = 100
 """The largest number of ways to one folder. Links among a few folders could otherwise lead through millions."""
 
 
-def read_folder(root: Path) -> dict[str, Any]:
-    """Read the images below ``root`` as the arrays of ``ARRAYS`` and ``class_names``.
+def read_folder(root: Path, options: DataOptions) -> dict[str, Any]:
+    """Read the images below ``root`` as arrays of the splits ``train`` and ``test``, and ``class_names``.
+
+    A folder ``val`` is the split to test on if there is no ``test``. If images for testing are to be held out, ``root``
+    may also hold the folders of the classes itself.
 
     Classes are in alphabetical order, the images of a class in the order of their paths. An InputError names a folder
     or a file that cannot be used.
     """
     root = root.resolve()
     ignored: Counter[str] = Counter()
-    train, test = (_classes(root / split, ignored) for split in ("train", "test"))
+    bare = options.test_fraction is not None and not (root / "train").exists()
+    train = _classes(root if bare else root / "train", ignored)
+    found = [split for split in ("test", *VALIDATION) if (root / split).is_dir()]
+    split = options.test_split(found, str(root))
+    test = _classes(root / split, ignored) if split else {}
     if unknown := sorted(set(test) - set(train)):
         raise InputError(
-            f"{root / 'test' / unknown[0]}: {root / 'train'} has no such class; add it there, or remove it from test"
+            f"{root / str(split) / unknown[0]}: {root / 'train'} has no such class; add it there, or remove it from "
+            f"{split}"
         )
+    for other in found[1:]:
+        count = sum(1 for _ in images_below(root / other, Counter()))
+        LOGGER.info(f"{root / other}: the {count} images of the split {other} are left out")
     if ignored:
         LOGGER.info(f"ignored {ignored.total()} files under {root} that are not images of a class: {by_kind(ignored)}")
     names = list(train)
@@ -52,21 +63,23 @@ def read_folder(root: Path) -> dict[str, Any]:
     n = sum(map(len, train.values()))
 
     cache = root.with_name(f"{root.name}.cifar_fast.npz")
-    fingerprint = _fingerprint(files)
-    images = _read_cache(cache, fingerprint)
+    resize = options.resize is not None
+    fingerprint = _fingerprint(files, resize)
+    images, resized = _read_cache(cache, fingerprint) or (None, 0)
     if images is None or len(images) != len(files):
         LOGGER.info(f"decoding {len(files)} images under {root}")
-        images, _ = decode_images({str(file): file for file in files}, "decoding")
+        images, resized = decode_images({str(file): file for file in files}, "decoding", resize)
         try:
             with atomic_write(cache) as temporary, open(temporary, "wb") as file:
-                np.savez(file, images=images, fingerprint=np.array(fingerprint))
+                np.savez(file, images=images, resized=resized, fingerprint=np.array(fingerprint))
             LOGGER.info(f"cached the decoded images in {cache}")
         except OSError as error:
             LOGGER.info(
                 f"could not cache the decoded images in {cache} ({error.strerror}); the next start decodes them again"
             )
-    arrays = images[:n], labels[:n], images[n:], labels[n:]
-    return dict(zip(ARRAYS, arrays), class_names=names)
+    tell_resized(resized, len(files), str(root))
+    arrays: dict[str, Any] = {"class_names": names, "train_images": images[:n], "train_labels": labels[:n]}
+    return arrays | ({f"{split}_images": images[n:], f"{split}_labels": labels[n:]} if split else {})
 
 
 def _classes(split: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
@@ -155,18 +168,24 @@ def by_kind(ignored: Counter[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
 
 
-def _fingerprint(files: list[Path]) -> str:
+def _fingerprint(files: list[Path], resize: bool) -> str:
     # The text names the way of decoding, so that a cache from another way is not used.
-    digest = hashlib.sha256(f"upright, transparent over white, Pillow {PIL.__version__}".encode())
+    size = f"resized {RESIZING}, " if resize else ""
+    digest = hashlib.sha256(f"upright, transparent over white, {size}Pillow {PIL.__version__}".encode())
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def _read_cache(cache: Path, fingerprint: str) -> np.ndarray | None:
-    """Return the cached images, or None if there are none, the folder has changed, or the file is damaged."""
+def _read_cache(cache: Path, fingerprint: str) -> tuple[np.ndarray, int] | None:
+    """Return the cached images, and how many were resized.
+
+    The result is None if there are none, the folder has changed, or the file is damaged.
+    """
     try:
         with np.load(cache, allow_pickle=False) as arrays:
-            return arrays["images"] if arrays["fingerprint"] == fingerprint else None
+            if arrays["fingerprint"] != fingerprint:
+                return None
+            return arrays["images"], int(arrays["resized"])
     except Exception:  # whatever is wrong with a cache, it is written again
         return None

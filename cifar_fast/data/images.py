@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cifar_fast.recipe import IMAGE_SIZE
-from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.errors import InputError, option, plain
 from cifar_fast.utils.progress import LOGGER, progress_bar
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits per channel, so RGB loses nothing
@@ -154,4 +154,4 @@ def as_images(where: str, images: np.ndarray, resize: bool = False) -> tuple[np.
 def tell_resized(resized: int, images: int, where: str = "") -> None:
     """Log how many of ``images`` were resized, if any were, and how."""
     if resized:
-        LOGGER.info(f"{where}{': ' if where else ''}resized {resized} of {images} images {RESIZING}")
+        LOGGER.info(f"{plain(where)}{': ' if where else ''}resized {resized} of {images} images {RESIZING}")

@@ -15,7 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from cifar_fast.data.dataset import ARRAYS, Dataset
+from cifar_fast.data.arrays import DIGITS, as_labels, count_in_mat, load, read_mat, replaced_labels
+from cifar_fast.data.class_names import ClassNames
+from cifar_fast.data.dataset import ARRAYS, Dataset, check_images
+from cifar_fast.data.images import as_images, tell_resized
+from cifar_fast.data.options import VALIDATION, DataOptions
+from cifar_fast.data.split import stratified_split
 from cifar_fast.utils.errors import InputError, first_line, option
 from cifar_fast.utils.files import known_path, locked, made_folder, os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, print_line
@@ -24,9 +29,10 @@ DATASETS = {
     "cifar10": f"CIFAR-10, downloaded to {option('data_dir')} if it is not there",
     "cifar100": f"CIFAR-100 with its fine labels, downloaded to {option('data_dir')} if it is not there",
     "folder": f"images in {option('data_dir')}/train/CLASS/ and {option('data_dir')}/test/CLASS/",
-    "npz": f"the .npz file {option('data_dir')}, or the only one in that folder",
+    "npz": f"the .npz file {option('data_dir')}, such as MedMNIST's, or the only one in that folder",
     "synthetic": "ten generated textures; needs no files",
     "hf:OWNER/NAME": "a data set of the Hugging Face Hub with 32 x 32 images, such as hf:uoft-cs/cifar10",
+    "svhn": f"SVHN's train_32x32.mat and test_32x32.mat in the folder {option('data_dir')}",
 }
 """Names of the data sets and their descriptions, in which options are marked."""
 MIRRORS = {
@@ -45,26 +51,54 @@ DATA_DIR = "data"
 
 
 def load_dataset(
-    name: str, data_dir: str | Path | None = None, *, data_url: str | None = None, log: LogFn | None = print_line
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    data_url: str | None = None,
+    resize: int | None = None,
+    test_fraction: float | None = None,
+    test_fraction_seed: int = 0,
+    train_labels: str | Path | None = None,
+    test_labels: str | Path | None = None,
+    log: LogFn | None = print_line,
 ) -> Dataset:
     """Load the data set ``name``.
 
     Args:
-        name: cifar10, cifar100, folder, npz, synthetic or hf:OWNER/NAME.
+        name: cifar10, cifar100, svhn, folder, npz, synthetic or hf:OWNER/NAME.
         data_dir: the folder or file to read. For cifar10 and cifar100 it is the folder of the archive, ``data`` by
             default, or the unpacked folder. The data sets synthetic and hf:OWNER/NAME ignore it.
         data_url: a URL or file with the archive of cifar10 or cifar100, which replaces the public sources. By default
             the environment variable CIFAR_FAST_DATA_URL.
+        resize: 32 crops images of other sizes to the largest central square and scales it to 32 x 32, bicubic with
+            antialiasing. By default they are refused.
+        test_fraction: fraction of the training images, of each class, to hold out for testing if there is no test split
+            and no split ``val``.
+        test_fraction_seed: seed of the choice of these images.
+        train_labels, test_labels: a .npy, .npz or .pt file with other labels, ``PATH`` or ``PATH:ARRAY``, as CIFAR-10N
+            and CIFAR-10H are published. The most probable class of a soft label is used.
         log: a function for lines about long work. None: no lines.
 
     Raises:
         InputError: a file is wrong. The message says which one and what to do.
     """
+    options = DataOptions(
+        resize=resize,
+        test_fraction=test_fraction,
+        test_fraction_seed=test_fraction_seed,
+        train_labels=None if train_labels is None else str(train_labels),
+        test_labels=None if test_labels is None else str(test_labels),
+    )
     with lines_to(log):
-        return read_dataset(name, data_dir, data_url)
+        return read_dataset(name, data_dir, data_url, options)
 
 
-def read_dataset(name: str, data_dir: str | Path | None = None, data_url: str | None = None) -> Dataset:
+def read_dataset(
+    name: str,
+    data_dir: str | Path | None = None,
+    data_url: str | None = None,
+    options: DataOptions = DataOptions(),  # noqa: B008  (frozen)
+) -> Dataset:
     """Load a data set as :func:`load_dataset` does, with log lines on the logger only."""
     check_named(name, data_dir)
     path = Path(DATA_DIR if data_dir is None else data_dir).expanduser()
@@ -75,25 +109,59 @@ def read_dataset(name: str, data_dir: str | Path | None = None, data_url: str | 
         elif name.startswith("hf:"):
             from cifar_fast.data.huggingface import read_hub
 
-            source, arrays = name, read_hub(name.removeprefix("hf:"))
+            source, arrays = name, read_hub(name.removeprefix("hf:"), options)
         elif name == "synthetic":
             source, arrays = name, _read_synthetic()
         elif name == "folder":
             from cifar_fast.data.image_folder import read_folder
 
-            arrays = read_folder(path)
+            arrays = read_folder(path, options)
+        elif name == "svhn":
+            arrays = _read_svhn(path)
         else:
             arrays = _read_npz(path)
     except OSError as error:
         raise InputError(f"{error.filename or source}: {error.strerror or error}; check {option('data_dir')}") from None
-    return Dataset(name=name, source=source, **arrays)
+    return Dataset(name=name, source=source, options=options, **_with_options(arrays, options, source))
+
+
+def _with_options(arrays: dict[str, Any], options: DataOptions, source: str) -> dict[str, Any]:
+    """Return ``train_`` and ``test_`` arrays of 32 x 32 images, of the arrays of all splits that a source has."""
+    test = options.test_split([name.removesuffix("_images") for name in arrays if name.endswith("_images")], source)
+    ready: dict[str, Any] = {"class_names": ClassNames(arrays.get("class_names", ()), source)}
+    for split, into in (("train", "train"), *([(test, "test")] if test else [])):
+        where = f"{source}: {split}_images"
+        images, resized = as_images(where, np.asarray(arrays[f"{split}_images"]), options.resize is not None)
+        labels = as_labels(f"{source}: {split}_labels", np.asarray(arrays[f"{split}_labels"]))
+        check_images(source, images, labels, f"{split}_")
+        tell_resized(resized, len(images), where)
+        ready |= {f"{into}_images": images, f"{into}_labels": labels}
+    for split in VALIDATION:
+        if split == test:
+            LOGGER.info(f"{source}: has no split test; the {len(ready['test_images'])} images of {split} are tested on")
+        elif f"{split}_images" in arrays:
+            LOGGER.info(f"{source}: the {len(arrays[f'{split}_images'])} images of the split {split} are left out")
+    labels, classes = ready["train_labels"], len(ready["class_names"]) or int(ready["train_labels"].max()) + 1
+    if options.train_labels:
+        ready["train_labels"] = replaced_labels(options.train_labels, "train_labels", labels, classes)
+    if options.test_fraction is not None:
+        try:
+            kept, chosen = stratified_split(labels, options.test_fraction, options.test_fraction_seed)
+        except InputError as error:
+            raise InputError(f"{source}: {option('test_fraction')} {error.message}") from None
+        ready |= {"test_images": ready["train_images"][chosen], "test_labels": labels[chosen]}
+        ready |= {name: ready[name][kept] for name in ("train_images", "train_labels")}
+        LOGGER.info(f"{source}: {len(chosen)} of {len(labels)} training images are held out for testing")
+    if options.test_labels:
+        ready["test_labels"] = replaced_labels(options.test_labels, "test_labels", ready["test_labels"], classes)
+    return ready
 
 
 def check_named(name: str, data_dir: str | Path | None) -> None:
     """Raise :class:`InputError` if ``name`` is unknown or needs a ``data_dir``. Reads no file."""
     if not is_dataset(name):
         raise InputError(f"unknown data set {name!r}; the choices are {', '.join(DATASETS)}")
-    if name in ("folder", "npz") and data_dir is None:
+    if name in ("folder", "npz", "svhn") and data_dir is None:
         raise InputError(f"the data set {name} needs {option('data_dir')}: {DATASETS[name]}")
 
 
@@ -240,24 +308,34 @@ def _read_npz(path: Path) -> dict[str, Any]:
         path = files[0]
     if not path.is_file():
         raise InputError(f"{path}: no such file; {option('data_dir')} must name an .npz file")
+    if path.suffix == ".mat":
+        return _read_svhn(path)
     needed = f"an .npz file with {', '.join(ARRAYS)} is needed"
-    try:
-        arrays = np.load(path, allow_pickle=False)
-        if isinstance(arrays, np.ndarray):
-            raise InputError(f"{path}: holds one array of shape {arrays.shape}, as a .npy file; {needed}")
-        with arrays:
-            missing = [key for key in ARRAYS if key not in arrays]
-            if missing:
-                raise InputError(
-                    f"{path}: lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}; {needed}"
-                )
-            return {key: arrays[key] for key in (*ARRAYS, "class_names") if key in arrays}
-    except InputError:
-        raise
-    except Exception as error:  # damaged zip files raise many different types
-        raise InputError(
-            f"{path}: not a readable .npz file ({first_line(error)}); write it again with numpy.savez"
-        ) from None
+    keys = [f"{split}_{what}" for split in ("train", "test", *VALIDATION) for what in ("images", "labels")]
+    arrays = load(path, *keys, "class_names")
+    if isinstance(arrays, np.ndarray):
+        raise InputError(f"{path}: holds one array of shape {arrays.shape}, as a .npy file; {needed}")
+    pairs = list(zip(keys[::2], keys[1::2]))
+    there = [pair for pair in pairs if pair == pairs[0] or any(key in arrays for key in pair)]
+    if missing := [key for pair in there for key in pair if key not in arrays]:
+        held = ", ".join(np.load(path).files) or "nothing"
+        raise InputError(f"{path}: lacks {', '.join(missing)}; it holds {held}; {needed}")
+    return arrays
+
+
+def _read_svhn(path: Path) -> dict[str, Any]:
+    """Read the .mat files of SVHN in the folder ``path``, or the training file ``path`` and the test file beside it."""
+    train = path / "train_32x32.mat" if path.is_dir() else path
+    if not train.is_file():
+        raise InputError(f"{train}: no such file; {option('data_dir')} must be a folder with SVHN's train_32x32.mat")
+    files = {split: train.with_name(train.name.replace("train", split)) for split in ("train", "test", "extra")}
+    arrays: dict[str, Any] = {"class_names": DIGITS}
+    for split in ("train", "test"):
+        if split == "train" or (files[split].is_file() and files[split] != train):
+            arrays[f"{split}_images"], arrays[f"{split}_labels"] = read_mat(files[split])
+    if files["extra"].is_file() and files["extra"] != train:
+        LOGGER.info(f"{files['extra']}: the {count_in_mat(files['extra'])} images of the split extra are left out")
+    return arrays
 
 
 def _read_synthetic() -> dict[str, Any]:

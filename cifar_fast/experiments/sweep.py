@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from cifar_fast.backends.select import BackendCache
+from cifar_fast.data.options import DataOptions
 from cifar_fast.data.sources import check_named, place_of, read_dataset
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
@@ -51,8 +52,8 @@ class Sweep(TrainConfig):
     """Trainings of several recipes with the same options.
 
     ``variants`` holds the recipes by name; each is trained into ``output``/NAME. ``recipe`` is the one that the
-    variants change. ``dataset``, ``data_dir`` and ``data_url`` are as for :func:`cifar_fast.load_dataset`. The other
-    options are those of :class:`TrainConfig`.
+    variants change. ``dataset``, ``data_dir`` and ``data_url`` are as for :func:`cifar_fast.load_dataset`, and
+    ``data_options`` are its other arguments. The other options are those of :class:`TrainConfig`.
     """
 
     variants: dict[str, Recipe]
@@ -60,6 +61,7 @@ class Sweep(TrainConfig):
     dataset: str = "cifar10"
     data_dir: str | None = None
     data_url: str | None = None
+    data_options: DataOptions = dataclasses.field(default=DataOptions())
 
     @classmethod
     def load(cls, path: str | Path) -> Sweep:
@@ -83,9 +85,10 @@ class Sweep(TrainConfig):
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise InputError(f"a sweep must be TOML: {first_line(error)}") from None
         types = get_type_hints(cls)
-        names = ["variants", "output", "dataset", "data_dir", "data_url", *cls.names()]
+        names = ["variants", "output", "dataset", "data_dir", "data_url", *DataOptions.names(), *cls.names()]
         refuse_unknown(spec, [*names, "recipe"], "at the top")
         base, tables = spec.pop("recipe", {}), spec.pop("variants", {})
+        data_options = DataOptions(**{name: spec.pop(name) for name in DataOptions.names() if name in spec})
         require_type("recipe", base, dict)
         require_type("variants", tables, dict)
         for name, value in spec.items():
@@ -109,7 +112,7 @@ class Sweep(TrainConfig):
                 variants[full_name] = changed_recipe(where, common, values)
         if not variants:
             raise InputError("states no variant; add a table [variants.NAME] for each, empty for the recipe as it is")
-        sweep = cls(**{"output": output} | spec, recipe=common, variants=variants)
+        sweep = cls(**{"output": output} | spec, recipe=common, variants=variants, data_options=data_options)
         for name in variants:
             try:
                 sweep.config(name).check_runs_differ()
@@ -213,7 +216,8 @@ def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None], failed:
     with world.all_or_none():
         trainings = trainings_of(sweep, world)
         data_dir = place_of(sweep.dataset, sweep.data_dir, trainings[0].paths)
-    dataset = world.rank0_first(lambda: read_dataset(sweep.dataset, data_dir, sweep.data_url))
+        options = sweep.data_options.relocated(trainings[0].paths)
+    dataset = world.rank0_first(lambda: read_dataset(sweep.dataset, data_dir, sweep.data_url, options))
     with world.all_or_none():
         for training in trainings:
             training.prepare(dataset)

@@ -250,7 +250,9 @@ class Training:
         config = self.config
         classes = dataset.class_numbers(config.recipe.classes)
         also_test = {name: known_path(self.paths, path, "also_test") for name, path in config.also_test.items()}
-        self.eval_sets: list[EvalSet] = read_eval_sets(also_test, dataset.class_names, classes)
+        self.eval_sets: list[EvalSet] = read_eval_sets(
+            also_test, dataset.class_names, classes, dataset.options.resize is not None
+        )
         self.dataset = dataset.for_recipe(config.recipe)
         self.dataset.check_trainable(config.recipe.batch_size)
         names = self.dataset.class_names
@@ -278,7 +280,9 @@ class Training:
                         f"images or labels differ; name that one with {option('also_test')}"
                     )
 
-        read = absolute_paths([*also_test.values(), *([dataset.source] if has_files(dataset.name) else [])])
+        labels = [path for path, _ in dataset.options.label_files().values()]
+        source = [dataset.source] if has_files(dataset.name) else []
+        read = absolute_paths([*also_test.values(), *source, *labels])
         self.paths |= {given: path for given, path in read.items() if path not in self.paths.values()}
         if self.result:
             self.result = dataclasses.replace(self.result, paths=self.paths)

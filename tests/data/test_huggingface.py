@@ -195,7 +195,7 @@ def test_files_of_similar_names_are_left_out_with_a_line(hub):
     ("files", "words"),
     [
         ("train_noisy test", "no parquet file of the split 'train' among its 2 files (splits: test)"),
-        ("train validation", "no parquet file of the split 'test'"),
+        ("train other", "no parquet file of the split 'test'"),
         ("a/train a/test b/train b/test", "has several configurations (a/train, b/train)"),
         ("a/train b/test", "has its splits in several folders (a/, b/)"),
         ("train train/0 test", "has several configurations (train, train/)"),
@@ -316,3 +316,12 @@ def test_column_of_labels_is_the_declared_one_or_has_a_usual_name(hub, columns, 
     assert load(lines).digest == hub.small.digest
     about = "hf:someone/images: the labels are the column "
     assert [text.removeprefix(about) for text in lines if text.startswith(about)] == line
+
+
+def test_validation_is_the_test_split_of_a_data_set_without_one(hub):
+    hub.files, lines = {"train.parquet": "train", "validation.parquet": "test"}, []
+    assert len(load(lines).test_images) == len(hub.small.test_images)
+    assert "hf:someone/images: has no split test; the 40 images of validation are tested on" in lines
+    hub.files = {"train.parquet": "train"}
+    dataset = load_dataset("hf:someone/images", test_fraction=0.25, log=None)
+    assert (len(dataset.train_images), len(dataset.test_images)) == (72, 24)
