@@ -152,9 +152,10 @@ def files_in(folder):
     return sorted(str(path) for path in paths if path.parts[0] != "tensorboard")
 
 
-def files_of(runs, *more):
-    """Return the files of a finished training."""
+def files_of(runs, *more, diverged=()):
+    """Return the files of a finished training with so many ``runs``. Those with an index in ``diverged`` diverged."""
     results = [f"run-{run}/result.json" for run in range(runs)]
+    results += [f"run-{run}/model.pt" for run in range(runs) if run not in diverged]
     return sorted(["curves.png", "metrics.jsonl", "model.pt", "summary.json", "training.json", *results, *more])
 
 

@@ -3,10 +3,9 @@
     training.json        options, data set and environment, written before the first epoch
     run-0/checkpoint.pt  state of the run between two epochs, until the run has finished
     run-0/result.json    rows and accuracies of the finished run; logits.npz beside it with ``save_logits``
-    run-0/model.pt       weights of the finished run, until a later run has finished or all runs have ended
+    run-0/model.pt       weights of the finished run
     metrics.jsonl        the rows of all runs, each written at the end of its epoch
-    model.pt             weights of the last finished run
-    summary.json, curves.png, logits.npz    written when all runs have ended
+    model.pt, summary.json, curves.png, logits.npz    written when all runs have ended; model.pt is the last finished run's
 
 A run that diverged has ended, and ``result.json`` has the step. A run without ``result.json`` is missing. Resuming a
 training and sharing it among processes both train missing runs.
@@ -238,41 +237,21 @@ class RunFolder(RunReader):
         if self._replaced and isinstance(run, DivergedResult):
             self._diverged.append((result, run))
             return
-        folder, runs = self.of_run(run.run.run), result.config.runs
+        folder = self.of_run(run.run.run)
         written = isinstance(run, DivergedResult) or self._write_finished(folder, result, run)
         if written and self._write_json(folder / RUN_RESULT, run.to_dict):
             (folder / CHECKPOINT).unlink(missing_ok=True)
-            self._keep_weights(runs)
 
     def _write_finished(self, folder: Path, result: Result, run: RunResult) -> bool:
         """Write weights and logits of a finished run, and return whether ``result.json`` may be written too.
 
-        The last run of all writes ``model.pt`` itself, and counts as missing without it.
+        Without its weights a run counts as missing, and a resume finishes it from its checkpoint.
         """
-        is_last = run.run.run == result.config.runs - 1
-        weights = (self.path if is_last else folder) / MODEL
-        written = self._write(weights, lambda temporary: torch.save(result.checkpoint(), temporary)) or not is_last
+        written = self._write(folder / MODEL, lambda temporary: torch.save(result.checkpoint(), temporary))
         if run.logits is not None:
             logits = run.logits.numpy()
             written &= self._write(folder / LOGITS, lambda temporary: _savez(temporary, logits=logits))
         return written
-
-    def _keep_weights(self, runs: int, ended: bool = False) -> None:
-        """Delete the weights of all runs but the last finished one. Move its weights to ``model.pt`` at the end.
-
-        Several ranks may do so at the same time. ``ended``: missing runs are not awaited.
-        """
-        finished = [run for run in range(runs) if isinstance(self.run_result(run, logits=False), RunResult)]
-        for run in finished[:-1]:
-            (self.of_run(run) / MODEL).unlink(missing_ok=True)
-        weights = self.of_run(finished[-1] if finished else 0) / MODEL
-        if weights.exists() and (ended or not self.missing(runs)):
-
-            def move() -> None:
-                with contextlib.suppress(FileNotFoundError):  # another rank has moved it
-                    os.replace(weights, self.path / MODEL)
-
-            self._try(MODEL, move)
 
     def finish(self, result: Result, test_labels: np.ndarray) -> None:
         """Write the files made from the runs, small ones first. ``result.unwritten`` gets a line for each failure.
@@ -281,7 +260,9 @@ class RunFolder(RunReader):
         """
         if self._replaced:  # all runs diverged before the first row
             return
-        self._keep_weights(result.config.runs, ended=True)
+        weights = self.of_run(result.runs[-1].run) / MODEL if result.runs else None
+        if weights and weights.exists():
+            self._write(self.path / MODEL, lambda temporary: shutil.copyfile(weights, temporary))
         if not result.missing:  # otherwise the rows of an unfinished run would be lost
             self._write_rows(row for run in result.ended for row in run.rows)
         self._write_json(self.path / SUMMARY, result.summary)
@@ -305,8 +286,8 @@ class RunFolder(RunReader):
             with atomic_write(path) as temporary:
                 write(temporary)
 
-        # All checkpoints share one entry, and so do all weights, because later ones replace those that failed.
-        return self._try(path.name if path.name in (CHECKPOINT, MODEL) else str(path.relative_to(self.path)), whole)
+        # All checkpoints share one entry, because later ones replace those that failed.
+        return self._try(CHECKPOINT if path.name == CHECKPOINT else str(path.relative_to(self.path)), whole)
 
     def _try(self, name: str, write: Callable[[], object]) -> bool:
         try:

@@ -111,7 +111,7 @@ def test_unwritten_file_gives_exit_code_1(tmp_path, npz, monkeypatch, capfd):
     assert main(f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}".split()) == 1
     output, error = capfd.readouterr()
     assert "\ntest accuracy " in output
-    assert error == f"error: {tmp_path}/out/model.pt could not be written (division by zero)\n"
+    assert error == f"error: {tmp_path}/out/run-0/model.pt could not be written (division by zero)\n"
 
 
 @pytest.mark.parametrize("variable", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])

@@ -320,7 +320,7 @@ def test_run_that_diverges_on_a_rank_costs_no_other(tmp_path, npz, tiny, no_curv
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert [run["seed"] for run in summary["runs"]] == finished
     assert [run["seed"] for run in summary["diverged"]] == seeds
-    assert files_in(tmp_path / "out") == files_of(4)
+    assert files_in(tmp_path / "out") == files_of(4, diverged=[seed - 3 for seed in seeds])
     alone = fit(Recipe(epochs=2, batch_size=16, widths=(4, 8)), tiny, seed=finished[-1], **HOW)
     saved = torch.load(tmp_path / "out/model.pt", weights_only=True)["state_dict"]
     assert all(torch.equal(saved[name], tensor) for name, tensor in alone.state_dict.items())

@@ -45,7 +45,7 @@ def test_diverged_run_is_recorded_and_the_others_are_trained(tmp_path, npz, whol
     finished = [whole[1].runs[index] for index in (0, 2)]
     assert [run["test_accuracy"] for run in summary["runs"]] == [run.test_accuracy for run in finished]
     assert summary["test_accuracy_mean"] == pytest.approx(sum(run.test_accuracy for run in finished) / 2)
-    assert files_in(out) == files_of(3)
+    assert files_in(out) == files_of(3, diverged=[1])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(row["run"], row["epoch"]) for row in rows] == [(0, 1), (0, 2), (2, 1), (2, 2)]
 
@@ -59,7 +59,7 @@ def test_weights_are_those_of_the_last_run_that_has_finished(tmp_path, tiny, mon
     saved = load_model(tmp_path / "out").model.state_dict()
     for name, tensor in alone.state_dict.items():
         assert torch.equal(result.state_dict[name], tensor) and torch.equal(saved[name], tensor)
-    assert files_in(tmp_path / "out") == files_of(3), "each run's own weights are gone"
+    assert files_in(tmp_path / "out") == files_of(3, diverged=[seed - 3 for seed in seeds])
 
 
 def test_commands_use_what_has_finished_beside_a_diverged_run(tmp_path, npz, tiny, monkeypatch, capfd):
@@ -137,7 +137,7 @@ def test_diverged_run_is_recorded_when_a_later_run_replaces_earlier_results(tmp_
     out = shutil.copytree(whole[0], tmp_path / "out")
     diverge(monkeypatch, 8)
     fit(RECIPE, tiny, runs=2, seed=8, output=out, overwrite=True, **HOW)
-    assert files_in(out) == files_of(2) and read(out / "run-0/result.json")["run"]["step"] == 1
+    assert files_in(out) == files_of(2, diverged=[0]) and read(out / "run-0/result.json")["run"]["step"] == 1
 
 
 def fail_in(monkeypatch, error, *runs):

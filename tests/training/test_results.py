@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cifar_fast import CNN, Diverged, InputError, Recipe, fit
+from cifar_fast import CNN, Diverged, InputError, Recipe, fit, load_model
 from cifar_fast.training.metrics import confidence_interval_95
 from cifar_fast.training.run_folder import RunFolder
 from tests.helpers import HOW, NARROW, files_in, files_of
@@ -70,6 +70,14 @@ def test_training_writes_its_files(tmp_path, small):
     assert saved["mean"] == pytest.approx(pixels.mean((0, 1, 2)))
     assert saved["std"] == pytest.approx(pixels.std((0, 1, 2), ddof=1))
     assert saved["format"] == 1
+
+
+def test_every_run_keeps_its_weights(tmp_path, small):
+    fit(RECIPE, small, runs=2, seed=3, output=tmp_path / "out", **HOW)
+    for run in range(2):
+        alone = fit(RECIPE, small, seed=3 + run, **HOW).state_dict
+        kept = load_model(tmp_path / f"out/run-{run}").model.state_dict()
+        assert all(torch.equal(kept[name], tensor) for name, tensor in alone.items())
 
 
 def test_notebook_shows_a_row_for_each_run_and_the_curves(tmp_path, small):
@@ -181,12 +189,13 @@ def test_file_that_cannot_be_written_costs_no_other_file(tmp_path, small, monkey
     monkeypatch.setattr(*writer, fail)
     result = fit(RECIPE, small, output=tmp_path / "out", runs=2, **HOW | {"log": lines.append})
     expected = {*files_of(2)} - {lost}
-    if lost == "model.pt":  # the last run counts as missing, and a resume writes its weights
-        expected.remove("run-1/result.json")
+    if lost == "model.pt":  # the runs count as missing, and a resume writes their weights
+        expected -= {*files_of(2)} - {*files_of(0)}
     assert {*files_in(tmp_path / "out")} == expected
-    (line,) = result.unwritten
-    assert lost in line and "could not be written" in line and "\n" not in line
-    assert line in lines and any(line.startswith("test accuracy") for line in lines)
+    assert len(result.unwritten) == (2 if lost == "model.pt" else 1)
+    for line in result.unwritten:
+        assert lost in line and "could not be written" in line and "\n" not in line and line in lines
+    assert any(line.startswith("test accuracy") for line in lines)
 
 
 @pytest.mark.slow  # whole trainings
