@@ -33,7 +33,7 @@ setup(
     python_requires=">=3.10",
     # cifar_fast/kernels is a link to kernels/. The top-level name `kernels` belongs to another project.
     packages=find_packages(include=["cifar_fast", "cifar_fast.*"]),
-    package_data={"cifar_fast": ["py.typed"], "cifar_fast.kernels": ["launch.json", "cpu.cpp"]},
+    package_data={"cifar_fast": ["py.typed", "recipes/*.json"], "cifar_fast.kernels": ["launch.json", "cpu.cpp"]},
     entry_points={"console_scripts": ["cifar-fast = cifar_fast.cli.main:main"]},
     install_requires=[
         "torch>=2.11",

@@ -379,7 +379,14 @@ def norms(bench: Bench) -> Rows:
         size = sum(n * kernel_cases.bytes_moved(case.launches()) for case, n in cases.items())
         settings: Any = dict(direction="backward", statistics=True)
         layers = [
-            kernel_cases.Norm(block, bench.recipe.batch_size, bench.recipe.celu_alpha, dtype, **settings)
+            kernel_cases.Norm(
+                block,
+                bench.recipe.batch_size,
+                bench.recipe.celu_alpha,
+                dtype,
+                activation=bench.recipe.activation,
+                **settings,
+            )
             for block in bench.recipe.blocks()
         ]
         inputs = [layer.inputs(device) for layer in layers]

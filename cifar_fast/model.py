@@ -1,4 +1,4 @@
-"""The reference's network and loss, and the caller's network if there is one."""
+"""The reference's network and loss, the choice of a recipe's network, and the caller's network if there is one."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import skip_init
 
+from cifar_fast.activations import make_activation
 from cifar_fast.recipe import Recipe
 from cifar_fast.utils.errors import InputError, first_line
 from cifar_fast.utils.seeds import derive_seed
+from cifar_fast.whitened import Whitened
 
 
 class CNN(nn.Module):
@@ -75,6 +77,21 @@ class CNN(nn.Module):
         return x
 
 
+NETWORKS: dict[str, type[CNN] | type[Whitened]] = {"cnn": CNN, "whitened": Whitened}
+"""The class of each of a recipe's networks."""
+
+
+def make_network(recipe: Recipe, num_classes: int, generator: torch.Generator | None = None) -> CNN | Whitened:
+    """Return the recipe's network with initial weights from ``generator``, float32 on the CPU."""
+    return NETWORKS[recipe.network](recipe, num_classes, generator)
+
+
+def start_epoch(model: nn.Module, epoch: int) -> bool:
+    """Select what ``model`` trains in an epoch, counted from 0. Return whether that is all that is ever trained."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner.start_epoch(epoch) if isinstance(inner, Whitened) else True
+
+
 class Float32Linear(nn.Linear):
     """The ``linear`` layer, in float32 also under autocast.
 
@@ -89,13 +106,6 @@ class Float32Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
-
-
-def make_activation(recipe: Recipe) -> nn.Module:
-    """Return the recipe's activation."""
-    if recipe.activation == "celu":
-        return nn.CELU(alpha=recipe.celu_alpha)
-    return {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}[recipe.activation]()
 
 
 def loss_and_correct(logits: torch.Tensor, labels: torch.Tensor, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +211,7 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     custom_model: CustomModel | None = None,
-    change: Callable[[CNN], nn.Module] = lambda model: model,
+    change: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> nn.Module:
     """Return a model on ``device`` for activations of ``dtype``, with weights that are to be overwritten.
 
@@ -212,8 +222,10 @@ def build_model(
     if custom_model:
         model = custom_model(recipe, num_classes, generator)
     else:
-        plain = CNN(recipe, num_classes, generator)
-        if dtype == torch.bfloat16:
+        plain = make_network(recipe, num_classes, generator)
+        if dtype == torch.bfloat16 and isinstance(plain, CNN):
             plain.seq[-1] = Float32Linear(plain.seq[-1])
+        elif dtype == torch.bfloat16:
+            plain.head = Float32Linear(cast(nn.Linear, plain.head))
         model = change(plain)
     return model.to(parameter_dtype(dtype)).to(device)

@@ -1,19 +1,21 @@
 """Data augmentation of a batch in one launch: gather, reflection pad, crop, flip, normalize, cutout, cast, and labels.
 
-Let S be the height and width of an image, P the padding, and K the side of the cutout. The draws of image b are
+Let S be the height and width of an image, P the padding, and K the side of the cutout. A crop has D offsets in each
+direction: P + 1, or 2 P + 1 with ``both_sides``. The draws of image b are
 
     permutation[b]                       the index of the image
-    crop[b] = x0 (P + 1) + y0            0 <= x0, y0 <= P, the offset of the crop in the padded image
+    crop[b] = x0 D + y0                  0 <= x0, y0 < D, the offset of the crop in the padded image
     flip[b]                              0 mirrors left to right, 1 does not
     cutout[b] = x1 (S - K + 1) + y1      the upper left corner of the cutout square
 
 Pixel (y, x) of channel c is 0 if y1 <= y < y1 + K and x1 <= x < x1 + K, or if c >= C. Otherwise
 
-    out[b, c, y, x] = table[c, images[permutation[b], |y + y0 - P|, |x' + x0 - P|, c]]
+    out[b, c, y, x] = table[c, images[permutation[b], r(y + y0 - P), r(x' + x0 - P), c]]
 
-with x' = S - 1 - x if flip[b] is 0, else x. The absolute value is the reflection, which does not repeat the border.
-The crop never reaches past the opposite border. The table holds the normalized value of each of the 256 bytes. The
-kernel does no arithmetic on colors, so normalizing first and moving pixels afterwards gives the same bits.
+with x' = S - 1 - x if flip[b] is 0, else x. r is the reflection, which does not repeat the border: r(i) = |i|, and
+2 S - 2 - i past the opposite border, which only a crop with ``both_sides`` reaches. The table holds the normalized
+value of each of the 256 bytes. The kernel does no arithmetic on colors, so normalizing first and moving pixels
+afterwards gives the same bits.
 
 Bytes moved for a batch of B: the kernel writes B S^2 OUT_CHANNELS elements in 128-bit stores, and reads at most
 B S^2 C bytes. Each read is a single byte, because three channels, padding and flip allow no wider loads. Neighboring
@@ -54,17 +56,34 @@ def normalization_table(images: Tensor, dtype: torch.dtype) -> Tensor:
     return ((value - mean) / std).to(dtype).view(256, -1).T.contiguous()
 
 
+def crop_offsets(padding: int, both_sides: bool) -> int:
+    """Return the number of offsets of a crop in each direction."""
+    return (2 * padding if both_sides else padding) + 1
+
+
+def reflect(index: Tensor, size: int) -> Tensor:
+    """Reflect indices outside 0 to ``size - 1``: -1 becomes 1, ``size`` becomes ``size - 2``."""
+    return size - 1 - (size - 1 - index.abs()).abs()
+
+
 def augment_reference(
-    images: Tensor, draws: Tensor, table: Tensor, *, out_channels: int, padding: int, cutout_size: int
+    images: Tensor,
+    draws: Tensor,
+    table: Tensor,
+    *,
+    out_channels: int,
+    padding: int,
+    cutout_size: int,
+    both_sides: bool = False,
 ) -> Tensor:
     """Return the batch, computed in plain torch. See :func:`augment` without ``step`` for the arguments."""
     size, channels = images.shape[2:]
-    corners = size + 1 - cutout_size
+    corners, offsets = size + 1 - cutout_size, crop_offsets(padding, both_sides)
     pixel = torch.arange(size, device=images.device)
     x, y = pixel[None, None, :], pixel[None, :, None]
     permutation, crop, flip, cutout = (row[:, None, None] for row in draws)
-    column = (torch.where(flip == 0, size - 1 - x, x) + crop // (padding + 1) - padding).abs()
-    row = (y + crop % (padding + 1) - padding).abs()
+    column = reflect(torch.where(flip == 0, size - 1 - x, x) + crop // offsets - padding, size)
+    row = reflect(y + crop % offsets - padding, size)
     batch = table[torch.arange(channels, device=images.device), images[permutation, row, column].int()]
     from_left, from_top = x - cutout // corners, y - cutout % corners
     square = (from_left >= 0) & (from_left < cutout_size) & (from_top >= 0) & (from_top < cutout_size)
@@ -87,10 +106,12 @@ def augment_kernel(
     OUT_CHANNELS: tl.constexpr,
     PADDING: tl.constexpr,
     CUTOUT: tl.constexpr,
+    BOTH_SIDES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     length: tl.constexpr = S * S * OUT_CHANNELS  # elements of an image in out
     corners: tl.constexpr = S + 1 - CUTOUT
+    offsets: tl.constexpr = (2 * PADDING if BOTH_SIDES else PADDING) + 1
 
     b = tl.program_id(0).to(tl.int64)
     position = b
@@ -113,8 +134,10 @@ def augment_kernel(
     if length % BLOCK != 0:
         visible = visible & (offset < length)
 
-    row = tl.abs(y + crop % (PADDING + 1) - PADDING)
-    column = tl.abs(tl.where(mirror, S - 1 - x, x) + crop // (PADDING + 1) - PADDING)
+    row = tl.abs(y + crop % offsets - PADDING)
+    column = tl.abs(tl.where(mirror, S - 1 - x, x) + crop // offsets - PADDING)
+    if BOTH_SIDES:
+        row, column = S - 1 - tl.abs(S - 1 - row), S - 1 - tl.abs(S - 1 - column)
     byte = tl.load(images + index * (S * S * C) + ((row * S + column) * C + channel), mask=visible, other=0)
     value = tl.load(table + (channel * 256 + byte.to(tl.int32)), mask=visible, other=0.0)
     if length % BLOCK == 0:
@@ -133,6 +156,7 @@ def augment_outputs(
     out_channels: int,
     padding: int,
     cutout_size: int,
+    both_sides: bool,
 ) -> tuple[Tensor, Tensor]:
     """Allocate the batch ``[B, out_channels, S, S]`` in channels_last, and its labels (``[0]`` without ``labels``)."""
     size = images.shape[1]
@@ -142,13 +166,14 @@ def augment_outputs(
 
 
 def plan_augment(
-    images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size, out, out_labels
+    images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size, both_sides, out, out_labels
 ) -> list[Launch]:
     """Return the launch that fills ``out`` and ``out_labels``."""
     size, channels = images.shape[2:]
     entry = parameters("augment", "*")
     block = entry["block"]
     sizes = dict(S=size, C=channels, OUT_CHANNELS=out_channels, PADDING=padding, CUTOUT=cutout_size)
+    sizes["BOTH_SIDES"] = both_sides
     return [
         Launch(
             augment_kernel,
@@ -164,7 +189,7 @@ def plan_augment(
 
 
 def augment_on_cpu(
-    images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size, out, out_labels
+    images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size, both_sides, out, out_labels
 ) -> None:
     """Fill ``out`` and ``out_labels`` by compiled C++, or by plain torch if no compiler works."""
     start = 0 if step is None else int(step) * batch_size
@@ -173,11 +198,12 @@ def augment_on_cpu(
     require(0 <= start <= columns - batch_size, IndexError, message)
     draws = draws[:, start : start + batch_size]
     if cpu.unavailable_reason(table.dtype):
-        options = dict(out_channels=out_channels, padding=padding, cutout_size=cutout_size)
-        out.copy_(augment_reference(images, draws, table, **options))
+        options = dict(padding=padding, cutout_size=cutout_size, both_sides=both_sides)
+        out.copy_(augment_reference(images, draws, table, out_channels=out_channels, **options))
     else:
         sizes = n, batch_size, draws.stride(0), size, channels, out_channels, padding, cutout_size
-        wrong = cpu.call("augment", table.dtype, images, draws, table, out, *sizes, torch.get_num_threads())
+        offsets = crop_offsets(padding, both_sides)
+        wrong = cpu.call("augment", table.dtype, images, draws, table, out, *sizes, offsets, torch.get_num_threads())
         require(wrong < 0, IndexError, f"column {start + wrong} of draws is out of range")
     if labels is not None:
         torch.index_select(labels, 0, draws[0], out=out_labels)
@@ -197,6 +223,7 @@ def augment(
     out_channels: int | None = None,
     padding: int,
     cutout_size: int,
+    both_sides: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return an augmented batch and its labels, made from the bytes of a data set on the device.
 
@@ -217,6 +244,7 @@ def augment(
         out_channels: C to 8, default C. Channels from C on are 0.
         padding: pixels of reflection padding on each side, 0 to S - 1.
         cutout_size: side of the square set to 0, in pixels, 0 to S.
+        both_sides: whether crops also reach the lower and right border of the padded image.
 
     Returns:
         The batch, ``[B, out_channels, S, S]`` in channels_last and in the dtype of ``table``, and its labels, int64
@@ -261,12 +289,22 @@ def augment(
         require_tensor("labels", labels, (torch.int64,), (n,), like)
     if step is not None:
         require_tensor("step", step, (torch.int64,), tuple(step.shape) if step.numel() == 1 else (1,), like)
-    out, out_labels = augment_op(images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size)
+    require(isinstance(both_sides, bool), TypeError, f"both_sides must be a bool, not {both_sides!r}")
+    settings = batch_size, out_channels, padding, cutout_size, both_sides
+    out, out_labels = augment_op(images, draws, table, labels, step, *settings)
     return out, out_labels if labels is not None else None
 
 
 def example_launches(
-    *, n: int, batch_size: int, size: int, out_channels: int, padding: int, cutout_size: int, dtype: torch.dtype
+    *,
+    n: int,
+    batch_size: int,
+    size: int,
+    out_channels: int,
+    padding: int,
+    cutout_size: int,
+    both_sides: bool,
+    dtype: torch.dtype,
 ) -> list[Launch]:
     """Return the launch for one batch of ``n`` three-channel images, with labels and a step, on meta tensors."""
 
@@ -275,5 +313,5 @@ def example_launches(
 
     images, table = meta(n, size, size, 3, dtype=torch.uint8), meta(3, 256, dtype=dtype)
     draws, labels, step = meta(4, n), meta(n), meta(1)
-    inputs = images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size
+    inputs = images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size, both_sides
     return plan_augment(*inputs, *augment_outputs(*inputs))

@@ -479,11 +479,12 @@ void backward(const T* dy, const T* x, const uint8_t* argmax, T* dx, const A* pa
 // Return the first image whose draws are out of range, or -1.
 int64_t augment(const uint8_t* images, const int64_t* draws, const T* table, T* out, int64_t n, int64_t batch,
                 int64_t row_stride, int64_t size, int64_t channels, int64_t out_channels, int64_t padding,
-                int64_t cutout_size, int64_t threads) {
-  int64_t crops = padding + 1, corners = size + 1 - cutout_size;
+                int64_t cutout_size, int64_t offsets, int64_t threads) {
+  int64_t corners = size + 1 - cutout_size;
+  auto reflect = [=](int64_t index) { return size - 1 - std::abs(size - 1 - std::abs(index)); };
   const int64_t *permutation = draws, *crop = draws + row_stride, *flip = crop + row_stride, *cutout = flip + row_stride;
   for (int64_t b = 0; b < batch; b++) {
-    bool valid = permutation[b] >= 0 && permutation[b] < n && crop[b] >= 0 && crop[b] < crops * crops &&
+    bool valid = permutation[b] >= 0 && permutation[b] < n && crop[b] >= 0 && crop[b] < offsets * offsets &&
                  cutout[b] >= 0 && cutout[b] < corners * corners;
     if (!valid) return b;
   }
@@ -493,10 +494,10 @@ int64_t augment(const uint8_t* images, const int64_t* draws, const T* table, T* 
     T* to = out + b * size * size * out_channels;
     int64_t cut_left = cutout[b] / corners, cut_top = cutout[b] % corners;
     for (int64_t y = 0; y < size; y++) {
-      int64_t row = std::abs(y + crop[b] % crops - padding);
+      int64_t row = reflect(y + crop[b] % offsets - padding);
       bool cut_row = y >= cut_top && y < cut_top + cutout_size;
       for (int64_t x = 0; x < size; x++, to += out_channels) {
-        int64_t column = std::abs((flip[b] == 0 ? size - 1 - x : x) + crop[b] / crops - padding);
+        int64_t column = reflect((flip[b] == 0 ? size - 1 - x : x) + crop[b] / offsets - padding);
         std::memset(static_cast<void*>(to), 0, out_channels * sizeof(T));
         if (cut_row && x >= cut_left && x < cut_left + cutout_size) continue;
         const uint8_t* pixel = image + (row * size + column) * channels;

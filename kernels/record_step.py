@@ -3,6 +3,7 @@
     losses[epoch_step] = loss        correct[epoch_step] = correct of the step
     global_step += 1        epoch_step = (epoch_step + 1) mod steps        lr = schedule[min(global_step, end)]
 
+A step has one learning rate for each group of parameters.
 All tensors are on the device, so replays of a CUDA graph can read and write them. A single warp runs the kernel, so
 every thread has read the counters before one of them changes.
 """
@@ -27,8 +28,8 @@ class StepState(NamedTuple):
     Args:
         losses: ``[steps, B]`` in float16, bfloat16 or float32, the losses of each step of the epoch.
         correct: bool ``[steps, B]``, which images of each step were classified correctly.
-        schedule: float32 ``[n]``, the learning rate of each step of the run.
-        lr: float32 ``[1]``, the learning rate of the current step.
+        schedule: float32 ``[n, G]``, the learning rates of G groups of parameters at each step of the run.
+        lr: float32 ``[G]``, the learning rates of the current step.
         global_step: int64 ``[1]``, the number of finished steps of the run.
         epoch_step: int64 ``[1]``, the number of finished steps of the epoch.
     """
@@ -47,7 +48,7 @@ class StepState(NamedTuple):
             losses=schedule.new_zeros(steps, batch_size, dtype=dtype),
             correct=schedule.new_zeros(steps, batch_size, dtype=torch.bool),
             schedule=schedule,
-            lr=schedule[:1].clone(),
+            lr=schedule[0].clone(),
             global_step=schedule.new_zeros(1, dtype=torch.int64),
             epoch_step=schedule.new_zeros(1, dtype=torch.int64),
         )
@@ -59,7 +60,7 @@ def record_reference(loss: Tensor, correct: Tensor, state: StepState) -> None:
     state.correct[state.epoch_step] = correct
     state.global_step.add_(1)
     state.epoch_step.copy_((state.epoch_step + 1) % len(state.losses))
-    state.lr.copy_(state.schedule[state.global_step.clamp(max=len(state.schedule) - 1)])
+    state.lr.copy_(state.schedule[state.global_step.clamp(max=len(state.schedule) - 1)][0])
 
 
 @triton.jit
@@ -68,13 +69,14 @@ def record_kernel(
     step_correct,  # uint8 [B]
     losses,  # [steps, B]
     correct,  # uint8 [steps, B]
-    schedule,  # [end + 1]
-    lr,  # [1]
+    schedule,  # [end + 1, GROUPS]
+    lr,  # [GROUPS]
     global_step,  # [1]
     epoch_step,  # [1]
     size,  # B
     steps,
     end,
+    GROUPS: tl.constexpr,
     BLOCKS: tl.constexpr,  # blocks of BLOCK elements that cover B
     BLOCK: tl.constexpr,
 ):
@@ -84,7 +86,8 @@ def record_kernel(
         lane = block * BLOCK + tl.arange(0, BLOCK)
         tl.store(losses + at * size + lane, tl.load(step_loss + lane, mask=lane < size, other=0.0), mask=lane < size)
         tl.store(correct + at * size + lane, tl.load(step_correct + lane, mask=lane < size, other=0), mask=lane < size)
-    tl.store(lr, tl.load(schedule + tl.minimum(count, end)))
+    for group in tl.static_range(GROUPS):
+        tl.store(lr + group, tl.load(schedule + tl.minimum(count, end) * GROUPS + group))
     tl.store(global_step, count)
     tl.store(epoch_step, (at + 1) % steps)
 
@@ -101,9 +104,9 @@ def plan_record(step_loss: Tensor, step_correct: Tensor, *state: Tensor) -> list
             reads=dict(step_loss=step_loss, step_correct=step_correct.view(torch.uint8), schedule=schedule, **counters),
             writes=dict(losses=losses, correct=correct.view(torch.uint8), lr=lr, **counters),
             scalars=dict(size=size, steps=steps, end=len(schedule) - 1),
-            constants=dict(BLOCKS=triton.cdiv(size, BLOCK), BLOCK=BLOCK),
+            constants=dict(GROUPS=len(lr), BLOCKS=triton.cdiv(size, BLOCK), BLOCK=BLOCK),
             num_warps=1,
-            accessed=dict(losses=size, correct=size, schedule=1),
+            accessed=dict(losses=size, correct=size, schedule=len(lr)),
         )
     ]
 
@@ -149,6 +152,7 @@ def record(loss: Tensor, correct: Tensor, state: StepState) -> None:
     """
     losses, schedule = state.losses, state.schedule
     require(losses.dim() == 2, ValueError, f"state.losses must have the shape [steps, B], not {list(losses.shape)}")
+    require(schedule.dim() == 2, ValueError, f"state.schedule must have the shape [n, G], not {list(schedule.shape)}")
     size = losses.shape[1]
     like = ("loss", loss)
     require_tensor("loss", loss, (torch.float16, torch.bfloat16, torch.float32), (size,), like)
@@ -156,8 +160,8 @@ def record(loss: Tensor, correct: Tensor, state: StepState) -> None:
     for name, dtype, shape in (
         ("losses", loss.dtype, losses.shape),
         ("correct", torch.bool, losses.shape),
-        ("schedule", torch.float32, (schedule.numel(),)),
-        ("lr", torch.float32, (1,)),
+        ("schedule", torch.float32, schedule.shape),
+        ("lr", torch.float32, schedule.shape[1:]),
         ("global_step", torch.int64, (1,)),
         ("epoch_step", torch.int64, (1,)),
     ):
@@ -167,5 +171,5 @@ def record(loss: Tensor, correct: Tensor, state: StepState) -> None:
 
 def example_launches(batch_size: int, *, dtype: torch.dtype) -> list[Launch]:
     """Return the launch of one call, on meta tensors, in a run of 24 epochs of 97 steps."""
-    state = StepState.initial(torch.empty(24 * 97, device="meta"), 97, batch_size, dtype)
+    state = StepState.initial(torch.empty(24 * 97, 1, device="meta"), 97, batch_size, dtype)
     return plan_record(state.losses[0], state.correct[0], *state)

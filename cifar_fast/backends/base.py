@@ -12,8 +12,10 @@ from torch import nn
 
 from cifar_fast.data.augment import Draws
 from cifar_fast.data.tensors import DeviceData
-from cifar_fast.model import CNN, CustomModel, parameter_dtype
+from cifar_fast.model import CustomModel, make_network, parameter_dtype
 from cifar_fast.recipe import Recipe
+from cifar_fast.whitened import IMAGES as WHITENED_IMAGES
+from cifar_fast.whitened import Whitened
 
 
 class Backend(ABC):
@@ -101,8 +103,13 @@ class Backend(ABC):
 
     def new_model(self, generator: torch.Generator) -> nn.Module:
         """Return a fresh plain model for a run, on the CPU, with initial weights drawn from ``generator``."""
-        make = CNN if self.custom_model is None else self.custom_model
-        return make(self.recipe, self.data.num_classes, generator)
+        if self.custom_model is not None:
+            return self.custom_model(self.recipe, self.data.num_classes, generator)
+        model = make_network(self.recipe, self.data.num_classes, generator)
+        if isinstance(model, Whitened):
+            images = self.data.normalization.apply(self.data.train_images[:WHITENED_IMAGES], torch.float32)
+            model.prepare(images.permute(0, 3, 1, 2).cpu())
+        return model
 
     def reset(self, model: nn.Module) -> None:
         """Start a run with the weights and statistics of ``model``, no momentum, and the schedule's first step."""
@@ -163,29 +170,6 @@ def copy_code_object(function: Callable[..., Any]) -> Callable[..., Any]:
     own = types.FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
     return own
-
-
-def make_sgd(
-    model: nn.Module, recipe: Recipe, *, fused: bool | None = None, lr: float | torch.Tensor = 0.0
-) -> torch.optim.SGD:
-    """Return the recipe's optimizer.
-
-    The loss is a sum over the batch, so the weight decay is multiplied by the batch size. ``fused`` is the
-    argument of ``torch.optim.SGD``. None, as in the reference script, selects the multi-tensor implementation on a GPU.
-    """
-    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-    if not recipe.decay_norms_and_biases:
-        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-        vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]  # one value per channel
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.SGD(
-        groups,
-        lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay * recipe.batch_size,
-        nesterov=recipe.nesterov,
-        fused=fused,
-    )
 
 
 def warm_up_draws(n: int, device: torch.device) -> Draws:

@@ -9,9 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, make_sgd, warm_up_draws
+from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, warm_up_draws
+from cifar_fast.backends.optimizers import make_optimizer
 from cifar_fast.data.augment import Draws, augment
-from cifar_fast.model import build_model, loss_and_correct
+from cifar_fast.model import build_model, loss_and_correct, start_epoch
 
 Normalize: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """A function of the uint8 pixels ``[..., C]`` of training images."""
@@ -45,17 +46,19 @@ class Eager(Backend):
     def reset(self, model: nn.Module) -> None:
         super().reset(model)
         self.model.zero_grad()
-        self.optimizer = make_sgd(self.model, self.recipe)
+        self.optimizer = make_optimizer(self.model, self.recipe)
 
     def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         recipe, size = self.recipe, self.recipe.batch_size
         steps = len(draws) // size
-        steps_before = self.epoch % recipe.epochs * steps
+        epoch = self.epoch % recipe.epochs
+        rates = recipe.learning_rates(steps)[epoch * steps :]
+        start_epoch(self.model, epoch)
         self.epoch += 1
         self.model.train()
         for i in range(steps):
             for group in self.optimizer.param_groups:
-                group["lr"] = recipe.learning_rate(steps_before + i + 1, steps)
+                group["lr"] = float(rates[i, group["rate"]])
             loss, correct = self.loss_fn(*self.batch(draws.slice(i * size, (i + 1) * size)))
             self.model.zero_grad()
             loss.sum().backward()

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, make_sgd, warm_up_draws
+from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, warm_up_draws
+from cifar_fast.backends.optimizers import make_optimizer
 from cifar_fast.data.augment import Draws
 from cifar_fast.kernels import BatchNormAct2d, StepState, augment, cpu, cross_entropy, fuse_norms, record
 from cifar_fast.kernels.launch import native
-from cifar_fast.model import CNN, build_model, loss_dtype, parameter_dtype
+from cifar_fast.model import CNN, build_model, loss_dtype, parameter_dtype, start_epoch
 from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
+from cifar_fast.whitened import Whitened
 
 PADDED_CHANNELS = 8
 """Channels of a batch: three colors, then zeros. A pixel in half precision is then one 128-bit access, which tensor
@@ -58,8 +60,7 @@ class Fused(Backend):
             test_images = data.normalization.apply(data.test_images, parameter_dtype(dtype))
             self.test_images = F.pad(test_images, (0, self.channels - IMAGE_CHANNELS)).permute(0, 3, 1, 2)
         self.draws = warm_up_draws(n, device)
-        rates = [recipe.learning_rate(step + 1, self.steps) for step in range(recipe.epochs * self.steps)]
-        schedule = torch.tensor(rates, dtype=torch.float32, device=device)
+        schedule = torch.tensor(recipe.learning_rates(self.steps), dtype=torch.float32, device=device)
         self.state = StepState.initial(schedule, self.steps, size, loss_dtype(dtype))
         self.test_correct = torch.zeros(len(data.test_images), dtype=torch.bool, device=device)
 
@@ -77,18 +78,25 @@ class Fused(Backend):
             self.notes = ["fused: this recipe has no batch norm, so its kernel is not used"]
         if self.native and (reason := cpu.unavailable_reason(dtype)):
             self.notes = [*self.notes, f"fused: plain torch computes what its C++ kernels would compute ({reason})"]
-        outputs, scale = (self.model, 1.0) if custom_model else (cast(CNN, self.model).outputs, recipe.output_scale)
+        outputs, scale = (
+            (self.model, 1.0) if custom_model else (cast("CNN | Whitened", self.model).outputs, recipe.output_scale)
+        )
         self.loss_grad_fn = make_loss_grad_fn(outputs, scale, recipe, device)
         if not self.native:
             self.loss_grad_fn = compile_loss_fn(self.loss_grad_fn)
         # torch 2.11's fused SGD is wrong in half precision on a CPU.
         fused_sgd = device.type == "cuda" or parameter_dtype(dtype) == torch.float32
-        self.optimizer = make_sgd(self.model, recipe, lr=self.state.lr, fused=fused_sgd)
+        self.optimizer = make_optimizer(self.model, recipe, lr=self.state.lr, fused=fused_sgd)
         for parameter in self.model.parameters():
             # A captured step must not allocate momentum. Starting from zeros equals SGD's lazy start (dampening 0).
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.seek(0)
-        self.step_graph, self.evaluation_graph = self._capture(self.train_step), self._capture(self.eval_step)
+        self.step_graphs: dict[bool, torch.cuda.CUDAGraph | None] = {}
+        for epoch in range(recipe.epochs):
+            phase = start_epoch(self.model, epoch)
+            if phase not in self.step_graphs:
+                self.step_graphs[phase] = self._capture(self.train_step)
+        self.evaluation_graph = self._capture(self.eval_step)
 
     def reset(self, model: nn.Module) -> None:
         super().reset(model)
@@ -99,10 +107,12 @@ class Fused(Backend):
     def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         n = draws.tensor.shape[1]
         self.draws.tensor[:, :n].copy_(draws.tensor)
-        self.seek(self.epoch % self.recipe.epochs * self.steps)
+        epoch = self.epoch % self.recipe.epochs
+        graph = self.step_graphs[start_epoch(self.model, epoch)]
+        self.seek(epoch * self.steps)
         self.epoch += 1
         for i in range(n // self.recipe.batch_size):
-            self.step_graph.replay() if self.step_graph else self.train_step()
+            graph.replay() if graph else self.train_step()
             yield self.state.losses[i], self.state.correct[i]
 
     def batch(self, draws: Draws, step: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,6 +127,7 @@ class Fused(Backend):
             out_channels=self.channels,
             padding=self.recipe.crop_padding,
             cutout_size=self.recipe.cutout_size,
+            both_sides=self.recipe.crop_both_sides,
         )
         assert labels is not None
         return images, labels
@@ -129,7 +140,7 @@ class Fused(Backend):
         """Prepare the first step of an epoch, which follows ``global_step`` steps of the run."""
         self.state.global_step.fill_(global_step)
         self.state.epoch_step.zero_()
-        self.state.lr.copy_(self.state.schedule[global_step : global_step + 1])
+        self.state.lr.copy_(self.state.schedule[global_step])
 
     def train_step(self) -> None:
         """Run the training step whose number is on the device. This is the function that is captured."""
@@ -227,18 +238,19 @@ def make_loss_grad_fn(
     return loss_grad_fn
 
 
-def fuse(model: CNN, channels: int = PADDED_CHANNELS) -> CNN:
+def fuse(model: nn.Module, channels: int = PADDED_CHANNELS) -> nn.Module:
     """Replace each (max-pool,) batch norm and activation of ``model`` by one operator, in place, and return ``model``.
 
     The result takes images with ``channels`` channels. Modules keep their indices, so the names in the state dict do
     not change.
     """
-    fuse_norms(model.seq)
-    model.seq[-3] = GlobalMaxPool2d()  # before flatten and linear
-    first = model.seq[0]
-    assert isinstance(first, nn.Conv2d)
+    fuse_norms(model)
+    convolutions = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    pools = [name for name, layer in model.named_modules() if isinstance(layer, nn.MaxPool2d)]
+    model.set_submodule(pools[-1], GlobalMaxPool2d())  # before flatten and linear
+    name, first = next(iter(convolutions.items()))
     if channels > first.in_channels:
-        model.seq[0] = PaddedConv2d(first, channels)
+        model.set_submodule(name, PaddedConv2d(first, channels))
     return model
 
 
@@ -267,12 +279,13 @@ class PaddedConv2d(nn.Conv2d):
         geometry: dict[str, Any] = dict(kernel_size=conv.kernel_size, padding=conv.padding)
         super().__init__(channels, conv.out_channels, **geometry, bias=False, device="meta")
         self.in_channels = conv.in_channels
-        self.weight = nn.Parameter(self.pad(conv.weight.detach()))
+        self.weight = nn.Parameter(self.pad(conv.weight.detach()), requires_grad=conv.weight.requires_grad)
+        self.bias = conv.bias
         self.register_state_dict_post_hook(self._remove_padding)
         self.register_load_state_dict_pre_hook(self._add_padding)
 
     def pad(self, weight: torch.Tensor) -> torch.Tensor:
-        """Append zeros for the padding channels to ``weight`` ``[out, in, 3, 3]``."""
+        """Append zeros for the padding channels to ``weight`` ``[out, in, height, width]``."""
         return F.pad(weight, (0, 0, 0, 0, 0, self.weight.shape[1] - weight.shape[1]))
 
     @staticmethod

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 
 from cifar_fast.recipe import IMAGE_SIZE, Recipe
+from cifar_fast.utils.seeds import derive_seed
+
+FLIPS = 4
+"""Number of the random stream of a mirroring that alternates, besides the streams of ``Seeds``."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Draws:
     ``tensor`` is int64 ``[4, n]``. Column k belongs to position k of the shuffled epoch. The rows are:
 
     * ``permutation``: the index of the image at that position.
-    * ``crop``: ``x0 * (padding + 1) + y0``, the offset of the window in the padded image.
+    * ``crop``: ``x0 * offsets + y0``, the offset of the window in the padded image, for ``recipe.crop_offsets``.
     * ``flip``: 0 mirrors left to right, 1 does not. The published script encodes it so.
     * ``cutout``: ``x0 * (size - cutout_size + 1) + y0``, the upper left corner of the square.
     """
@@ -60,6 +64,7 @@ def draw_epoch(
     recipe: Recipe | None = None,
     generator: torch.Generator | None = None,
     order: torch.Generator | None = None,
+    epoch: int = 0,
 ) -> Draws:
     """Draw the choices of one epoch of ``n`` images.
 
@@ -70,12 +75,20 @@ def draw_epoch(
         recipe: gives crop, flip and cutout. The reference recipe by default.
         generator: generator of all draws. The default generator of the device by default.
         order: generator of the permutation. ``generator`` by default.
+        epoch: number of the epoch from 0, for a recipe that alternates the mirroring. Its mirroring in epoch 0 is drawn
+            from the first seed of ``generator``, so every epoch of a run knows it.
     """
     recipe = recipe or Recipe()
     options: dict[str, Any] = dict(device=device, generator=generator)
     permutation = torch.randperm(n, device=device, generator=generator if order is None else order)
-    crop = torch.randint((recipe.crop_padding + 1) ** 2, (n,), **options)
-    flip = torch.randint(0 if recipe.flip else 1, 2, (n,), **options)
+    crop = torch.randint(recipe.crop_offsets**2, (n,), **options)
+    if recipe.flip and recipe.alternate_flip:
+        seed = torch.initial_seed() if generator is None else generator.initial_seed()
+        of_image = torch.Generator(device).manual_seed(derive_seed(seed, FLIPS))
+        first = torch.randint(2, (n,), device=device, generator=of_image)[permutation]
+        flip = first if epoch % 2 == 0 else 1 - first
+    else:
+        flip = torch.randint(0 if recipe.flip else 1, 2, (n,), **options)
     cutout = torch.randint((IMAGE_SIZE + 1 - recipe.cutout_size) ** 2, (n,), **options)
     return Draws(torch.stack((permutation, crop, flip, cutout)))
 
@@ -92,7 +105,7 @@ def augment(
     Args:
         images: ``[N, S, S, C]`` of any dtype, contiguous.
         draws: the choices of B positions of an epoch, on the same device.
-        recipe: gives ``crop_padding`` and ``cutout_size``.
+        recipe: gives crop and cutout.
         memory_format: of the result.
         normalize: function of ``[B, S, S, C]`` that is called before the cutout. Normalizing a batch gives the same
             bits as normalizing all images first, and needs less memory.
@@ -104,7 +117,7 @@ def augment(
     padding, cutout = recipe.crop_padding, recipe.cutout_size
     pixel = torch.arange(size, device=images.device)
 
-    crops = padding + 1
+    crops = recipe.crop_offsets
     column = torch.where(draws.flip[:, None] == 0, size - 1 - pixel, pixel)  # [B, S]
     row = _reflect(pixel + (draws.crop % crops)[:, None] - padding, size)
     column = _reflect(column + (draws.crop // crops)[:, None] - padding, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import distributed
@@ -173,10 +174,10 @@ class Loader:
         if self._fused:
             from cifar_fast.kernels import augment as augment_fused
 
-            padding, cutout_size = self.recipe.crop_padding, self.recipe.cutout_size
-            batch, batch_labels = augment_fused(
-                images, draws.tensor, table, labels=labels, padding=padding, cutout_size=cutout_size
-            )
+            recipe = self.recipe
+            options: dict[str, Any] = dict(padding=recipe.crop_padding, cutout_size=recipe.cutout_size)
+            options["both_sides"] = recipe.crop_both_sides
+            batch, batch_labels = augment_fused(images, draws.tensor, table, labels=labels, **options)
             assert batch_labels is not None
             return batch.contiguous(memory_format=self.memory_format), batch_labels
         # A row of pixels at a time: torch is several times slower on a CPU if the last dimension is the three colors.

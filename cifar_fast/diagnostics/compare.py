@@ -37,7 +37,6 @@ from cifar_fast.backends.select import BackendConfig, build_backend
 from cifar_fast.data.augment import draw_epoch
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.tensors import device_data
-from cifar_fast.model import CNN
 from cifar_fast.recipe import Recipe
 from cifar_fast.utils.device import device_guard, environment, short_name
 from cifar_fast.utils.errors import InputError, option
@@ -135,7 +134,9 @@ def _compare(
 
     for step in range(1, steps + 1):
         if (step - 1) % steps_per_epoch == 0:
-            draws = draw_epoch(n, device=device, recipe=recipe, generator=generator)
+            draws = draw_epoch(
+                n, device=device, recipe=recipe, generator=generator, epoch=(step - 1) // steps_per_epoch
+            )
             training = {side: side.train_epoch(draws) for side in sides}
         if step == 1 or not drift:
             for side in sides:
@@ -169,8 +170,8 @@ def _tensors(side: Backend, loss: torch.Tensor) -> dict[tuple[str, str], torch.T
     """Return the tensors to compare after a step, by layer and quantity."""
     tensors = {("loss", "of each image"): loss}
     counts: dict[str, int] = {}
-    for module in cast(CNN, side.model).seq:
-        parameters = dict(module.named_parameters())
+    for module in side.model.modules():
+        parameters = {name: each for name, each in module.named_parameters(recurse=False) if each.requires_grad}
         if not parameters:
             continue
         kind = "norm" if hasattr(module, "running_mean") else "conv" if hasattr(module, "kernel_size") else "linear"

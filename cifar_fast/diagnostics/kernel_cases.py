@@ -166,7 +166,8 @@ class Augmentation:
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of the operator."""
         recipe = self.recipe
-        return dict(padding=recipe.crop_padding, cutout_size=recipe.cutout_size, out_channels=self.out_channels)
+        settings = dict(padding=recipe.crop_padding, cutout_size=recipe.cutout_size, both_sides=recipe.crop_both_sides)
+        return settings | dict(out_channels=self.out_channels)
 
     def launches(self) -> list[Launch]:
         size = self.recipe.batch_size
@@ -216,8 +217,8 @@ class Norm:
     alpha: float
     dtype: torch.dtype
     direction: str
-    statistics: bool = False
     activation: str = "celu"
+    statistics: bool = False
 
     @property
     def name(self) -> str:
@@ -338,7 +339,7 @@ class Head:
         def steps() -> Tensors:
             results = [loss_operator(*step, **self.settings) for step in zip(given["x"], given["labels"])]
             losses, correct, dx = map(torch.stack, zip(*results))
-            schedule = torch.linspace(1, 2, 2 * STEPS, device=dx.device)
+            schedule = torch.linspace(1, 2, 2 * STEPS, device=dx.device)[:, None]
             state = StepState.initial(schedule, STEPS, self.recipe.batch_size, losses.dtype)
             for step in zip(losses, correct):
                 record_operator(*step, state)
@@ -372,7 +373,7 @@ def norm_cases(recipe: Recipe, dtype: torch.dtype) -> dict[Norm, int]:
     """Return the norms of :func:`kernel_cases`, each with the number of blocks of that shape."""
     names = [block.name for block in recipe.blocks()]
     return {
-        Norm(block, recipe.batch_size, recipe.celu_alpha, dtype, direction): names.count(name)
+        Norm(block, recipe.batch_size, recipe.celu_alpha, dtype, direction, recipe.activation): names.count(name)
         for name, block in {block.name: block for block in recipe.blocks()}.items()
         for direction in DIRECTIONS
     }
@@ -384,7 +385,8 @@ def check_cases(recipe: Recipe, dtype: torch.dtype) -> dict[str, Case]:
     batch_size = 2 if interpreted() else recipe.batch_size
     for block in {block.pool: block for block in reversed(recipe.blocks())}.values():
         for direction in DIRECTIONS:
-            norm = Norm(block, batch_size, recipe.celu_alpha, dtype, direction, statistics=direction == "forward")
+            settings: dict[str, Any] = dict(activation=recipe.activation, statistics=direction == "forward")
+            norm = Norm(block, batch_size, recipe.celu_alpha, dtype, direction, **settings)
             cases[f"norm {norm.name}"] = norm
     return cases | {Head.name: Head(recipe, dtype)}
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.tensors import Normalization
-from cifar_fast.model import CNN
+from cifar_fast.model import make_network
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
 from cifar_fast.training.results import FORMAT, Result
 from cifar_fast.utils.errors import InputError, first_line, option
@@ -23,7 +23,7 @@ class Classifier(nn.Module):
     """A trained ``model`` that takes raw images, normalized as in its training.
 
     Args:
-        model: the recipe's :class:`CNN`, or the custom model that was trained.
+        model: the recipe's network, or the custom model that was trained.
         recipe: the recipe of the training.
         class_names: names of the classes, in the order of the logits.
         mean, std: per channel, of the training images' 0..255 values. They become buffers, float32 ``[3]``.
@@ -137,7 +137,7 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
     try:
         recipe = Recipe(**saved["recipe"])
         if model is None:  # with a generator of its own, because torch's default one belongs to the caller
-            model = CNN(recipe, len(saved["class_names"]), torch.Generator())
+            model = make_network(recipe, len(saved["class_names"]), torch.Generator())
         model.to("cpu", torch.float32).load_state_dict(saved["state_dict"])
         return Classifier(model, recipe, saved["class_names"], saved["mean"], saved["std"]).eval()
     except Exception as error:  # the file of another project, or another kind of file of this one

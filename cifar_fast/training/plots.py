@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.metrics import EpochRow
 
@@ -79,8 +77,7 @@ def curves_figure(rows: Sequence[EpochRow], recipe: Recipe, title: str) -> Figur
         ):
             values = [getattr(row, name) for row in own]
             axes.plot(epochs, values, ".-", color=color, alpha=alpha, label=label if run == runs[0] else None)
-    times = np.array(recipe.lr_knots) * recipe.epochs / recipe.lr_knots[-1]
-    learning_rate.plot(times, recipe.lr_values, color="C2")
+    learning_rate.plot(*recipe.rate_curve(), color="C2")
     for axes, label in ((loss, "loss"), (accuracy, "accuracy (%)"), (learning_rate, "learning rate")):
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.metrics import EpochRow
 from cifar_fast.utils.errors import InputError, option
@@ -38,8 +40,7 @@ class TensorBoard:
             # drop the older points of these epochs.
             self._writer = self._make_writer(str(folder / FOLDER / f"run-{row.run}"), purge_step=row.epoch)
             self._run = row.run
-        # The recipe's learning rate at the end of the epoch, for a loss averaged over the batch.
-        learning_rate = self.recipe.learning_rate(row.epoch, 1) * self.recipe.batch_size
+        learning_rate = float(np.interp(row.epoch, *self.recipe.rate_curve()))  # at the end of the epoch
         for name, value in (
             ("loss/train", row.train_loss),
             ("accuracy/train", row.train_accuracy),

@@ -43,7 +43,9 @@ def train(
         with progress_bar(steps, f"epoch {epoch + 1}/{recipe.epochs}", "step") as bar:
             start = clock()
             scores = []
-            draws = draw_epoch(n, device=backend.device, recipe=recipe, generator=augmentation, order=order)
+            draws = draw_epoch(
+                n, device=backend.device, recipe=recipe, generator=augmentation, order=order, epoch=epoch
+            )
             for loss, correct in backend.train_epoch(draws):
                 scores.append((loss, correct))
                 bar.update()
