@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from cifar_fast.backends.base import Backend
 from cifar_fast.data.eval_sets import EvalSet
 from cifar_fast.model import parameter_dtype
+from cifar_fast.utils.progress import LOGGER
 
 
 @torch.no_grad()
@@ -30,8 +34,32 @@ def plain_logits(backend: Backend, images: np.ndarray, indices: np.ndarray | Non
     return torch.cat(logits)
 
 
-def accuracy(backend: Backend, images: EvalSet) -> float:
-    """Return the accuracy in % on ``images`` by :func:`plain_logits`."""
-    logits = plain_logits(backend, images.images, images.indices)
-    correct = logits.argmax(dim=1).cpu().numpy() == images.labels[images.indices]
-    return 100 * int(correct.sum()) / len(correct)
+def also_accuracies(backend: Backend, eval_sets: Sequence[EvalSet]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Return the accuracy in % on each of ``eval_sets`` by name, and for each severity of those that have several.
+
+    A folder of corruptions also has the means over its corruptions: NAME/mean, and NAME/severity-1 to NAME/severity-5.
+    Log lines tell all of them.
+    """
+    accuracies: dict[str, float] = {}
+    severities: dict[str, list[float]] = {}
+    for one in eval_sets:
+        logits = plain_logits(backend, one.images, one.indices)
+        correct = logits.argmax(dim=1).cpu().numpy() == one.labels[one.indices]
+        percent = accuracies[one.name] = 100 * int(correct.sum()) / len(correct)
+        if one.severities > 1:
+            severity = one.indices // (len(one.images) // one.severities)
+            severities[one.name] = [100 * float(correct[severity == k].mean()) for k in range(one.severities)]
+        by_severity = _by_severity(severities.get(one.name, []))
+        LOGGER.info(f"also tested on {one.name}, {len(correct)} images: {percent:.2f} %{by_severity}")
+    for group in dict.fromkeys(one.group for one in eval_sets if one.group):
+        members = [one.name for one in eval_sets if one.group == group]
+        members = [one.name for one in eval_sets if one.group == group and one.in_mean] or members
+        mean = accuracies[f"{group}/mean"] = statistics.fmean(accuracies[name] for name in members)
+        of_each = [statistics.fmean(values) for values in zip(*(severities.get(name, []) for name in members))]
+        accuracies |= {f"{group}/severity-{k}": value for k, value in enumerate(of_each, 1)}
+        LOGGER.info(f"mean over {len(members)} corruptions of {group}: {mean:.2f} %{_by_severity(of_each)}")
+    return accuracies, severities
+
+
+def _by_severity(values: Sequence[float]) -> str:
+    return f"; severity 1 to {len(values)}: {' '.join(f'{value:.2f}' for value in values)}" if values else ""

@@ -22,7 +22,7 @@ from cifar_fast.model import CustomModel, Model
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.evaluate import accuracy, plain_logits
+from cifar_fast.training.evaluate import also_accuracies, plain_logits
 from cifar_fast.training.metrics import DivergedRun, EpochRow, Run
 from cifar_fast.training.results import DivergedResult, Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
@@ -354,10 +354,7 @@ class Training:
                 self._end(result, DivergedResult(diverged, rows, backend.name, environments))
                 return
 
-            also_test = {}
-            for images in self.eval_sets:
-                percent = also_test[images.name] = accuracy(backend, images)
-                LOGGER.info(f"also tested on {images.name}, {len(images.indices)} images: {percent:.2f} %")
+            also_test, severities = also_accuracies(backend, self.eval_sets)
             logits = None
             if config.save_logits:
                 logits = plain_logits(backend, self.dataset.test_images).cpu()
@@ -370,6 +367,7 @@ class Training:
                 setup_seconds=setup_seconds,
                 evaluation_seconds=last.evaluation_seconds,
                 also_test=also_test,
+                also_test_severities=severities,
                 stopped=stopped,
             )
             for name, tensor in backend.state_dict().items():
