@@ -34,8 +34,8 @@ class Run:
     """One training from scratch. ``run`` is its index, from 0.
 
     The seeds are the values of :meth:`cifar_fast.utils.seeds.Seeds.for_run`. Accuracies are in %, after the last epoch.
-    ``also_test`` has the accuracies on other test sets, by name, and ``also_test_severities`` those for each severity of
-    the sets of CIFAR-10-C. ``stopped`` is True if a callback ended the run early, by :class:`cifar_fast.StopTraining`.
+    ``also_test`` has the accuracies on other test sets, by name. ``also_test_severities`` has those for each severity
+    of a corruption. ``stopped`` is True if a callback ended the run early, by :class:`cifar_fast.StopTraining`.
     """
 
     run: int
