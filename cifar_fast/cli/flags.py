@@ -226,6 +226,8 @@ def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
         kinds = {int: "N", float: "X", tuple: "CLASS"}
         kind = number_or_name if isinstance(item, tuple) else type(item)
         settings.update(type=kind, nargs="+", metavar=kinds[type(item)])
+    elif field.type == "int | float":
+        settings.update(type=number, metavar="N")
     elif isinstance(value, float):
         shown = f"{value:g}"
         settings.update(type=float, metavar="X")
@@ -234,6 +236,11 @@ def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
         settings.update(type=kind, metavar={int: "N", float: "X", str: "FILE"}[kind])
     text = field.metadata["help"] if value is None else f"{field.metadata['help']} (default: {shown})"
     group.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **settings)
+
+
+def number(text: str) -> int | float:
+    """Return the value of a flag that takes a number or a fraction."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 def number_or_name(text: str) -> int | str:

@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = command_parser("train", SUMMARY)
     add_run_flags(parser)
-    add_config_flags(parser, ("runs", "init_seed", "order_seed", "augment_seed", "threads"))
+    add_config_flags(
+        parser, ("validation", "validation_seed", "runs", "init_seed", "order_seed", "augment_seed", "threads")
+    )
     group = parser.add_argument_group("results")
     group.add_argument(
         "--output",

@@ -129,7 +129,8 @@ def _with_options(arrays: dict[str, Any], options: DataOptions, source: str) -> 
     """Return ``train_`` and ``test_`` arrays of 32 x 32 images, of the arrays of all splits that a source has."""
     test = options.test_split([name.removesuffix("_images") for name in arrays if name.endswith("_images")], source)
     ready: dict[str, Any] = {"class_names": ClassNames(arrays.get("class_names", ()), source)}
-    for split, into in (("train", "train"), *([(test, "test")] if test else [])):
+    held_out = [(split, "validation") for split in VALIDATION if split != test and f"{split}_images" in arrays]
+    for split, into in (("train", "train"), *([(test, "test")] if test else []), *held_out[:1]):
         where = f"{source}: {split}_images"
         images, resized = as_images(where, np.asarray(arrays[f"{split}_images"]), options.resize is not None)
         labels = as_labels(f"{source}: {split}_labels", np.asarray(arrays[f"{split}_labels"]))
@@ -139,7 +140,7 @@ def _with_options(arrays: dict[str, Any], options: DataOptions, source: str) -> 
     for split in VALIDATION:
         if split == test:
             LOGGER.info(f"{source}: has no split test; the {len(ready['test_images'])} images of {split} are tested on")
-        elif f"{split}_images" in arrays:
+        elif (split, "validation") in held_out[1:]:
             LOGGER.info(f"{source}: the {len(arrays[f'{split}_images'])} images of the split {split} are left out")
     labels, classes = ready["train_labels"], len(ready["class_names"]) or int(ready["train_labels"].max()) + 1
     if options.train_labels:

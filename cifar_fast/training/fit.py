@@ -61,6 +61,8 @@ def fit(
     init_seed: int | None = None,
     order_seed: int | None = None,
     augment_seed: int | None = None,
+    validation: int | float = 0,
+    validation_seed: int = 0,
     runs: int = 1,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -96,6 +98,9 @@ def fit(
             "eager", and channels_last otherwise.
         init_seed, order_seed, augment_seed: seeds of the initial weights, the order and the augmentation alone, the
             same in each run; see :class:`cifar_fast.utils.seeds.Seeds`.
+        validation: training images to hold out, a number or a fraction, with the same share of each class. Each epoch
+            is also evaluated on them, so that a choice between trainings needs no test images. ``validation_seed``
+            chooses the images, the same in each run.
         output: folder for the results; None writes nothing. See :mod:`cifar_fast.training.run_folder`.
         overwrite: replace the results that ``output`` holds.
         resume: ``output`` of an earlier, interrupted call with the same arguments; do not give ``output`` too. The
@@ -128,6 +133,8 @@ def fit(
         init_seed=init_seed,
         order_seed=order_seed,
         augment_seed=augment_seed,
+        validation=validation,
+        validation_seed=validation_seed,
         runs=runs,
         checkpoint_every=checkpoint_every,
         also_test=also_test or {},
@@ -253,7 +260,7 @@ class Training:
         self.eval_sets: list[EvalSet] = read_eval_sets(
             also_test, dataset.class_names, classes, dataset.options.resize is not None
         )
-        self.dataset = dataset.for_recipe(config.recipe)
+        self.dataset = dataset.for_recipe(config.recipe, config.validation, config.validation_seed)
         self.dataset.check_trainable(config.recipe.batch_size)
         names = self.dataset.class_names
         self.also_test = {one.name: {"digest": one.digest(names), "images": len(one.indices)} for one in self.eval_sets}
@@ -325,7 +332,7 @@ class Training:
             setup_seconds += clock() - start
 
             stopped = False
-            after = rows[-1] if rows else EpochRow(run, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+            after = rows[-1] if rows else EpochRow.before_first(run)
             if not environments or environments[-1] | facts != environments[-1]:
                 environments = [*environments, {"first_epoch": after.epoch + 1} | facts]
             try:
@@ -371,6 +378,9 @@ class Training:
                 evaluation_seconds=last.evaluation_seconds,
                 also_test=also_test,
                 stopped=stopped,
+                test_loss=last.test_loss,
+                validation_accuracy=last.validation_accuracy,
+                validation_loss=last.validation_loss,
             )
             for name, tensor in backend.state_dict().items():
                 result.state_dict[name] = tensor.detach().cpu().clone()

@@ -75,9 +75,14 @@ def curves_figure(rows: Sequence[EpochRow], recipe: Recipe, title: str) -> Figur
         for axes, name, label, color in (
             (loss, "train_loss", "training loss", "C0"),
             (accuracy, "train_accuracy", "training accuracy, augmented images", "C0"),
+            (loss, "test_loss", "test loss", "C1"),
             (accuracy, "test_accuracy", "test accuracy", "C1"),
+            (loss, "validation_loss", "validation loss", "C3"),
+            (accuracy, "validation_accuracy", "validation accuracy", "C3"),
         ):
             values = [getattr(row, name) for row in own]
+            if all(value is None for value in values):
+                continue
             axes.plot(epochs, values, ".-", color=color, alpha=alpha, label=label if run == runs[0] else None)
     times = np.array(recipe.lr_knots) * recipe.epochs / recipe.lr_knots[-1]
     learning_rate.plot(times, recipe.lr_values, color="C2")

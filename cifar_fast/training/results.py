@@ -213,14 +213,18 @@ class Result:
 
     def _repr_html_(self) -> str:
         """Return a table with a row for each run, and the curves, for a notebook."""
-        sets = ("training", "test", *map(html.escape, self._also_test_names()))
-        head = ["run", "seed", "epochs", "loss", *(f"{name} accuracy" for name in sets), "training time"]
+        validated = ("validation",) if self.dataset["validation_images"] else ()
+        sets = ("training", *validated, "test", *map(html.escape, self._also_test_names()))
+        head = ["run", "seed", "epochs", "loss", "test loss", *(f"{name} accuracy" for name in sets), "training time"]
         lines = [f"<tr><th>{'</th><th>'.join(head)}</th></tr>"]
         for result in self.run_results:
             run, last = result.run, result.rows[-1]
-            accuracies = (last.train_accuracy, run.test_accuracy, *run.also_test.values())
+            held_out = () if run.validation_accuracy is None else (run.validation_accuracy,)
+            accuracies = (last.train_accuracy, *held_out, run.test_accuracy, *run.also_test.values())
+            test_loss = "not finite" if run.test_loss is None else f"{run.test_loss:.3f}"
             percent = (f"{accuracy:.2f} %" for accuracy in accuracies)
-            cells = [run.run, run.seed, last.epoch, f"{last.train_loss:.3f}", *percent, f"{run.train_seconds:.2f} s"]
+            losses = (f"{last.train_loss:.3f}", test_loss)
+            cells = [run.run, run.seed, last.epoch, *losses, *percent, f"{run.train_seconds:.2f} s"]
             lines.append(f"<tr><td>{'</td><td>'.join(map(str, cells))}</td></tr>")
         png = io.BytesIO()
         draw_curves(self.rows, self.recipe, self.title(), png)
@@ -267,7 +271,6 @@ class Result:
 
         Deviation and interval are None for a single finished run. All statistics are None if there is none.
         """
-        accuracies = [run.test_accuracy for run in self.runs]
         seconds = [run.train_seconds for run in self.runs]
         return {
             "recipe": dataclasses.asdict(self.recipe),
@@ -285,15 +288,25 @@ class Result:
             "runs": [dataclasses.asdict(run) for run in self.runs],
             "environments": [{"run": result.run.run} | each for result in self.ended for each in result.environments],
             **self.not_finished(),
-            "test_accuracy_mean": statistics.fmean(accuracies) if accuracies else None,
-            "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-            "test_accuracy_ci95": confidence_interval_95(accuracies),
+            **self._statistics("validation"),
+            **self._statistics("test"),
             "also_test_mean": {
                 name: statistics.fmean(run.also_test[name] for run in self.runs) for name in self._also_test_names()
             },
             "train_seconds_mean": statistics.fmean(seconds) if seconds else None,
             "train_seconds_median": statistics.median(seconds) if seconds else None,
             "train_seconds_min": min(seconds, default=None),
+        }
+
+    def _statistics(self, split: str) -> dict[str, Any]:
+        """Return the statistics of ``split``, validation or test, over the runs; None where a run has no value."""
+        accuracies, losses = ([getattr(run, f"{split}_{what}") for run in self.runs] for what in ("accuracy", "loss"))
+        accuracies = [] if None in accuracies else accuracies
+        return {
+            f"{split}_accuracy_mean": statistics.fmean(accuracies) if accuracies else None,
+            f"{split}_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            f"{split}_accuracy_ci95": confidence_interval_95(accuracies),
+            f"{split}_loss_mean": statistics.fmean(losses) if losses and None not in losses else None,
         }
 
     def not_finished(self) -> dict[str, list[dict[str, Any]]]:
@@ -331,9 +344,11 @@ class Result:
         def median(name: str) -> str:
             return f"{statistics.median(getattr(run, name) for run in self.runs):.2f} s"
 
-        accuracy, note = self._accuracy(), " (median)" if len(self.runs) > 1 else ""
-        if interval := self.summary()["test_accuracy_ci95"]:
+        accuracy, note, summary = self._accuracy(), " (median)" if len(self.runs) > 1 else "", self.summary()
+        if interval := summary["test_accuracy_ci95"]:
             accuracy += f" (mean of {len(self.runs)} runs, 95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
+        if (held_out := summary["validation_accuracy_mean"]) is not None:
+            accuracy += f", validation accuracy {held_out:.2f} %"
         return (
             f"{accuracy}, training time {median('train_seconds')}{note}, plus {median('setup_seconds')} of "
             f"set-up and {median('evaluation_seconds')} of evaluation{unfinished and '; '}{unfinished}"

@@ -5,7 +5,8 @@
     run-0/result.json    rows and accuracies of the finished run; logits.npz beside it with ``save_logits``
     run-0/model.pt       weights of the finished run
     metrics.jsonl        the rows of all runs, each written at the end of its epoch
-    model.pt, summary.json, curves.png, logits.npz    written when all runs have ended; model.pt is the last finished run's
+    model.pt             weights of the last finished run, written when all runs have ended
+    summary.json, curves.png, logits.npz    written when all runs have ended
 
 A run that diverged has ended, and ``result.json`` has the step. A run without ``result.json`` is missing. Resuming a
 training and sharing it among processes both train missing runs.

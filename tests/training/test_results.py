@@ -39,6 +39,9 @@ def test_training_writes_its_files(tmp_path, small):
         "epoch",
         "train_loss",
         "train_accuracy",
+        "validation_loss",
+        "validation_accuracy",
+        "test_loss",
         "test_accuracy",
         "train_seconds",
         "evaluation_seconds",
@@ -99,7 +102,7 @@ def test_figure_has_the_curves_and_can_be_saved(small):
     result = fit(RECIPE, small, runs=2, **HOW)
     figure = result.figure()
     loss, accuracy, rate = figure.axes
-    for axes, columns in ((loss, ["train_loss"]), (accuracy, ["train_accuracy", "test_accuracy"])):
+    for axes, columns in ((loss, ["train_loss", "test_loss"]), (accuracy, ["train_accuracy", "test_accuracy"])):
         drawn = [list(line.get_ydata()) for line in axes.lines]
         assert drawn == [
             [getattr(row, column) for row in result.rows if row.run == run] for run in (0, 1) for column in columns
