@@ -130,7 +130,14 @@ class Dataset:
             dataset = _subset(dataset, recipe.train_subset)
         if recipe.label_noise:
             dataset = _with_label_noise(dataset, recipe.label_noise, recipe.label_noise_seed)
-        return dataset
+        lines = [dataset._lacking(split) for split in ("validation", "test") if f"{split}_labels" in dataset.arrays]
+        notes = (*dataset.notes, *(line for line in lines if line and line not in dataset.notes))
+        return dataset if notes == dataset.notes else dataclasses.replace(dataset, notes=notes)
+
+    def _lacking(self, split: str) -> str:
+        """Return a line about the classes without an image in ``split``; empty if there are none."""
+        lacking = lacking_classes(getattr(self, f"{split}_labels"), self.class_names)
+        return lacking and f"{split} images: {lacking}, so the {split} accuracy does not cover all classes"
 
     def class_numbers(self, classes: Sequence[int | str]) -> tuple[int, ...]:
         """Return the numbers of ``classes``, which are names and numbers; see :meth:`ClassNames.choose`."""
@@ -251,6 +258,13 @@ def _with_label_noise(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     labels[chosen] = (labels[chosen] + shift[chosen]) % k
     note = f"label_noise: {len(chosen)} of {n} training labels replaced by another class"
     return dataclasses.replace(dataset, train_labels=labels, notes=(*dataset.notes, note))
+
+
+def lacking_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:
+    """Return which classes have no image among ``labels``, for a person; empty if each has one."""
+    counts = np.bincount(labels, minlength=len(class_names))
+    lacking = [name for name, count in zip(class_names, counts) if not count]
+    return f"none of class {ClassNames(lacking)}, {len(lacking)} of {len(class_names)} classes" if lacking else ""
 
 
 def check_images(source: str, images: np.ndarray, labels: np.ndarray, prefix: str = "") -> None:

@@ -30,6 +30,13 @@ def plain_logits(backend: Backend, images: np.ndarray, indices: np.ndarray | Non
     return torch.cat(logits)
 
 
+def confusion_matrix(labels: np.ndarray, logits: torch.Tensor) -> list[list[int]]:
+    """Return how many images of each class, a row, are classified as each class, a column."""
+    classes = logits.shape[1]
+    pairs = labels * classes + logits.argmax(dim=1).cpu().numpy()
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes).tolist()
+
+
 def accuracy(backend: Backend, images: EvalSet) -> float:
     """Return the accuracy in % on ``images`` by :func:`plain_logits`."""
     logits = plain_logits(backend, images.images, images.indices)

@@ -14,7 +14,7 @@ import torch
 from cifar_fast.backends.base import Backend
 from cifar_fast.backends.select import BackendCache, BackendConfig, local_device, resolve_backend
 from cifar_fast.data.class_names import ClassNames
-from cifar_fast.data.dataset import Dataset
+from cifar_fast.data.dataset import Dataset, lacking_classes
 from cifar_fast.data.eval_sets import EvalSet, read_eval_sets
 from cifar_fast.data.sources import has_files
 from cifar_fast.data.tensors import device_data
@@ -22,7 +22,7 @@ from cifar_fast.model import CustomModel, Model
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.evaluate import accuracy, plain_logits
+from cifar_fast.training.evaluate import accuracy, confusion_matrix, plain_logits
 from cifar_fast.training.metrics import DivergedRun, EpochRow, Run
 from cifar_fast.training.results import DivergedResult, Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
@@ -364,10 +364,12 @@ class Training:
             also_test = {}
             for images in self.eval_sets:
                 percent = also_test[images.name] = accuracy(backend, images)
-                LOGGER.info(f"also tested on {images.name}, {len(images.indices)} images: {percent:.2f} %")
-            logits = None
-            if config.save_logits:
-                logits = plain_logits(backend, self.dataset.test_images).cpu()
+                lacking = lacking_classes(images.labels[images.indices], self.dataset.class_names)
+                lacking = lacking and f" ({lacking})"
+                LOGGER.info(f"also tested on {images.name}, {len(images.indices)} images: {percent:.2f} %{lacking}")
+            logits = plain_logits(backend, self.dataset.test_images).cpu()
+            confusion = confusion_matrix(self.dataset.test_labels, logits)
+            kept = logits if config.save_logits else None
             last = rows[-1]
             record = Run(
                 run,
@@ -385,7 +387,7 @@ class Training:
             for name, tensor in backend.state_dict().items():
                 result.state_dict[name] = tensor.detach().cpu().clone()
             self._weights_of = run
-            self._end(result, RunResult(record, rows, backend.name, environments, logits))
+            self._end(result, RunResult(record, rows, backend.name, environments, confusion, kept))
 
     def _end(self, result: Result, run: RunResult | DivergedResult) -> None:
         self._runs[run.run.run] = run
@@ -453,8 +455,9 @@ class Training:
         assert result is not None
         self._other_backends = {run.run.run: run.backend for run in ended if run.backend != result.backend}
         result = result.with_runs([run for run in ended if run.run.run not in self._other_backends])
-        for line in (*result.environment_changes(), result.summary_line()):
-            LOGGER.info(line)
+        for line in (*result.environment_changes(), result.class_line(), result.summary_line()):
+            if line:
+                LOGGER.info(line)
         if folder:
             folder.finish(result, self.dataset.test_labels)
             if result.runs and result.runs[-1].run != self._weights_of:

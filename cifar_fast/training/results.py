@@ -21,7 +21,7 @@ from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, confidence_interval_95
-from cifar_fast.training.plots import curves_figure, draw_curves
+from cifar_fast.training.plots import confusion_figure, curves_figure, draw_curves
 from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, first_line, option
 from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING
@@ -38,8 +38,9 @@ class RunResult:
     """A finished run with its rows, backend and environments.
 
     ``environments`` are the values of :func:`cifar_fast.utils.device.environment` in their order, each with the
-    ``first_epoch`` that was trained there. There are several if the run was resumed in another environment. ``logits``
-    holds the plain model's logits of the test images ``[N, classes]`` in the dtype of the weights, or None if they were
+    ``first_epoch`` that was trained there. There are several if the run was resumed in another environment.
+    ``confusion`` counts the test images of each class, a row, that the plain model classifies as each class, a column.
+    ``logits`` holds its logits of the test images ``[N, classes]`` in the dtype of the weights, or None if they were
     not kept.
     """
 
@@ -47,6 +48,7 @@ class RunResult:
     rows: list[EpochRow]
     backend: str
     environments: list[dict[str, Any]]
+    confusion: list[list[int]]
     logits: torch.Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +61,7 @@ class RunResult:
     def from_dict(cls, values: dict[str, Any]) -> RunResult:
         """Return the run that :meth:`to_dict` stored, without logits."""
         rows = [EpochRow(**row) for row in values["rows"]]
-        return cls(Run(**values["run"]), rows, values["backend"], values["environments"])
+        return cls(Run(**values["run"]), rows, values["backend"], values["environments"], values["confusion"])
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,18 @@ class Result:
         """Logits of the test images, float16 ``[N, classes]`` for each run that kept them."""
         return [result.logits for result in self.run_results if result.logits is not None]
 
+    @property
+    def confusion(self) -> np.ndarray:
+        """Sum of ``RunResult.confusion`` over the finished runs, int64 ``[classes, classes]``."""
+        classes = len(self.dataset["class_names"])
+        return sum((np.array(one.confusion) for one in self.run_results), np.zeros((classes, classes), np.int64))
+
+    @property
+    def class_accuracy(self) -> dict[str, float | None]:
+        """Accuracy in % on the test images of each class, over all finished runs; None for a class without any."""
+        rows = zip(self.dataset["class_names"], self.confusion.tolist())
+        return {name: 100 * row[k] / sum(row) if sum(row) else None for k, (name, row) in enumerate(rows)}
+
     def with_runs(self, ended: Iterable[RunResult | DivergedResult]) -> Result:
         """Return the training with these runs in place of its own."""
         finished: list[RunResult] = []
@@ -236,6 +250,10 @@ class Result:
     def figure(self) -> Figure:
         """Return the curves of ``curves.png`` as a matplotlib figure: ``result.figure().savefig("curves.pdf")``."""
         return curves_figure(self.rows, self.recipe, self.title())
+
+    def confusion_figure(self) -> Figure:
+        """Return the confusion matrix of ``confusion.png`` as a matplotlib figure."""
+        return confusion_figure(self.confusion, self.dataset["class_names"], self.title())
 
     def title(self) -> str:
         """Return data set, backend, dtype, device and number of finished runs in one line."""
@@ -290,6 +308,8 @@ class Result:
             **self.not_finished(),
             **self._statistics("validation"),
             **self._statistics("test"),
+            "class_accuracy": self.class_accuracy,
+            "confusion": self.confusion.tolist(),
             "also_test_mean": {
                 name: statistics.fmean(run.also_test[name] for run in self.runs) for name in self._also_test_names()
             },
@@ -334,6 +354,12 @@ class Result:
     def _accuracy(self) -> str:
         mean = self.summary()["test_accuracy_mean"]
         return "no run has finished" if mean is None else f"test accuracy {mean:.2f} %"
+
+    def class_line(self) -> str:
+        """Return the accuracy by class in one line, for a person; empty if no run has finished."""
+        known = {name: percent for name, percent in self.class_accuracy.items() if percent is not None}
+        shown = [f"{name} {known[name]:.2f} %" for name in sorted(known, key=lambda name: known[name])]
+        return f"accuracy by class, lowest first: {shortened(shown, most=10)}" if shown else ""
 
     def summary_line(self) -> str:
         """Return the summary in one line, for a person."""

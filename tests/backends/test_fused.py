@@ -172,7 +172,7 @@ def test_epoch_and_evaluation_agree_with_eager(uncompiled, few_programs):
     assert torch.allclose(ours[0], theirs[0], rtol=1e-4) and torch.equal(ours[1], theirs[1])
     assert fused.model.seq[0].weight[:, :3].all() and not fused.model.seq[0].weight[:, 3:].any(), "zeros stay zeros"
     (losses, correct), (expected, same) = fused.evaluate(), eager.evaluate()
-    assert torch.allclose(losses, expected, rtol=1e-4) and torch.equal(correct, same) and len(correct) == 9
+    assert torch.allclose(losses, expected, rtol=1e-3) and torch.equal(correct, same) and len(correct) == 9
     assert fused.state.global_step.item() == 2
 
 
