@@ -12,7 +12,7 @@ from torch import nn
 
 from cifar_fast.data.augment import Draws
 from cifar_fast.data.tensors import DeviceData
-from cifar_fast.model import CNN, CustomModel, parameter_dtype
+from cifar_fast.model import CNN, CustomModel, load_weights, parameter_dtype
 from cifar_fast.recipe import Recipe
 
 
@@ -135,7 +135,7 @@ class Backend(ABC):
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Resume from a state that ``training_state`` returned. Call ``reset`` first."""
         self.epoch = state["epoch"]
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"])
         for parameter, momentum in zip(self.model.parameters(), state["momentum"], strict=True):
             if momentum is None:
                 continue
