@@ -143,6 +143,7 @@ def train_in(
             dataset = world.rank0_first(lambda: read_dataset(args.dataset, data_dir, args.data_url, options))
             with world.all_or_none():
                 training.prepare(dataset)
+                del dataset  # the training may hold copies of some of its images
                 if finished := training.finished():
                     return exit_code(finished, world)
             results = train_all([training], world, on_step=on_step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Dataset:
     options: DataOptions = dataclasses.field(default=DataOptions())
     validation_images: np.ndarray | None = None
     validation_labels: np.ndarray | None = None
+    _held_out: dict[tuple[float, int], Dataset] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         evaluated = ("validation", "test") if self.validation_images is not None else ("test",)
@@ -125,7 +126,10 @@ class Dataset:
         if recipe.classes:
             dataset = _only_classes(dataset, dataset.class_numbers(recipe.classes))
         if validation:
-            dataset = _with_validation(dataset, validation, validation_seed)
+            key = validation, validation_seed
+            if key not in dataset._held_out:  # the variants of a sweep share the images
+                dataset._held_out[key] = _with_validation(dataset, *key)
+            dataset = dataset._held_out[key]
         if recipe.train_subset:
             dataset = _subset(dataset, recipe.train_subset)
         if recipe.label_noise:

@@ -120,9 +120,14 @@ def read_dataset(
             arrays = _read_svhn(path)
         else:
             arrays = _read_npz(path)
+        return Dataset(name=name, source=source, options=options, **_with_options(arrays, options, source))
+    except MemoryError as error:
+        raise InputError(
+            f"{source}: out of memory while its images are read ({first_line(error)}); free memory, or make a data set "
+            "with fewer images"
+        ) from None
     except OSError as error:
         raise InputError(f"{error.filename or source}: {error.strerror or error}; check {option('data_dir')}") from None
-    return Dataset(name=name, source=source, options=options, **_with_options(arrays, options, source))
 
 
 def _with_options(arrays: dict[str, Any], options: DataOptions, source: str) -> dict[str, Any]:

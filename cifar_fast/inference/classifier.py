@@ -16,7 +16,7 @@ from cifar_fast.data.tensors import Normalization
 from cifar_fast.model import CNN, cannot_be_scripted, load_weights, unwrap
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
 from cifar_fast.training.results import FORMAT, Result
-from cifar_fast.utils.errors import InputError, first_line, option
+from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
 from cifar_fast.utils.files import MODEL, TRAINING
 
 
@@ -132,7 +132,9 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)}); {hint}") from None
-    except Exception:  # a damaged file raises many types of errors, with torch's advice to trust the file
+    except Exception as error:  # a damaged file raises many types of errors, with torch's advice to trust the file
+        if out_of_memory(error):
+            raise
         raise InputError(f"{path}: damaged, or not written by torch.save with plain tensors; {hint}") from None
     if not (isinstance(saved, dict) and "format" in saved):
         raise InputError(f"{path}: has no recipe beside the weights; {hint}")
@@ -156,5 +158,7 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
             f"{path}: {error.message}; {hint if custom is None else 'give the model that was trained'}"
         ) from None
     except Exception as error:  # the file of another project, or another kind of file of this one
+        if out_of_memory(error):
+            raise
         cause = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{path}: holds no network that can be loaded ({cause}); {hint}") from None

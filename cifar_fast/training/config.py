@@ -174,8 +174,8 @@ class TrainConfig:
 def _held_out(value: Any) -> int | float:
     """Return a number of validation images from 0, or a fraction of the training images below 1."""
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if is_count or (isinstance(value, float) and 0 < value < 1):
-        return value
+    if is_count or (isinstance(value, float) and 0 <= value < 1):
+        return value or 0
     raise InputError(f"{option('validation')} must be a number of images or a fraction between 0 and 1, not {value!r}")
 
 

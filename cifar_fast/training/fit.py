@@ -17,7 +17,7 @@ from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import Dataset, lacking_classes
 from cifar_fast.data.eval_sets import EvalSet, read_eval_sets
 from cifar_fast.data.sources import has_files
-from cifar_fast.data.tensors import device_data
+from cifar_fast.data.tensors import DeviceData, device_data
 from cifar_fast.model import CustomModel, Model
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint
@@ -38,8 +38,8 @@ from cifar_fast.utils.errors import (
     StopTraining,
     UserError,
     first_line,
+    oom_hint,
     option,
-    out_of_memory,
     plain,
 )
 from cifar_fast.utils.files import absolute_paths, known_path
@@ -260,8 +260,9 @@ class Training:
         self.eval_sets: list[EvalSet] = read_eval_sets(
             also_test, dataset.class_names, classes, dataset.options.resize is not None
         )
-        self.dataset = dataset.for_recipe(config.recipe, config.validation, config.validation_seed)
-        self.dataset.check_trainable(config.recipe.batch_size)
+        with data_oom_hint(dataset):
+            self.dataset = dataset.for_recipe(config.recipe, config.validation, config.validation_seed)
+            self.dataset.check_trainable(config.recipe.batch_size)
         names = self.dataset.class_names
         self.also_test = {one.name: {"digest": one.digest(names), "images": len(one.indices)} for one in self.eval_sets}
         self.schedule_notes = schedule_notes(config.recipe, self.dataset)
@@ -308,7 +309,8 @@ class Training:
                 stack.enter_context(self.custom_model.preserve_rng(device))
             stack.enter_context(device_guard(device))
             stack.enter_context(torch_defaults(device, config.threads or DEFAULT_NUM_THREADS))
-            stack.enter_context(oom_hint("training", config.recipe.batch_size))
+            size = config.recipe.batch_size
+            stack.enter_context(oom_hint(f"in training at {option('batch_size')} {size}", "try a smaller one"))
             clock = device_timer(device)
             start = clock()
             facts = environment(device)
@@ -407,9 +409,12 @@ class Training:
             self._tell_changes(self.result.environment if self.result else facts, facts)
             for line in (*self.dataset.notes, *self.schedule_notes):
                 LOGGER.info(line)
-        backend, failures = self.backends.get(
-            self.backend_config, config.recipe, lambda: device_data(self.dataset, self.device), self.custom_model
-        )
+
+        def make_data() -> DeviceData:
+            with data_oom_hint(self.dataset):
+                return device_data(self.dataset, self.device)
+
+        backend, failures = self.backends.get(self.backend_config, config.recipe, make_data, self.custom_model)
         if self.result is None:
             self.config = config.replace(backend=backend.name)
             trained = {name for name, _ in backend.model.named_parameters()}
@@ -647,6 +652,15 @@ def free_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def data_oom_hint(dataset: Dataset) -> contextlib.AbstractContextManager[None]:
+    """Blame the data set if memory runs out inside the block, which no batch size changes."""
+    megabytes = sum(getattr(dataset, name).nbytes for name in dataset.arrays) / 1e6
+    what = (
+        f"for the images of {dataset.source}, {megabytes:.0f} MB and up to twice as much again while they are prepared"
+    )
+    return oom_hint(what, f"train on fewer, by {option('train_subset')} or {option('classes')}, or free memory")
+
+
 def settle_backend(config: TrainConfig) -> BackendConfig:
     """Return what ``auto`` means here for ``config``. Raise :class:`InputError` for what cannot work here."""
     found = resolve_backend(config.backend, config.device, config.dtype, config.memory_format)
@@ -679,15 +693,3 @@ def used_options(config: TrainConfig, found: BackendConfig) -> TrainConfig:
         memory_format=short_name(found.memory_format),
         threads=config.threads or DEFAULT_NUM_THREADS,
     )
-
-
-@contextlib.contextmanager
-def oom_hint(where: str, batch_size: int) -> Iterator[None]:
-    """Raise :class:`InputError` with the batch size if memory runs out inside the block."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        what = f"out of memory in {where} at {option('batch_size')} {batch_size}"
-        raise InputError(f"{what}; try a smaller one") from error

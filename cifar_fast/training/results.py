@@ -23,7 +23,7 @@ from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, confidence_interval_95
 from cifar_fast.training.plots import confusion_figure, curves_figure, draw_curves
 from cifar_fast.utils.device import AFFECTS_FIGURES
-from cifar_fast.utils.errors import InputError, first_line, option
+from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
 from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING
 
 if TYPE_CHECKING:
@@ -441,6 +441,8 @@ class RunReader:
         try:
             yield
         except Exception as error:  # a damaged file may raise any exception
+            if out_of_memory(error):
+                raise
             name = path.relative_to(self.path)
             raise InputError(
                 f"{self.name}: {name} cannot be read ({first_line(error)}); remove that file to train the run again"
