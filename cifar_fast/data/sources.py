@@ -145,8 +145,9 @@ def _with_options(arrays: dict[str, Any], options: DataOptions, source: str) -> 
     for split in VALIDATION:
         if split == test:
             LOGGER.info(f"{source}: has no split test; the {len(ready['test_images'])} images of {split} are tested on")
-        elif (split, "validation") in held_out[1:]:
-            LOGGER.info(f"{source}: the {len(arrays[f'{split}_images'])} images of the split {split} are left out")
+        elif f"{split}_images" in arrays:
+            use = "validation images" if (split, "validation") in held_out[:1] else "left out"
+            LOGGER.info(f"{source}: the {len(arrays[f'{split}_images'])} images of the split {split} are {use}")
     labels, classes = ready["train_labels"], len(ready["class_names"]) or int(ready["train_labels"].max()) + 1
     if options.train_labels:
         ready["train_labels"] = replaced_labels(options.train_labels, "train_labels", labels, classes)
