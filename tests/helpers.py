@@ -156,7 +156,9 @@ def files_of(runs, *more, diverged=()):
     """Return the files of a finished training with so many ``runs``. Those with an index in ``diverged`` diverged."""
     results = [f"run-{run}/result.json" for run in range(runs)]
     results += [f"run-{run}/model.pt" for run in range(runs) if run not in diverged]
-    return sorted(["curves.png", "metrics.jsonl", "model.pt", "summary.json", "training.json", *results, *more])
+    return sorted(
+        ["confusion.png", "curves.png", "metrics.jsonl", "model.pt", "summary.json", "training.json", *results, *more]
+    )
 
 
 def contents(folder, *left_out):

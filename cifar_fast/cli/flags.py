@@ -21,7 +21,7 @@ from cifar_fast.data.sources import DATA_URL, DATASETS, is_dataset
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import ReportedOnRank0, World
-from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, with_flags
+from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, first_line, out_of_memory, with_flags
 from cifar_fast.utils.files import check_writable
 from cifar_fast.utils.progress import LOGGER, lines_to
 
@@ -73,6 +73,13 @@ def run_command(
             traceback.print_exc()
         print(f"error: {with_flags(error.message) if flags else error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        if show_traceback:
+            traceback.print_exc()
+        print(f"error: out of memory ({first_line(error)}); free memory, or use less data", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or on_interrupt, file=sys.stderr)
         return 130
@@ -226,6 +233,8 @@ def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
         kinds = {int: "N", float: "X", tuple: "CLASS"}
         kind = number_or_name if isinstance(item, tuple) else type(item)
         settings.update(type=kind, nargs="+", metavar=kinds[type(item)])
+    elif field.type == "int | float":
+        settings.update(type=number, metavar="N")
     elif isinstance(value, float):
         shown = f"{value:g}"
         settings.update(type=float, metavar="X")
@@ -234,6 +243,11 @@ def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
         settings.update(type=kind, metavar={int: "N", float: "X", str: "FILE"}[kind])
     text = field.metadata["help"] if value is None else f"{field.metadata['help']} (default: {shown})"
     group.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **settings)
+
+
+def number(text: str) -> int | float:
+    """Return the value of a flag that takes a number or a fraction."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 def number_or_name(text: str) -> int | str:

@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = command_parser("train", SUMMARY)
     add_run_flags(parser)
-    add_config_flags(parser, ("runs", "init_seed", "order_seed", "augment_seed", "threads"))
+    add_config_flags(
+        parser, ("validation", "validation_seed", "runs", "init_seed", "order_seed", "augment_seed", "threads")
+    )
     group = parser.add_argument_group("results")
     group.add_argument(
         "--output",
@@ -141,6 +143,7 @@ def train_in(
             dataset = world.rank0_first(lambda: read_dataset(args.dataset, data_dir, args.data_url, options))
             with world.all_or_none():
                 training.prepare(dataset)
+                del dataset  # the training may hold copies of some of its images
                 if finished := training.finished():
                     return exit_code(finished, world)
             results = train_all([training], world, on_step=on_step)

@@ -120,16 +120,22 @@ def read_dataset(
             arrays = _read_svhn(path)
         else:
             arrays = _read_npz(path)
+        return Dataset(name=name, source=source, options=options, **_with_options(arrays, options, source))
+    except MemoryError as error:
+        raise InputError(
+            f"{source}: out of memory while its images are read ({first_line(error)}); free memory, or make a data set "
+            "with fewer images"
+        ) from None
     except OSError as error:
         raise InputError(f"{error.filename or source}: {error.strerror or error}; check {option('data_dir')}") from None
-    return Dataset(name=name, source=source, options=options, **_with_options(arrays, options, source))
 
 
 def _with_options(arrays: dict[str, Any], options: DataOptions, source: str) -> dict[str, Any]:
     """Return ``train_`` and ``test_`` arrays of 32 x 32 images, of the arrays of all splits that a source has."""
     test = options.test_split([name.removesuffix("_images") for name in arrays if name.endswith("_images")], source)
     ready: dict[str, Any] = {"class_names": ClassNames(arrays.get("class_names", ()), source)}
-    for split, into in (("train", "train"), *([(test, "test")] if test else [])):
+    held_out = [(split, "validation") for split in VALIDATION if split != test and f"{split}_images" in arrays]
+    for split, into in (("train", "train"), *([(test, "test")] if test else []), *held_out[:1]):
         where = f"{source}: {split}_images"
         images, resized = as_images(where, np.asarray(arrays[f"{split}_images"]), options.resize is not None)
         labels = as_labels(f"{source}: {split}_labels", np.asarray(arrays[f"{split}_labels"]))
@@ -140,7 +146,8 @@ def _with_options(arrays: dict[str, Any], options: DataOptions, source: str) -> 
         if split == test:
             LOGGER.info(f"{source}: has no split test; the {len(ready['test_images'])} images of {split} are tested on")
         elif f"{split}_images" in arrays:
-            LOGGER.info(f"{source}: the {len(arrays[f'{split}_images'])} images of the split {split} are left out")
+            use = "validation images" if (split, "validation") in held_out[:1] else "left out"
+            LOGGER.info(f"{source}: the {len(arrays[f'{split}_images'])} images of the split {split} are {use}")
     labels, classes = ready["train_labels"], len(ready["class_names"]) or int(ready["train_labels"].max()) + 1
     if options.train_labels:
         ready["train_labels"] = replaced_labels(options.train_labels, "train_labels", labels, classes)

@@ -110,7 +110,13 @@ def _compare(
     dataset.check_trainable(recipe.batch_size)
     steps_per_epoch, n = dataset.steps_per_epoch(recipe.batch_size), len(dataset.train_images)
     # No side evaluates, so two test images are enough.
-    dataset = dataclasses.replace(dataset, test_images=dataset.test_images[:2], test_labels=dataset.test_labels[:2])
+    dataset = dataclasses.replace(
+        dataset,
+        test_images=dataset.test_images[:2],
+        test_labels=dataset.test_labels[:2],
+        validation_images=None,
+        validation_labels=None,
+    )
     data = device_data(dataset, device)
 
     def eager_in(dtype: torch.dtype) -> Eager:

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from cifar_fast.backends.select import BackendCache
 from cifar_fast.data.options import DataOptions
 from cifar_fast.data.sources import check_named, place_of, read_dataset
+from cifar_fast.experiments.ranking import default_metric, ranking_line
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.fit import Training, train_all
@@ -33,7 +34,7 @@ from cifar_fast.utils.files import (
     os_error_as_input_error,
     remove_temporary,
 )
-from cifar_fast.utils.progress import LogFn, lines_to, print_line
+from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, print_line
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,7 +44,7 @@ else:
 SWEEP = "sweep.json"
 """The sweep as JSON, in its folder beside a folder for each variant."""
 
-TYPE_NAMES = {str: "text", int: "a whole number", bool: "true or false", dict: "a table"}
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table"}
 """Names of types in errors."""
 
 
@@ -149,8 +150,9 @@ def refuse_unknown(table: Mapping[str, Any], known: list[str], where: str) -> No
 
 def require_type(where: str, value: Any, hint: Any) -> None:
     """Raise :class:`InputError` unless ``value`` has the type of the annotation ``hint``."""
-    kind = get_origin(hint) if get_origin(hint) is dict else next(iter(get_args(hint)), hint)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    kinds = (dict,) if get_origin(hint) is dict else get_args(hint) or (hint,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        kind = float if float in kinds else kinds[0]
         raise InputError(f"{where} must be {TYPE_NAMES[kind]}, not {value!r}")
 
 
@@ -224,7 +226,10 @@ def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None], failed:
     with contextlib.ExitStack() as stack:
         world.broadcast(lambda: stack.enter_context(sweep_lock(sweep)))
         results = train_all(trainings, world, on_step=on_step, failed=failed)
-    return {training.name: result for training, result in zip(trainings, results) if result}
+    found = {training.name: result for training, result in zip(trainings, results) if result}
+    if line := ranking_line(found, default_metric(found)):
+        LOGGER.info(line)
+    return found
 
 
 def trainings_of(sweep: Sweep, world: World = World()) -> list[Training]:  # noqa: B008  (frozen)

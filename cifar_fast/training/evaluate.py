@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from cifar_fast.backends.base import Backend
+from cifar_fast.data.dataset import lacking_classes
 from cifar_fast.data.eval_sets import EvalSet
 from cifar_fast.model import parameter_dtype
 from cifar_fast.utils.progress import LOGGER
@@ -34,11 +35,13 @@ def plain_logits(backend: Backend, images: np.ndarray, indices: np.ndarray | Non
     return torch.cat(logits)
 
 
-def also_accuracies(backend: Backend, eval_sets: Sequence[EvalSet]) -> tuple[dict[str, float], dict[str, list[float]]]:
+def also_accuracies(
+    backend: Backend, eval_sets: Sequence[EvalSet], class_names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the accuracy in % on each of ``eval_sets`` by name, and for each severity of those that have several.
 
     A folder of corruptions also has the means over its corruptions: NAME/mean, and NAME/severity-1 to NAME/severity-5.
-    Log lines tell all of them.
+    Log lines tell all of them, and the classes of ``class_names`` that a set lacks.
     """
     accuracies: dict[str, float] = {}
     severities: dict[str, list[float]] = {}
@@ -50,7 +53,9 @@ def also_accuracies(backend: Backend, eval_sets: Sequence[EvalSet]) -> tuple[dic
             severity = one.indices // (len(one.images) // one.severities)
             severities[one.name] = [100 * float(correct[severity == k].mean()) for k in range(one.severities)]
         by_severity = _by_severity(severities.get(one.name, []))
-        LOGGER.info(f"also tested on {one.name}, {len(correct)} images: {percent:.2f} %{by_severity}")
+        lacking = lacking_classes(one.labels[one.indices], class_names)
+        lacking = lacking and f" ({lacking})"
+        LOGGER.info(f"also tested on {one.name}, {len(correct)} images: {percent:.2f} %{by_severity}{lacking}")
     for group in dict.fromkeys(one.group for one in eval_sets if one.group):
         members = [one.name for one in eval_sets if one.group == group]
         members = [one.name for one in eval_sets if one.group == group and one.in_mean] or members
@@ -63,3 +68,10 @@ def also_accuracies(backend: Backend, eval_sets: Sequence[EvalSet]) -> tuple[dic
 
 def _by_severity(values: Sequence[float]) -> str:
     return f"; severity 1 to {len(values)}: {' '.join(f'{value:.2f}' for value in values)}" if values else ""
+
+
+def confusion_matrix(labels: np.ndarray, logits: torch.Tensor) -> list[list[int]]:
+    """Return how many images of each class, a row, are classified as each class, a column."""
+    classes = logits.shape[1]
+    pairs = labels * classes + logits.argmax(dim=1).cpu().numpy()
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes).tolist()

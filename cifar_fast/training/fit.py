@@ -17,12 +17,12 @@ from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.eval_sets import EvalSet, read_eval_sets
 from cifar_fast.data.sources import has_files
-from cifar_fast.data.tensors import device_data
+from cifar_fast.data.tensors import DeviceData, device_data
 from cifar_fast.model import CustomModel, Model
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.evaluate import also_accuracies, plain_logits
+from cifar_fast.training.evaluate import also_accuracies, confusion_matrix, plain_logits
 from cifar_fast.training.metrics import DivergedRun, EpochRow, Run
 from cifar_fast.training.results import DivergedResult, Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
@@ -38,8 +38,8 @@ from cifar_fast.utils.errors import (
     StopTraining,
     UserError,
     first_line,
+    oom_hint,
     option,
-    out_of_memory,
     plain,
 )
 from cifar_fast.utils.files import absolute_paths, known_path
@@ -61,6 +61,8 @@ def fit(
     init_seed: int | None = None,
     order_seed: int | None = None,
     augment_seed: int | None = None,
+    validation: int | float = 0,
+    validation_seed: int = 0,
     runs: int = 1,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -96,6 +98,9 @@ def fit(
             "eager", and channels_last otherwise.
         init_seed, order_seed, augment_seed: seeds of the initial weights, the order and the augmentation alone, the
             same in each run; see :class:`cifar_fast.utils.seeds.Seeds`.
+        validation: training images to hold out, a number or a fraction, with the same share of each class. Each epoch
+            is also evaluated on them, so that a choice between trainings needs no test images. ``validation_seed``
+            chooses the images, the same in each run.
         output: folder for the results; None writes nothing. See :mod:`cifar_fast.training.run_folder`.
         overwrite: replace the results that ``output`` holds.
         resume: ``output`` of an earlier, interrupted call with the same arguments; do not give ``output`` too. The
@@ -128,6 +133,8 @@ def fit(
         init_seed=init_seed,
         order_seed=order_seed,
         augment_seed=augment_seed,
+        validation=validation,
+        validation_seed=validation_seed,
         runs=runs,
         checkpoint_every=checkpoint_every,
         also_test=also_test or {},
@@ -253,8 +260,9 @@ class Training:
         self.eval_sets: list[EvalSet] = read_eval_sets(
             also_test, dataset.class_names, classes, dataset.options.resize is not None
         )
-        self.dataset = dataset.for_recipe(config.recipe)
-        self.dataset.check_trainable(config.recipe.batch_size)
+        with data_oom_hint(dataset):
+            self.dataset = dataset.for_recipe(config.recipe, config.validation, config.validation_seed)
+            self.dataset.check_trainable(config.recipe.batch_size)
         names = self.dataset.class_names
         self.also_test = {one.name: {"digest": one.digest(names), "images": len(one.indices)} for one in self.eval_sets}
         self.schedule_notes = schedule_notes(config.recipe, self.dataset)
@@ -301,7 +309,8 @@ class Training:
                 stack.enter_context(self.custom_model.preserve_rng(device))
             stack.enter_context(device_guard(device))
             stack.enter_context(torch_defaults(device, config.threads or DEFAULT_NUM_THREADS))
-            stack.enter_context(oom_hint("training", config.recipe.batch_size))
+            size = config.recipe.batch_size
+            stack.enter_context(oom_hint(f"in training at {option('batch_size')} {size}", "try a smaller one"))
             clock = device_timer(device)
             start = clock()
             facts = environment(device)
@@ -325,7 +334,7 @@ class Training:
             setup_seconds += clock() - start
 
             stopped = False
-            after = rows[-1] if rows else EpochRow(run, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+            after = rows[-1] if rows else EpochRow.before_first(run)
             if not environments or environments[-1] | facts != environments[-1]:
                 environments = [*environments, {"first_epoch": after.epoch + 1} | facts]
             try:
@@ -354,10 +363,10 @@ class Training:
                 self._end(result, DivergedResult(diverged, rows, backend.name, environments))
                 return
 
-            also_test, severities = also_accuracies(backend, self.eval_sets)
-            logits = None
-            if config.save_logits:
-                logits = plain_logits(backend, self.dataset.test_images).cpu()
+            also_test, severities = also_accuracies(backend, self.eval_sets, self.dataset.class_names)
+            logits = plain_logits(backend, self.dataset.test_images).cpu()
+            confusion = confusion_matrix(self.dataset.test_labels, logits)
+            kept = logits if config.save_logits else None
             last = rows[-1]
             record = Run(
                 run,
@@ -369,11 +378,14 @@ class Training:
                 also_test=also_test,
                 also_test_severities=severities,
                 stopped=stopped,
+                test_loss=last.test_loss,
+                validation_accuracy=last.validation_accuracy,
+                validation_loss=last.validation_loss,
             )
             for name, tensor in backend.state_dict().items():
                 result.state_dict[name] = tensor.detach().cpu().clone()
             self._weights_of = run
-            self._end(result, RunResult(record, rows, backend.name, environments, logits))
+            self._end(result, RunResult(record, rows, backend.name, environments, confusion, kept))
 
     def _end(self, result: Result, run: RunResult | DivergedResult) -> None:
         self._runs[run.run.run] = run
@@ -393,9 +405,12 @@ class Training:
             self._tell_changes(self.result.environment if self.result else facts, facts)
             for line in (*self.dataset.notes, *self.schedule_notes):
                 LOGGER.info(line)
-        backend, failures = self.backends.get(
-            self.backend_config, config.recipe, lambda: device_data(self.dataset, self.device), self.custom_model
-        )
+
+        def make_data() -> DeviceData:
+            with data_oom_hint(self.dataset):
+                return device_data(self.dataset, self.device)
+
+        backend, failures = self.backends.get(self.backend_config, config.recipe, make_data, self.custom_model)
         if self.result is None:
             self.config = config.replace(backend=backend.name)
             trained = {name for name, _ in backend.model.named_parameters()}
@@ -441,8 +456,9 @@ class Training:
         assert result is not None
         self._other_backends = {run.run.run: run.backend for run in ended if run.backend != result.backend}
         result = result.with_runs([run for run in ended if run.run.run not in self._other_backends])
-        for line in (*result.environment_changes(), result.summary_line()):
-            LOGGER.info(line)
+        for line in (*result.environment_changes(), result.class_line(), result.summary_line()):
+            if line:
+                LOGGER.info(line)
         if folder:
             folder.finish(result, self.dataset.test_labels)
             if result.runs and result.runs[-1].run != self._weights_of:
@@ -632,6 +648,15 @@ def free_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def data_oom_hint(dataset: Dataset) -> contextlib.AbstractContextManager[None]:
+    """Blame the data set if memory runs out inside the block, which no batch size changes."""
+    megabytes = sum(getattr(dataset, name).nbytes for name in dataset.arrays) / 1e6
+    what = (
+        f"for the images of {dataset.source}, {megabytes:.0f} MB and up to twice as much again while they are prepared"
+    )
+    return oom_hint(what, f"train on fewer, by {option('train_subset')} or {option('classes')}, or free memory")
+
+
 def settle_backend(config: TrainConfig) -> BackendConfig:
     """Return what ``auto`` means here for ``config``. Raise :class:`InputError` for what cannot work here."""
     found = resolve_backend(config.backend, config.device, config.dtype, config.memory_format)
@@ -664,15 +689,3 @@ def used_options(config: TrainConfig, found: BackendConfig) -> TrainConfig:
         memory_format=short_name(found.memory_format),
         threads=config.threads or DEFAULT_NUM_THREADS,
     )
-
-
-@contextlib.contextmanager
-def oom_hint(where: str, batch_size: int) -> Iterator[None]:
-    """Raise :class:`InputError` with the batch size if memory runs out inside the block."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        what = f"out of memory in {where} at {option('batch_size')} {batch_size}"
-        raise InputError(f"{what}; try a smaller one") from error

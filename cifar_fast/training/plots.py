@@ -75,9 +75,14 @@ def curves_figure(rows: Sequence[EpochRow], recipe: Recipe, title: str) -> Figur
         for axes, name, label, color in (
             (loss, "train_loss", "training loss", "C0"),
             (accuracy, "train_accuracy", "training accuracy, augmented images", "C0"),
+            (loss, "test_loss", "test loss", "C1"),
             (accuracy, "test_accuracy", "test accuracy", "C1"),
+            (loss, "validation_loss", "validation loss", "C3"),
+            (accuracy, "validation_accuracy", "validation accuracy", "C3"),
         ):
             values = [getattr(row, name) for row in own]
+            if all(value is None for value in values):
+                continue
             axes.plot(epochs, values, ".-", color=color, alpha=alpha, label=label if run == runs[0] else None)
     times = np.array(recipe.lr_knots) * recipe.epochs / recipe.lr_knots[-1]
     learning_rate.plot(times, recipe.lr_values, color="C2")
@@ -89,4 +94,41 @@ def curves_figure(rows: Sequence[EpochRow], recipe: Recipe, title: str) -> Figur
         accuracy.legend(loc="lower right")
     learning_rate.set_xlabel("epoch")
     figure.suptitle(title).set_parse_math(False)  # a name may contain dollar signs
+    return figure
+
+
+def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], title: str, file: Path | IO[bytes]) -> None:
+    """Write the figure of :func:`confusion_figure` to ``file`` as a PNG."""
+    save_figure(confusion_figure(matrix, class_names, title), file, dpi=120)
+
+
+@default_style()
+def confusion_figure(matrix: np.ndarray, class_names: Sequence[str], title: str) -> Figure:
+    """Return a figure of the confusion ``matrix``: the share of each class, a row, that is classified as each class.
+
+    A class without images has an empty row.
+    """
+    from matplotlib.figure import Figure
+
+    count = len(class_names)
+    with np.errstate(invalid="ignore"):
+        percent = 100 * matrix / matrix.sum(axis=1, keepdims=True)
+    side = min(max(6.0, 2.5 + 0.5 * count), 20.0)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    if count <= 20:
+        for row, column in np.argwhere(matrix):
+            share = percent[row, column]
+            text, color = f"{share:.0f}" if share >= 10 else f"{share:.1f}", "white" if share > 50 else "black"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize="small")
+    size = "medium" if count <= 20 else "xx-small"
+    axes.set_xticks(range(count), class_names, rotation=90, fontsize=size)
+    axes.set_yticks(range(count), class_names, fontsize=size)
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        label.set_parse_math(False)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("class of the test image")
+    axes.set_title("test images in % of their class", fontsize="medium")
+    figure.suptitle(title).set_parse_math(False)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,7 +20,7 @@ def train(
     augmentation: torch.Generator,
     clock: Callable[[], float],
     *,
-    after: EpochRow = EpochRow(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0),  # noqa: B008  (frozen)
+    after: EpochRow = EpochRow.before_first(0),  # noqa: B008  (frozen)
     on_step: Callable[[], None] = lambda: None,
 ) -> Iterator[EpochRow]:
     """Train the epochs of a run that follow ``after``, and yield a row at the end of each.
@@ -55,12 +56,30 @@ def train(
         check_finite(losses, epoch * steps + 1, steps)
 
         start = clock()
-        test_correct = backend.evaluate()
+        evaluated = backend.evaluate()
         evaluation_seconds += clock() - start
-        # The reference script averages 100 for correct and 0 for wrong. Other arithmetic changes the last bit.
-        accuracy, test_accuracy = ((100 * values).float().mean().item() for values in (correct, test_correct))
-        mean_loss = losses.float().mean().item()
-        yield EpochRow(after.run, epoch + 1, mean_loss, accuracy, test_accuracy, train_seconds, evaluation_seconds)
+        mean_loss, accuracy = means(losses, correct)
+        count = backend.data.validation_count
+        val_loss, val_accuracy = means(*(values[:count] for values in evaluated)) if count else (None, None)
+        test_loss, test_accuracy = means(*(values[count:] for values in evaluated))
+        yield EpochRow(
+            run=after.run,
+            epoch=epoch + 1,
+            train_loss=mean_loss,
+            train_accuracy=accuracy,
+            validation_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+            validation_accuracy=val_accuracy,
+            test_loss=test_loss if math.isfinite(test_loss) else None,
+            test_accuracy=test_accuracy,
+            train_seconds=train_seconds,
+            evaluation_seconds=evaluation_seconds,
+        )
+
+
+def means(losses: torch.Tensor, correct: torch.Tensor) -> tuple[float, float]:
+    """Return the mean loss, and the accuracy in %."""
+    # The reference script averages 100 for correct and 0 for wrong. Other arithmetic changes the last bit.
+    return losses.float().mean().item(), (100 * correct).float().mean().item()
 
 
 def check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 _OPTION = re.compile("\0(\\w+)\0")
 
@@ -75,7 +77,19 @@ def first_cause(error: BaseException) -> BaseException:
 def out_of_memory(error: BaseException) -> bool:
     """Return whether ``error`` reports that memory ran out, on a GPU or on a CPU."""
     kind, text = type(error).__name__, str(error)
-    return "OutOfMemory" in kind or isinstance(error, MemoryError) or "can't allocate memory" in text
+    words = ("can't allocate memory", "bad_alloc")  # torch's allocator, and C++ elsewhere
+    return "OutOfMemory" in kind or isinstance(error, MemoryError) or any(word in text for word in words)
+
+
+@contextlib.contextmanager
+def oom_hint(what: str, hint: str) -> Iterator[None]:
+    """Raise :class:`InputError` "out of memory WHAT; HINT" if memory runs out inside the block."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(f"out of memory {what}; {hint}") from error
 
 
 def first_line(error: BaseException) -> str:

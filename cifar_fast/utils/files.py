@@ -22,6 +22,7 @@ SUMMARY = "summary.json"
 MODEL = "model.pt"
 LOGITS = "logits.npz"
 CURVES = "curves.png"
+CONFUSION = "confusion.png"
 
 
 def absolute_paths(given: Iterable[str | Path]) -> dict[str, str]:

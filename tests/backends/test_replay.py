@@ -61,7 +61,7 @@ def runs(backend, dataset, seeds=(0, 1)):
             draws = draw_epoch(len(dataset.train_images), device=backend.device, recipe=RECIPE, generator=generator)
             for loss, correct in backend.train_epoch(draws):
                 seen += [loss.clone(), correct.clone()]
-            seen += [backend.evaluate().clone(), backend.state.lr.clone(), backend.state.global_step.clone()]
+            seen += [backend.evaluate()[1].clone(), backend.state.lr.clone(), backend.state.global_step.clone()]
             seen += [tensor.clone() for tensor in backend.state_dict().values()]
             seen += [state["momentum_buffer"].clone() for state in backend.optimizer.state.values()]
     return seen

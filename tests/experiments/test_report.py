@@ -41,13 +41,13 @@ def made_up(accuracies, *, epochs=2, dataset="cifar10", device="A10", also=None,
         rows = []
         for epoch in range(1, epochs + 1):
             left = epochs - epoch
-            numbers = accuracy / 100 * 2**left, accuracy - 1, accuracy - 10 * left
+            numbers = accuracy / 100 * 2**left, accuracy - 1, None, None, accuracy, accuracy - 10 * left
             rows.append(EpochRow(index, epoch, *numbers, epoch, 0.1))
         also_test = {"other": accuracy / 2} if also else {}
         seeds = Seeds(first_seed, *fixed).for_run(index)
         run = Run(index, *dataclasses.astuple(seeds), accuracy, 10.0 + index**2, 1.0, 0.2, also_test)
-        runs.append(RunResult(run, rows, "eager", [{"first_epoch": 1} | environment]))
-    metadata = {"name": dataset, "digest": dataset * 9, "train_images": 9, "test_images": 9}
+        runs.append(RunResult(run, rows, "eager", [{"first_epoch": 1} | environment], [[1]]))
+    metadata = {"name": dataset, "digest": dataset * 9, "train_images": 9, "validation_images": 0, "test_images": 9}
     metadata |= {"class_names": ["x"], "also_test": {}}
     weights = {"w": torch.zeros(1)}
     return Result(config, environment, [], metadata, [0.0], [1.0], [], None, 1, {}, runs, weights)
@@ -377,7 +377,8 @@ def test_table_is_printed_even_if_a_file_cannot_be_written(tmp_path, folders, ca
         ("{folder}/a --baseline z", "--baseline 'z' is not a variant; the variants are a"),
         (
             "{folder}/a --metric zzz",
-            "a: --metric 'zzz' does not exist; the choices are test_accuracy, train_accuracy, train_loss, other",
+            "--metric 'zzz' does not exist; the choices are "
+            "test_accuracy, train_accuracy, test_loss, train_loss, other",
         ),
         ("{folder}/none", "none: holds no training.json; choose the folder of a training, or of a sweep"),
         ("{folder}/a {folder}/none", "none: holds no training.json; choose the folder of a training, or of a sweep"),

@@ -40,7 +40,10 @@ RECIPES = {
     "momentum-0.85": Recipe(**vars(BASE) | {"momentum": 0.85}),
 }
 SEEDED = HOW | {"seed": 3}
-NO_MEMORY = "the eager backend cannot be set up here (out of memory at batch_size 16); choose another backend"
+NO_MEMORY = (
+    "the eager backend cannot be set up here (out of memory for the weights of the network); choose smaller widths, "
+    "or free memory"
+)
 
 
 @pytest.fixture
