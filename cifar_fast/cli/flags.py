@@ -114,13 +114,47 @@ def debug_to_stderr(enabled: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
+def signals_to(call: Callable[[int], None]) -> Iterator[None]:
+    """Call ``call`` in another thread with the number of each signal that comes inside the block.
+
+    Python's own handlers run in the main thread, which may be in a long call of C code.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        with open(reader, "rb", buffering=0) as pipe:
+            while number := pipe.read(1):
+                call(number[0])
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        listener.join()
+
+
+@contextlib.contextmanager
+def interruptible(quiet: bool = False) -> Iterator[Callable[[], None]]:
     """Yield a function to call after each step, which raises KeyboardInterrupt if Ctrl-C or SIGTERM has come.
 
-    Once the function was called, the first signal waits for its next call. A second signal, or one before the first
-    call, interrupts at once. The caller's signal handlers are restored afterwards.
+    Once the function was called, the first signal waits for its next call, and a line says so at once unless ``quiet``.
+    A second signal, or one before the first call, interrupts at once. The caller's signal handlers are restored
+    afterwards.
     """
-    asked = stepping = False
+    asked = stepping = answered = False
+
+    def answer(number: int) -> None:
+        nonlocal answered
+        if number in before and stepping and not (answered or quiet):
+            answered = True
+            again = "; to stop at once, press Ctrl-C again" if number == signal.SIGINT else ""
+            line = f"finishing this step{again}\n"
+            os.write(2, f"\n{line}".encode() if os.isatty(2) else line.encode())  # a bar may be there
 
     def handle(*signal_and_frame: object) -> None:
         nonlocal asked
@@ -134,16 +168,15 @@ def interruptible() -> Iterator[Callable[[], None]]:
         if asked:
             raise KeyboardInterrupt
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored under nohup
-                before[number] = signal.signal(number, handle)
-    try:
+    before: dict[int, Any] = {}
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            stack.enter_context(signals_to(answer))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored under nohup
+                    before[number] = signal.signal(number, handle)
+                    stack.callback(signal.signal, number, before[number])
         yield on_step
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def print_line(line: str) -> None:

@@ -57,7 +57,7 @@ def train_in(world: World, args: argparse.Namespace, sweep: Sweep) -> int:
     if on_cpu:
         tune_malloc()
     failed: dict[str, str] = {}
-    with interruptible() as on_step:
+    with interruptible(quiet=world.rank > 0) as on_step:
         try:
             results = train_sweep(sweep, world, on_step, failed)
         except KeyboardInterrupt:

@@ -27,7 +27,7 @@ from cifar_fast.data.sources import check_named, place_of, read_dataset
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import InputError, with_flags
-from cifar_fast.utils.progress import LOGGER, lines_to
+from cifar_fast.utils.progress import LOGGER, heartbeat, lines_to
 
 if TYPE_CHECKING:
     from cifar_fast.training.results import Result
@@ -136,9 +136,10 @@ def train_in(
         options = data_options_of(args).relocated(training.paths)
     if training.device.type == "cpu":
         tune_malloc()
-    with interruptible() as on_step:
+    with interruptible(quiet=world.rank > 0) as on_step:
         try:
-            dataset = world.rank0_first(lambda: read_dataset(args.dataset, data_dir, args.data_url, options))
+            with heartbeat(lambda: f"reading the data set {args.dataset}"):
+                dataset = world.rank0_first(lambda: read_dataset(args.dataset, data_dir, args.data_url, options))
             with world.all_or_none():
                 training.prepare(dataset)
                 if finished := training.finished():

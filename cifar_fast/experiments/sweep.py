@@ -33,7 +33,7 @@ from cifar_fast.utils.files import (
     os_error_as_input_error,
     remove_temporary,
 )
-from cifar_fast.utils.progress import LogFn, lines_to, print_line
+from cifar_fast.utils.progress import LogFn, heartbeat, lines_to, print_line
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -217,7 +217,8 @@ def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None], failed:
         trainings = trainings_of(sweep, world)
         data_dir = place_of(sweep.dataset, sweep.data_dir, trainings[0].paths)
         options = sweep.data_options.relocated(trainings[0].paths)
-    dataset = world.rank0_first(lambda: read_dataset(sweep.dataset, data_dir, sweep.data_url, options))
+    with heartbeat(lambda: f"reading the data set {sweep.dataset}"):
+        dataset = world.rank0_first(lambda: read_dataset(sweep.dataset, data_dir, sweep.data_url, options))
     with world.all_or_none():
         for training in trainings:
             training.prepare(dataset)

@@ -28,6 +28,7 @@ from cifar_fast.training.results import DivergedResult, Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.training.schedule import schedule_notes
 from cifar_fast.training.tensorboard import TensorBoard
+from cifar_fast.training.time_to_go import EVALUATED, TimeToGo
 from cifar_fast.training.trainer import train
 from cifar_fast.utils.device import AFFECTS_FIGURES, device_guard, device_timer, environment, short_name
 from cifar_fast.utils.distributed import World
@@ -43,7 +44,7 @@ from cifar_fast.utils.errors import (
     plain,
 )
 from cifar_fast.utils.files import absolute_paths, known_path
-from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, prefix_lines, print_line
+from cifar_fast.utils.progress import LOGGER, LogFn, heartbeat, lines_to, prefix_lines, print_line
 from cifar_fast.utils.seeds import Seeds
 from cifar_fast.utils.torch_defaults import DEFAULT_NUM_THREADS, torch_defaults
 
@@ -291,10 +292,22 @@ class Training:
         """Return the indices of the runs to train."""
         return self.folder.missing(self.config.runs) if self.folder else list(range(self.config.runs))
 
-    def train(self, run: int, on_step: Callable[[], None]) -> None:
+    def epoch_work(self) -> float:
+        """Return the work of an epoch and its evaluation, as :class:`TimeToGo` counts it."""
+        size = self.config.recipe.batch_size
+        return self.dataset.steps_per_epoch(size) * size + EVALUATED * len(self.dataset.test_images)
+
+    def run_work(self) -> float:
+        """Return the work of a run."""
+        last = [len(one.indices) for one in self.eval_sets]
+        last += [len(self.dataset.test_images)] * self.config.save_logits
+        return self.config.recipe.epochs * self.epoch_work() + EVALUATED * sum(last)
+
+    def train(self, run: int, on_step: Callable[[], None], to_go: TimeToGo) -> None:
         """Train the run with that index, or the rest of it, and keep its result in memory and in the folder."""
         config, device, folder = self.config, self.device, self.folder
         with contextlib.ExitStack() as stack:
+            stack.enter_context(heartbeat(to_go.line))
             if folder:
                 stack.enter_context(folder.run_lock(run))
             if self.custom_model:
@@ -328,12 +341,14 @@ class Training:
             after = rows[-1] if rows else EpochRow(run, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
             if not environments or environments[-1] | facts != environments[-1]:
                 environments = [*environments, {"first_epoch": after.epoch + 1} | facts]
+            to_go.skip(after.epoch * self.epoch_work())
             try:
-                for row in train(backend, order, augmentation, clock, after=after, on_step=on_step):
+                for row in train(backend, order, augmentation, clock, after=after, on_step=on_step, to_go=to_go):
+                    to_go.add(EVALUATED * len(self.dataset.test_images))
                     rows.append(row)
                     if folder:
                         folder.add_row(row)
-                    LOGGER.info(str(row))
+                    LOGGER.info(f"{row}  {to_go}".rstrip())
                     due = config.checkpoint_every and row.epoch % config.checkpoint_every == 0
                     if folder and (due or row.epoch == config.recipe.epochs):
                         states = [generator.get_state() for generator in generators]
@@ -356,7 +371,9 @@ class Training:
 
             also_test = {}
             for images in self.eval_sets:
+                to_go.status = f"testing on {images.name}"
                 percent = also_test[images.name] = accuracy(backend, images)
+                to_go.add(EVALUATED * len(images.indices))
                 LOGGER.info(f"also tested on {images.name}, {len(images.indices)} images: {percent:.2f} %")
             logits = None
             if config.save_logits:
@@ -553,6 +570,11 @@ def train_all(
         if world.size > 1:
             shared = f"split over {world.size} processes; the lines are those of rank 0"
             LOGGER.info(f"{len(missing)} runs to train, {shared}")
+        own = world.share(missing)
+        ahead = {
+            number: [one.run_work() for _, other in own if other == number] for number, one in enumerate(trainings)
+        }
+        to_go = TimeToGo(ahead)
         rounds: list[int] = []
         errors: dict[int, Exception] = {}  # the first of each training on this rank
         left_out: set[int] = set()  # trainings without hope
@@ -570,8 +592,9 @@ def train_all(
                 rounds.append(run)
                 LOGGER.info(f"round {run + 1} of {training.config.runs}")
             with prefixed(training):
+                to_go.begin(number, run, training.config.runs)
                 try:
-                    training.train(run, step)
+                    training.train(run, step, to_go)
                 except Exception as error:
                     if not training.has_trained and (number in errors or training.result is None):
                         left_out.add(number)
@@ -581,10 +604,12 @@ def train_all(
                     LOGGER.debug("run %d failed", run + 1, exc_info=error)
                     free_frames(error)
                     errors.setdefault(number, error)
+                finally:
+                    to_go.end(number in left_out)
 
         lost = None
         try:
-            for run, number in world.share(missing):
+            for run, number in own:
                 if number not in left_out:
                     train_one(run, number)
             told = world.gather({number: message_of(error) for number, error in errors.items()}, on_step)

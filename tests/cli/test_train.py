@@ -136,10 +136,13 @@ def test_torchvision_is_needed_only_for_its_data_sets(tmp_path, npz):
 
 
 @pytest.mark.slow  # starts a process
-def test_terminal_shows_a_progress_bar_of_steps(tmp_path, npz):
+def test_terminal_shows_a_progress_bar_of_steps_with_variant_run_and_time_to_go(tmp_path, npz):
+    options = f'dataset = "npz"\ndata_dir = "{npz}"\noutput = "{tmp_path}/out"\nruns = 2\n'
+    recipe = "[recipe]\nwidths = [4, 8]\nepochs = 2\nbatch_size = 32\n[variants.small]\n"
+    (tmp_path / "spec.toml").write_text(options + recipe)
     reader, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    flags = f"-m cifar_fast.train --dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}"
+    flags = f"-m cifar_fast sweep {tmp_path}/spec.toml"
     with subprocess.Popen([sys.executable, *flags.split()], stdout=subprocess.DEVNULL, stderr=terminal):
         os.close(terminal)
         output = b""
@@ -149,7 +152,7 @@ def test_terminal_shows_a_progress_bar_of_steps(tmp_path, npz):
             except OSError:  # the other end is closed
                 break
     os.close(reader)
-    assert b"epoch 1/2" in output and b"/1 [" in output
+    assert b"small: run 2 of 2, epoch 1/2" in output and b"/1 [" in output and b" to go]" in output
 
 
 @pytest.mark.slow  # whole trainings
