@@ -35,9 +35,8 @@ NOTES = """
 | 2 | invalid input; one line on standard error names the mistake and the remedy |
 | 130 | interrupted by Ctrl-C or SIGTERM |
 
-The first Ctrl-C or SIGTERM lets `train` and `sweep` finish their step, and a line says so at once; the last line says how to
-resume. `--traceback`
-shows the origin of an error.
+The first Ctrl-C or SIGTERM lets `train` and `sweep` finish their step, and a line says so at once. The last line says how
+to resume. `--traceback` shows the origin of an error.
 
 ## Flags of `train`, `compare` and `profile`
 """

@@ -29,7 +29,7 @@ class TimeToGo:
         self._training, self._run, self._left, self._since = 0, "", 0.0, time.monotonic()
         self._done: dict[int, float] = defaultdict(float)
         self._seconds: dict[int, float] = defaultdict(float)
-        self._is_told = False
+        self._announced = False
 
     def begin(self, training: int, run: int, runs: int) -> None:
         """Begin a run with its set-up."""
@@ -93,8 +93,8 @@ class TimeToGo:
                 self.status = f"{self._run}epoch {epoch} of {epochs}, {told}"
                 bar.set_postfix_str(str(self), refresh=False)
                 bar.update()
-                if not self._is_told and time.monotonic() - began > FIRST_SECONDS:
-                    self._is_told = True
+                if not self._announced and time.monotonic() - began > FIRST_SECONDS:
+                    self._announced = True
                     LOGGER.info(f"about {self}, with all runs, epochs and evaluations")
 
             yield step
