@@ -231,7 +231,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recipe",
         metavar="FILE",
-        help="recipe to start from, JSON as --print-recipe writes it (default: the reference's)",
+        help="recipe to start from, JSON as --print-recipe writes it, or summary.json of a training (default: the "
+        "reference's)",
     )
     for field in dataclasses.fields(Recipe):
         add_flag(group, field, None)

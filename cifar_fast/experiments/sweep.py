@@ -211,10 +211,15 @@ def fit_sweep(
         return train_sweep(sweep, world, on_step, {})
 
 
-def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None], failed: dict[str, str]) -> dict[str, Result]:
-    """Train as :func:`fit_sweep` does, with lines on the logger alone. ``failed`` is as in :func:`train_all`."""
+def train_sweep(
+    sweep: Sweep, world: World, on_step: Callable[[], None], failed: dict[str, str], command: str | None = None
+) -> dict[str, Result]:
+    """Train as :func:`fit_sweep` does, with lines on the logger alone.
+
+    ``failed`` is as in :func:`train_all`, and ``command`` as in :class:`Training`.
+    """
     with world.all_or_none():
-        trainings = trainings_of(sweep, world)
+        trainings = trainings_of(sweep, world, command)
         data_dir = place_of(sweep.dataset, sweep.data_dir, trainings[0].paths)
         options = sweep.data_options.relocated(trainings[0].paths)
     with heartbeat(lambda: f"reading the data set {sweep.dataset}"):
@@ -228,7 +233,11 @@ def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None], failed:
     return {training.name: result for training, result in zip(trainings, results) if result}
 
 
-def trainings_of(sweep: Sweep, world: World = World()) -> list[Training]:  # noqa: B008  (frozen)
+def trainings_of(
+    sweep: Sweep,
+    world: World = World(),  # noqa: B008  (frozen)
+    command: str | None = None,
+) -> list[Training]:
     """Return the training of each variant, each resumed if it has begun. There may be more runs and variants now.
 
     Raises:
@@ -252,7 +261,7 @@ def trainings_of(sweep: Sweep, world: World = World()) -> list[Training]:  # noq
             raise InputError(f"{folder.name}: dataset was {folder.earlier.dataset['name']}, not {sweep.dataset}")
         if begun and not folder.earlier:  # so that new variants are trained as the others were
             config = config.resuming(begun.config)
-        trainings.append(Training(config, folder, backends=backends, world=world))
+        trainings.append(Training(config, folder, backends=backends, command=command, world=world))
         if begun and not folder.earlier:
             trainings[-1].paths = dict(begun.paths)
     return trainings

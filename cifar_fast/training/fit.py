@@ -45,6 +45,7 @@ from cifar_fast.utils.errors import (
 )
 from cifar_fast.utils.files import absolute_paths, known_path
 from cifar_fast.utils.progress import LOGGER, LogFn, heartbeat, lines_to, prefix_lines, print_line
+from cifar_fast.utils.provenance import now
 from cifar_fast.utils.seeds import Seeds
 from cifar_fast.utils.torch_defaults import DEFAULT_NUM_THREADS, torch_defaults
 
@@ -161,6 +162,7 @@ class Training:
         custom_model: a model instead of the recipe's network.
         on_epoch: as in :func:`fit`.
         backends: backends that other trainings have used, to use again.
+        command: the command line; None for a training from Python.
         world: the processes that share the runs.
 
     Raises:
@@ -175,6 +177,7 @@ class Training:
         custom_model: CustomModel | None = None,
         on_epoch: Callable[[EpochRow], object] | None = None,
         backends: BackendCache | None = None,
+        command: str | None = None,
         world: World = World(),  # noqa: B008  (frozen)
     ) -> None:
         config.check_runs_differ()
@@ -185,7 +188,7 @@ class Training:
             asked = asked.replace(device="cuda")  # of several GPUs that shared the runs, this one is gone
         self.backend_config = local_device(settle_backend(asked), world.size, world.local_rank, asked.device)
         self.config = used_options(asked, self.backend_config)
-        self.folder, self.custom_model, self.on_epoch = folder, custom_model, on_epoch
+        self.folder, self.custom_model, self.on_epoch, self.command = folder, custom_model, on_epoch, command
         self.backends = backends or BackendCache()
         self.result = None if earlier is None else dataclasses.replace(earlier, config=self.config)
         self.paths = dict(earlier.paths) if earlier else {}
@@ -430,6 +433,8 @@ class Training:
                 model=self.custom_model.name if self.custom_model else None,
                 model_digest=self.custom_model.digest if self.custom_model else None,
                 parameters=sum(tensor.numel() for name, tensor in backend.state_dict().items() if name in trained),
+                command=self.command,
+                started=now(),
                 paths=self.paths,
             )
             if self.folder:

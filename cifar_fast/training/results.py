@@ -25,6 +25,7 @@ from cifar_fast.training.plots import curves_figure, draw_curves
 from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, first_line, option
 from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING
+from cifar_fast.utils.provenance import without_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,6 +104,8 @@ class Result:
         paths: absolute paths of the data set and the extra test sets, by the paths that were given.
         run_results: the finished runs, in order, without those that diverged.
         state_dict: weights of the last finished run; empty if there is none.
+        command: the command line of the training; None for one from Python.
+        started: date and time of its first start, in UTC.
         unwritten: a line for each file that could not be written.
         diverged_results: the runs that diverged, in order.
     """
@@ -116,6 +119,8 @@ class Result:
     notes: list[str]
     model: str | None
     parameters: int
+    command: str | None = None
+    started: str | None = None
     paths: dict[str, str] = field(default_factory=dict)
     run_results: list[RunResult] = field(default_factory=list)
     state_dict: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -269,19 +274,22 @@ class Result:
         """
         accuracies = [run.test_accuracy for run in self.runs]
         seconds = [run.train_seconds for run in self.runs]
+        also_test = {name: without_names(str(path)) for name, path in self.config.also_test.items()}
         return {
             "recipe": dataclasses.asdict(self.recipe),
             "model": self.model,
             "model_digest": self.model_digest,
             "parameters": self.parameters,
             "environment": self.environment,
+            "command": self.command,
+            "started": self.started,
             "backend": self.backend,
             "dtype": self.dtype,
             "memory_format": self.memory_format,
             "auto": self.auto,
             "notes": self.notes,
-            "dataset": self.dataset,
-            "settings": self.settings,
+            "dataset": self.dataset | {"source": without_names(self.dataset["source"])},
+            "settings": self.settings | {"also_test": also_test},
             "runs": [dataclasses.asdict(run) for run in self.runs],
             "environments": [{"run": result.run.run} | each for result in self.ended for each in result.environments],
             **self.not_finished(),
@@ -364,7 +372,7 @@ class RunReader:
             return Result.from_dict(json.loads(path.read_text()))
         except FileNotFoundError:
             raise InputError(
-                f"{self.name}: holds no {TRAINING}; there is nothing to resume, start with {option('output')}"
+                f"{self.name}: holds no {TRAINING}; there is nothing to resume or repeat, start with {option('output')}"
             ) from None
         except Exception as error:  # a damaged file may raise any exception
             raise InputError(

@@ -19,6 +19,7 @@ import torch
 from cifar_fast import __version__
 from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import check_writable
+from cifar_fast.utils.provenance import commit
 
 OLDEST_GPU = (7, 5)
 """The lowest compute capability for which the tests compile the kernels."""
@@ -144,6 +145,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "cifar_fast": __version__,
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a subclass of str, which torch.load with weights_only refuses
         "torchvision": _version("torchvision"),
