@@ -104,10 +104,10 @@ class Result:
         paths: absolute paths of the data set and the extra test sets, by the paths that were given.
         run_results: the finished runs, in order, without those that diverged.
         state_dict: weights of the last finished run; empty if there is none.
-        command: the command line of the training; None for one from Python.
-        started: date and time of its first start, in UTC.
         unwritten: a line for each file that could not be written.
         diverged_results: the runs that diverged, in order.
+        command: the command line of the training; None for one from Python.
+        started: date and time of its first start, in UTC.
     """
 
     config: TrainConfig
@@ -119,14 +119,14 @@ class Result:
     notes: list[str]
     model: str | None
     parameters: int
-    command: str | None = None
-    started: str | None = None
     paths: dict[str, str] = field(default_factory=dict)
     run_results: list[RunResult] = field(default_factory=list)
     state_dict: dict[str, torch.Tensor] = field(default_factory=dict)
     unwritten: list[str] = field(default_factory=list)
     model_digest: str | None = None
     diverged_results: list[DivergedResult] = field(default_factory=list)
+    command: str | None = None
+    started: str | None = None
 
     @classmethod
     def load(cls, folder: str | Path, weights: bool = True) -> Result:
@@ -239,11 +239,14 @@ class Result:
         return curves_figure(self.rows, self.recipe, self.title())
 
     def title(self) -> str:
-        """Return data set, backend, dtype, device and number of finished runs in one line."""
+        """Return data set, network, backend, dtype, device and number of finished runs in one line."""
         finished, total = len(self.runs), self.config.runs
         runs = f"{finished} of {total} runs" if finished < total else f"{total} runs" if total > 1 else "1 run"
         devices = " and ".join(self.environment_values("device_name"))
-        return f"{self.dataset['name']}, {self.backend} backend, {self.dtype}, {devices}, {runs}"
+        name = self.dataset["name"]
+        data = f"{name} {Path(self.dataset['source']).name}" if name in ("npz", "folder") else name
+        network = self.model or f"network {' '.join(map(str, self.recipe.widths))}"
+        return f"{data}, {network}, {self.backend} backend, {self.dtype}, {devices}, {runs}"
 
     def environment_values(self, name: str) -> list[str]:
         """Return the different values of a part of the environments that the runs were trained in."""
