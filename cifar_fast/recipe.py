@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.errors import InputError, did_you_mean, option
 
 BACKENDS = ("eager", "compiled", "fused")
 DTYPES = ("float16", "bfloat16", "float32")
@@ -228,7 +228,9 @@ class Recipe:
         if not isinstance(values, dict):
             raise InputError("the key recipe must hold a JSON object")
         if unknown := sorted(set(values) - set(names)):
-            raise InputError(f"a recipe has no constant {', '.join(unknown)}; its constants are {', '.join(names)}")
+            hint = did_you_mean(unknown[0], names)
+            constants = f"its constants are {', '.join(names)}"
+            raise InputError(f"a recipe has no constant {', '.join(unknown)}; {constants}{hint}")
         return cls(**values)
 
     def save(self, path: str | Path) -> None:

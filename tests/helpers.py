@@ -202,7 +202,7 @@ def stop_after(*points):
 
     def log(line):
         if line.startswith("run "):
-            log.run = int(line.split()[1]) - 1
+            log.run = int(line.split()[1])
         if left and line.startswith("epoch") and (log.run, int(line.split()[1])) == left[0]:
             left.pop(0)
             raise KeyboardInterrupt

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from cifar_fast.data.sources import DATA_URL, DATASETS, is_dataset
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import ReportedOnRank0, World
-from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, with_flags
+from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, did_you_mean, with_flags
 from cifar_fast.utils.files import check_writable
 from cifar_fast.utils.progress import LOGGER, lines_to
 
@@ -36,7 +37,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists the flags")
+        hint = ""
+        if choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            hint = did_you_mean(choice[1], [name.strip(" '") for name in choice[2].split(",")])
+        elif flag := re.match(r"unrecognized arguments: .*?(--[\w-]+)", message):
+            hint = did_you_mean(flag[1], [name for name in self._option_string_actions if name.startswith("--")])
+        raise InputError(f"{message}{hint or '; --help lists the flags'}")
 
 
 def command_parser(name: str, summary: str) -> Parser:

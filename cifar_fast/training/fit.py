@@ -323,7 +323,7 @@ class Training:
             facts = environment(device)
             backend, result = self._backend(facts)
             if config.runs > 1:
-                LOGGER.info(f"run {run + 1} of {config.runs}, seed {config.seed + run}")
+                LOGGER.info(f"run {run} of {config.runs}, seed {config.seed + run}")
 
             seeds = seeds_of(config).for_run(run)
             weights, order, augmentation = seeds.generators(device)
@@ -363,7 +363,7 @@ class Training:
                                 self.on_epoch(row)
                     except StopTraining as reason:
                         cause = f": {reason}" if str(reason) else ""
-                        LOGGER.info(f"run {run + 1} is stopped after epoch {row.epoch}{cause}")
+                        LOGGER.info(f"run {run} is stopped after epoch {row.epoch}{cause}")
                         stopped = True
                         break
             except Diverged as error:
@@ -484,7 +484,7 @@ class Training:
         return f"{self._where(missing[0])} is missing; start again with {option('resume')}" if missing else ""
 
     def _where(self, run: int) -> str:
-        return f"{self.folder.path if self.folder else 'memory'}: run {run + 1}"
+        return f"{self.folder.path if self.folder else 'memory'}: run {run}"
 
 
 class CallbackError(BaseException):
@@ -575,6 +575,8 @@ def train_all(
         if world.size > 1:
             shared = f"split over {world.size} processes; the lines are those of rank 0"
             LOGGER.info(f"{len(missing)} runs to train, {shared}")
+            if (idle := world.size - len(missing)) > 0:
+                LOGGER.info(f"{idle} of {world.size} processes have nothing to do; start fewer, or ask for more runs")
         own = world.share(missing)
         ahead = {
             number: [one.run_work() for _, other in own if other == number] for number, one in enumerate(trainings)
@@ -595,7 +597,7 @@ def train_all(
             training = trainings[number]
             if len(trainings) > 1 and run not in rounds:
                 rounds.append(run)
-                LOGGER.info(f"round {run + 1} of {training.config.runs}")
+                LOGGER.info(f"round {run} of {training.config.runs}")
             with prefixed(training):
                 to_go.begin(number, run, training.config.runs)
                 try:
@@ -605,7 +607,7 @@ def train_all(
                         left_out.add(number)
                     if failed is not None or training.config.runs > 1:
                         others = "left out" if number in left_out else "trained"
-                        LOGGER.info(f"run {run + 1} failed: {error}; the other runs are {others}")
+                        LOGGER.info(f"run {run} failed: {error}; the other runs are {others}")
                     LOGGER.debug("run %d failed", run + 1, exc_info=error)
                     free_frames(error)
                     errors.setdefault(number, error)

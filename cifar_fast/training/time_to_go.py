@@ -35,7 +35,7 @@ class TimeToGo:
         """Begin a run with its set-up."""
         self._training = training
         self._left = self.ahead[training].pop() if self.ahead.get(training) else 0.0
-        self._run = f"run {run + 1} of {runs}, " if runs > 1 else ""
+        self._run = f"run {run} of {runs}, " if runs > 1 else ""
         self.status = f"{self._run}setting up"
 
     def skip(self, work: float) -> None:

@@ -61,9 +61,14 @@ def train(
         test_correct = backend.evaluate()
         evaluation_seconds += clock() - start
         # The reference script averages 100 for correct and 0 for wrong. Other arithmetic changes the last bit.
-        accuracy, test_accuracy = ((100 * values).float().mean().item() for values in (correct, test_correct))
-        mean_loss = losses.float().mean().item()
+        accuracy, test_accuracy = (shortest((100 * values).float().mean()) for values in (correct, test_correct))
+        mean_loss = shortest(losses.float().mean())
         yield EpochRow(after.run, epoch + 1, mean_loss, accuracy, test_accuracy, train_seconds, evaluation_seconds)
+
+
+def shortest(value: torch.Tensor) -> float:
+    """Return the number of fewest digits that is ``value`` in float32: 99.3 and not 99.30000305175781."""
+    return float(str(value.cpu().numpy()))
 
 
 def check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from cifar_fast import __version__
-from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.errors import InputError, did_you_mean, option
 from cifar_fast.utils.files import check_writable
 from cifar_fast.utils.provenance import commit
 
@@ -42,7 +42,8 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise InputError(f"unknown device {name!r}; the choices are auto, cpu, cuda, cuda:0, cuda:1, ...")
+        hint = did_you_mean(name, ("auto", "cpu", "cuda"))
+        raise InputError(f"unknown device {name!r}; the choices are auto, cpu, cuda, cuda:0, cuda:1, ...{hint}")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def test_terminal_shows_a_progress_bar_of_steps_with_variant_run_and_time_to_go(
             except OSError:  # the other end is closed
                 break
     os.close(reader)
-    assert b"small: run 2 of 2, epoch 1/2" in output and b"/1 [" in output and b" to go]" in output
+    assert b"small: run 1 of 2, epoch 1/2" in output and b"/1 [" in output and b" to go]" in output
 
 
 @pytest.mark.slow  # whole trainings
@@ -215,7 +216,13 @@ def test_flags_override_the_recipe_file(tmp_path, capsys):
         ("--backend fused --device cuda:98", "--device cuda:98: "),
         ("--batch-size 1 --widths 6 12 24 48 96", "--batch-size must be at least 2 with these widths"),
         ("--recipe none.json", "cannot read the recipe none.json"),
-        ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag; --help lists the flags"),
+        ("--lr 0.1", "unrecognized arguments: --lr 0.1; did you mean --lr-values?"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3; did you mean --epochs?"),
+        ("--batch_size=3", "unrecognized arguments: --batch_size=3; did you mean --batch-size?"),
+        ("--dtype fp16", "; did you mean float16?"),
+        ("--device gpu", "; did you mean cuda?"),
+        ("--dataset cifar-10", "; did you mean cifar10"),
         ("--output {file}/out", "is not a directory"),
         (
             "--dataset synthetic --batch-size 20000 --output out",
@@ -304,6 +311,8 @@ def test_training_is_repeated_like_an_earlier_one_in_another_folder(tmp_path, np
     assert main(["--like", "../first", "--output", "more", "--epochs", "1", "--seed", "4"]) == 0
     summary = json.loads((tmp_path / "elsewhere/more/summary.json").read_text())
     assert (summary["recipe"]["epochs"], summary["recipe"]["widths"]) == (1, [4, 8])
+    text = (tmp_path / "first/metrics.jsonl").read_text()
+    assert max(map(len, re.findall(r'_(?:loss|accuracy)": ([\d.]+)', text))) <= 11, "float32 has nine digits at most"
     assert [run["seed"] for run in summary["runs"]] == [4, 5]
 
 

@@ -148,7 +148,7 @@ def stopped(tmp_path, original):
 def test_resume_needs_no_other_flags(tmp_path, npz, stopped, capfd):
     assert main(["--resume", str(stopped)]) == 0
     output = capfd.readouterr().out
-    assert "run 2 of 2, seed 4\nresuming after epoch 1\nepoch  2" in output and "run 1 of 2" not in output
+    assert "run 1 of 2, seed 4\nresuming after epoch 1\nepoch  2" in output and "run 0 of 2" not in output
     assert train(npz, f"--backend eager --runs 2 --output {tmp_path}/whole") == 0
     assert contents(stopped) == contents(tmp_path / "whole")
 

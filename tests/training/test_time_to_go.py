@@ -28,7 +28,7 @@ def test_estimate_covers_all_runs_epochs_and_evaluations(clock):
     to_go = TimeToGo({0: [run, run], 1: [run]})
     to_go.begin(0, run=0, runs=2)
     to_go.skip(0)
-    assert to_go.line() == "run 1 of 2, setting up"
+    assert to_go.line() == "run 0 of 2, setting up"
     with to_go.epoch(1, 2, steps=3, batch_size=100) as step:
         clock[0] = 4.0
         step()
@@ -67,7 +67,7 @@ def test_silent_minute_of_a_sweep_has_a_line_with_variant_and_run(tmp_path, npz,
     sweep = Sweep(variants={"a": RECIPE}, output=str(tmp_path / "out"), dataset="npz", data_dir=str(npz), runs=2)
     lines = []
     fit_sweep(sweep, log=lines.append)
-    told = [line for line in lines if line.startswith("a: run 2 of 2, epoch 1 of 2, evaluating, ")]
+    told = [line for line in lines if line.startswith("a: run 1 of 2, epoch 1 of 2, evaluating, ")]
     assert told and told[0].endswith(" s to go")
 
 
