@@ -277,7 +277,6 @@ class Result:
         """
         accuracies = [run.test_accuracy for run in self.runs]
         seconds = [run.train_seconds for run in self.runs]
-        also_test = {name: without_names(str(path)) for name, path in self.config.also_test.items()}
         return {
             "recipe": dataclasses.asdict(self.recipe),
             "model": self.model,
@@ -291,8 +290,8 @@ class Result:
             "memory_format": self.memory_format,
             "auto": self.auto,
             "notes": self.notes,
-            "dataset": self.dataset | {"source": without_names(self.dataset["source"])},
-            "settings": self.settings | {"also_test": also_test},
+            "dataset": without_names(self.dataset),
+            "settings": without_names(self.settings),
             "runs": [dataclasses.asdict(run) for run in self.runs],
             "environments": [{"run": result.run.run} | each for result in self.ended for each in result.environments],
             **self.not_finished(),

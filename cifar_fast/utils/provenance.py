@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -44,9 +45,13 @@ def command_line(command: str, flags: Sequence[str]) -> str:
     return without_names(shlex.join(["cifar-fast", command, *flags]))
 
 
-def without_names(text: str) -> str:
-    """Return ``text`` with "~" for the home folder, and without the user and password of a URL."""
-    text = re.sub(r"://[^/@\s]+@", "://", text)
+def without_names(value: Any) -> Any:
+    """Return ``value`` with "~" for the home folder in its texts, and without the user and password of a URL."""
+    if isinstance(value, dict):
+        return {key: without_names(item) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    text = re.sub(r"://[^/@\s]+@", "://", value)
     home = os.path.expanduser("~")
     return re.sub(rf"{re.escape(home)}(?=[/'\"]|$|\s)", "~", text) if len(home) > 1 else text
 

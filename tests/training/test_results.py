@@ -135,7 +135,9 @@ def test_result_prints_in_one_line(small):
     result = fit(RECIPE, small, runs=2, **HOW)
     mean = statistics.mean(run.test_accuracy for run in result.runs)
     device = result.environment["device_name"]
-    assert repr(result) == f"<Result: npz, eager backend, float32, {device}, 2 runs, test accuracy {mean:.2f} %>"
+    network = f"npz small.npz, network {' '.join(map(str, RECIPE.widths))}"
+    how = f"eager backend, float32, {device}, 2 runs"
+    assert repr(result) == f"<Result: {network}, {how}, test accuracy {mean:.2f} %>"
 
 
 def test_one_run_has_no_deviation_and_no_interval(small):
