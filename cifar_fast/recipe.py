@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.errors import InputError, did_you_mean, option
 
 BACKENDS = ("eager", "compiled", "fused")
 DTYPES = ("float16", "bfloat16", "float32")
@@ -213,7 +213,10 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Return the recipe from a JSON object; missing constants keep the reference's values."""
+        """Return the recipe from a JSON object; missing constants keep the reference's values.
+
+        A JSON object with the key "recipe", such as ``summary.json`` of a training, gives the recipe that it holds.
+        """
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -221,8 +224,13 @@ class Recipe:
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, dict):
             raise InputError("a recipe must be a JSON object")
+        values = values.get("recipe", values)
+        if not isinstance(values, dict):
+            raise InputError("the key recipe must hold a JSON object")
         if unknown := sorted(set(values) - set(names)):
-            raise InputError(f"a recipe has no constant {', '.join(unknown)}; its constants are {', '.join(names)}")
+            hint = did_you_mean(unknown[0], names)
+            constants = f"its constants are {', '.join(names)}"
+            raise InputError(f"a recipe has no constant {', '.join(unknown)}; {constants}{hint}")
         return cls(**values)
 
     def save(self, path: str | Path) -> None:

@@ -24,7 +24,7 @@ from cifar_fast.utils.device import (
     short_name,
     slow_on_cpu_reason,
 )
-from cifar_fast.utils.errors import InputError, first_cause, first_line, option, out_of_memory
+from cifar_fast.utils.errors import InputError, did_you_mean, first_cause, first_line, option, out_of_memory
 from cifar_fast.utils.progress import LOGGER
 
 
@@ -57,7 +57,8 @@ def resolve_backend(
         ("memory format", memory_format, MEMORY_FORMATS),
     ):
         if value not in ("auto", *names):
-            raise InputError(f"unknown {what} {value!r}; there are auto, {', '.join(names)}")
+            hint = did_you_mean(str(value), names)
+            raise InputError(f"unknown {what} {value!r}; there are auto, {', '.join(names)}{hint}")
     if backend == "fused" and memory_format == "contiguous_format":
         raise InputError(
             f"the fused backend's kernels need {option('memory_format')} channels_last; eager and compiled support both"

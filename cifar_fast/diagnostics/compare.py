@@ -259,7 +259,8 @@ class Comparison:
         tensors = len(self.rows) // steps
         passed = tensors - len(failed)
         lines = [f"{layer}, {quantity}: {ratio:.1f} times eager's own difference" for layer, quantity, ratio in failed]
-        within = f"{passed} of {tensors} tensors are within {self.tolerance:g} times eager's own difference"
+        rule = f"{self.tolerance:g} times eager's own difference plus a quarter of the last bit"
+        within = f"{passed} of {tensors} tensors are within {rule}"
         return "\n".join(["", *lines, f"{within}, over {steps} steps"])
 
 

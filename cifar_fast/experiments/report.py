@@ -26,18 +26,20 @@ from cifar_fast.experiments.ranking import (
 )
 from cifar_fast.experiments.sweep import SWEEP, changes, variants_in
 from cifar_fast.training.metrics import Run, confidence_interval_95
-from cifar_fast.training.plots import default_style, save_figure
+from cifar_fast.training.plots import new_figure
 from cifar_fast.training.results import Result, RunReader, RunResult
 from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, option
 from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error, write_json
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ENVIRONMENT = {"device_name": "devices", "threads": "numbers of CPU threads"}
 """Parts of the environment that are no versions, with their names in warnings."""
+
+LINES, MARKERS = ("-", "--", "-.", ":"), "os^Dv<>"
+"""Styles of lines and markers, which more variants than a color cycle need."""
 
 VARIANTS_FIGURE, CURVES_FIGURE = "report-variants.png", "report-curves.png"
 
@@ -134,14 +136,15 @@ class Report:
         lines["ranking"] = [name for name, _ in ranking(self.results, self.metric)]
         return {"metric": self.metric, "baseline": self.baseline, "variants": variants, **lines}
 
-    @default_style()
     def variants_figure(self) -> Figure:
         """Return a figure of the metric by variant: a point for each run, and the mean with its 95 % interval."""
-        figure, axes = _figure(width=max(4.0, 1.5 + 1.1 * len(self.variants)))
+        figure = new_figure(max(4.0, 1.5 + 1.1 * len(self.variants)), 4.2)
+        axes = figure.subplots()
+        colors = distinct_colors(len(self.variants))
         for place, variant in enumerate(self.variants):
             if variant.mean is None:
                 continue
-            color = f"C{place % 10}"
+            color = colors[place]
             beside = place + np.linspace(-0.12, 0.12, variant.n) if variant.n > 1 else [place]
             axes.plot(beside, variant.values, "o", color=color, alpha=0.6, markersize=5, markeredgewidth=0)
             mean, ci95 = variant.mean, variant.ci95
@@ -158,7 +161,6 @@ class Report:
             label.set_parse_math(False)  # a name may contain dollar signs
         return figure
 
-    @default_style()
     def curves_figure(self) -> Figure:
         """Return a figure of the metric over the epochs: the mean of the runs, and a band from minimum to maximum.
 
@@ -166,8 +168,11 @@ class Report:
         """
         from matplotlib.ticker import MaxNLocator
 
-        figure, axes = _figure(width=7.0)
+        columns = math.ceil(len(self.results) / 16)
+        figure = new_figure(7.0 + 1.6 * columns, 4.2)
+        axes = figure.subplots()
         column = self.metric if self.metric in EPOCH_METRICS else "test_accuracy"
+        colors = distinct_colors(len(self.results))
         for place, (name, result) in enumerate(self.results.items()):
             by_epoch: dict[int, list[float]] = {}
             for row in result.rows:  # a run that was stopped early has fewer epochs
@@ -176,18 +181,21 @@ class Report:
             if not by_epoch:  # all runs diverged, or there are no validation images
                 continue
             epochs, values = zip(*sorted(by_epoch.items()))
-            color = f"C{place % 10}"
-            axes.plot(epochs, list(map(statistics.fmean, values)), ".-", color=color, label=name)
-            if len(result.runs) > 1:
+            color, line = colors[place], LINES[place % len(LINES)]
+            means = list(map(statistics.fmean, values))
+            axes.plot(epochs, means, color=color, linestyle=line, marker=MARKERS[place % len(MARKERS)], label=name)
+            if len(result.runs) > 1:  # the outline tells bands apart where they overlap
                 lows, highs = list(map(min, values)), list(map(max, values))
-                axes.fill_between(epochs, lows, highs, color=color, alpha=0.2, lw=0)
+                fill, edge = (color, 0.15), (color, 0.7)
+                axes.fill_between(epochs, lows, highs, facecolor=fill, edgecolor=edge, linestyle=line, lw=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(EPOCH_METRICS[column])
         axes.grid(alpha=0.3)
         axes.set_title("mean of the runs; band: minimum to maximum", fontsize="medium")
-        for label in axes.legend().get_texts() if axes.lines else ():
-            label.set_parse_math(False)
+        if axes.lines:
+            for label in figure.legend(loc="outside right upper", ncols=columns, fontsize="small").get_texts():
+                label.set_parse_math(False)
         return figure
 
     def write(self, folder: str | Path) -> None:
@@ -199,8 +207,8 @@ class Report:
         folder = Path(folder).expanduser()
         figures = f"\n![{self.label} by variant]({VARIANTS_FIGURE})\n\n![Over the epochs]({CURVES_FIGURE})\n"
         files: dict[str, Callable[[Path], object]] = {
-            VARIANTS_FIGURE: lambda temporary: save_figure(self.variants_figure(), temporary, dpi=200),
-            CURVES_FIGURE: lambda temporary: save_figure(self.curves_figure(), temporary, dpi=200),
+            VARIANTS_FIGURE: lambda temporary: save_png(self.variants_figure(), temporary),
+            CURVES_FIGURE: lambda temporary: save_png(self.curves_figure(), temporary),
             "report.md": lambda temporary: temporary.write_text(f"# {self.label}\n\n{self.markdown()}{figures}"),
         }
         what = f"{option('output')} {folder}"
@@ -212,11 +220,23 @@ class Report:
         write_json(folder / "report.json", self.to_dict(), what, "choose another folder")
 
 
-def _figure(width: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure  # pyplot would start a window system and keep global state
+def distinct_colors(count: int) -> list[Any]:
+    """Return ``count`` different colors: those of matplotlib's cycle, or of a color map if there are more."""
+    import matplotlib
 
-    figure = Figure(figsize=(width, 4.2), layout="constrained")
-    return figure, figure.subplots()
+    cycle = matplotlib.rcParams["axes.prop_cycle"].by_key().get("color", [])
+    colors = list(dict.fromkeys(cycle))
+    return (
+        colors[:count] if count <= len(colors) else list(matplotlib.colormaps["turbo"](np.linspace(0.02, 0.98, count)))
+    )
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as a PNG, in 200 dots per inch unless matplotlib's parameters have another number."""
+    import matplotlib
+
+    dpi = matplotlib.rcParams["savefig.dpi"]
+    figure.savefig(path, dpi=200 if dpi == "figure" else dpi, format="png")
 
 
 def _number(value: float | None, digits: int, sign: str = "") -> str:
@@ -396,6 +416,7 @@ def _differing_settings(results: Mapping[str, Result]) -> list[str]:
         **{f"test sets {name}": extra_set(name) for name in extra_sets},
         "models": model,
         "epochs": lambda result: [str(result.recipe.epochs)],
+        "seeding schemes": lambda result: [_seeding(result)],
         "backends": lambda result: [f"{result.backend} in {result.dtype}, {result.memory_format}"],
         **{ENVIRONMENT.get(name, f"versions of {name}"): part(name) for name in AFFECTS_FIGURES},
     }
@@ -409,6 +430,13 @@ def _differing_settings(results: Mapping[str, Result]) -> list[str]:
             shown = "; ".join(f"{' and '.join(values)} ({_shorten(names)})" for values, names in variants.items())
             lines.append(f"different {setting}: {shown}")
     return lines
+
+
+def _seeding(result: Result) -> str:
+    """Return which random numbers have a seed of their own, the same in all runs."""
+    names = ("init_seed", "order_seed", "augment_seed")
+    fixed = [f"{name} {value}" for name in names if (value := getattr(result.config, name)) is not None]
+    return " and ".join(fixed) or "one stream from the seed of each run"
 
 
 def _shorten(names: list[str]) -> str:

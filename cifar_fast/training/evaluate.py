@@ -12,6 +12,7 @@ from cifar_fast.backends.base import Backend
 from cifar_fast.data.dataset import lacking_classes
 from cifar_fast.data.eval_sets import EvalSet
 from cifar_fast.model import parameter_dtype
+from cifar_fast.training.time_to_go import EVALUATED, TimeToGo
 from cifar_fast.utils.progress import LOGGER
 
 
@@ -36,17 +37,19 @@ def plain_logits(backend: Backend, images: np.ndarray, indices: np.ndarray | Non
 
 
 def also_accuracies(
-    backend: Backend, eval_sets: Sequence[EvalSet], class_names: Sequence[str]
+    backend: Backend, eval_sets: Sequence[EvalSet], class_names: Sequence[str], to_go: TimeToGo
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the accuracy in % on each of ``eval_sets`` by name, and for each severity of those that have several.
 
     A folder of corruptions also has the means over its corruptions: NAME/mean, and NAME/severity-1 to NAME/severity-5.
-    Log lines tell all of them, and the classes of ``class_names`` that a set lacks.
+    Log lines tell all of them, and the classes of ``class_names`` that a set lacks. ``to_go`` counts the work.
     """
     accuracies: dict[str, float] = {}
     severities: dict[str, list[float]] = {}
     for one in eval_sets:
+        to_go.status = f"testing on {one.name}"
         logits = plain_logits(backend, one.images, one.indices)
+        to_go.add(EVALUATED * len(one.indices))
         correct = logits.argmax(dim=1).cpu().numpy() == one.labels[one.indices]
         percent = accuracies[one.name] = 100 * int(correct.sum()) / len(correct)
         if one.severities > 1:

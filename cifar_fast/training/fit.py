@@ -28,6 +28,7 @@ from cifar_fast.training.results import DivergedResult, Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.training.schedule import schedule_notes
 from cifar_fast.training.tensorboard import TensorBoard
+from cifar_fast.training.time_to_go import EVALUATED, TimeToGo
 from cifar_fast.training.trainer import train
 from cifar_fast.utils.device import AFFECTS_FIGURES, device_guard, device_timer, environment, short_name
 from cifar_fast.utils.distributed import World
@@ -43,7 +44,8 @@ from cifar_fast.utils.errors import (
     plain,
 )
 from cifar_fast.utils.files import absolute_paths, known_path
-from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, prefix_lines, print_line
+from cifar_fast.utils.progress import LOGGER, LogFn, heartbeat, lines_to, prefix_lines, print_line
+from cifar_fast.utils.provenance import now
 from cifar_fast.utils.seeds import Seeds
 from cifar_fast.utils.torch_defaults import DEFAULT_NUM_THREADS, torch_defaults
 
@@ -167,6 +169,7 @@ class Training:
         custom_model: a model instead of the recipe's network.
         on_epoch: as in :func:`fit`.
         backends: backends that other trainings have used, to use again.
+        command: the command line; None for a training from Python.
         world: the processes that share the runs.
 
     Raises:
@@ -181,6 +184,7 @@ class Training:
         custom_model: CustomModel | None = None,
         on_epoch: Callable[[EpochRow], object] | None = None,
         backends: BackendCache | None = None,
+        command: str | None = None,
         world: World = World(),  # noqa: B008  (frozen)
     ) -> None:
         config.check_runs_differ()
@@ -191,7 +195,7 @@ class Training:
             asked = asked.replace(device="cuda")  # of several GPUs that shared the runs, this one is gone
         self.backend_config = local_device(settle_backend(asked), world.size, world.local_rank, asked.device)
         self.config = used_options(asked, self.backend_config)
-        self.folder, self.custom_model, self.on_epoch = folder, custom_model, on_epoch
+        self.folder, self.custom_model, self.on_epoch, self.command = folder, custom_model, on_epoch, command
         self.backends = backends or BackendCache()
         self.result = None if earlier is None else dataclasses.replace(earlier, config=self.config)
         self.paths = dict(earlier.paths) if earlier else {}
@@ -299,10 +303,21 @@ class Training:
         """Return the indices of the runs to train."""
         return self.folder.missing(self.config.runs) if self.folder else list(range(self.config.runs))
 
-    def train(self, run: int, on_step: Callable[[], None]) -> None:
+    def epoch_work(self) -> float:
+        """Return the work of an epoch and its evaluation, as :class:`TimeToGo` counts it."""
+        size = self.config.recipe.batch_size
+        return self.dataset.steps_per_epoch(size) * size + EVALUATED * len(self.dataset.test_images)
+
+    def run_work(self) -> float:
+        """Return the work of a run."""
+        last = [len(self.dataset.test_images), *(len(one.indices) for one in self.eval_sets)]
+        return self.config.recipe.epochs * self.epoch_work() + EVALUATED * sum(last)
+
+    def train(self, run: int, on_step: Callable[[], None], to_go: TimeToGo) -> None:
         """Train the run with that index, or the rest of it, and keep its result in memory and in the folder."""
         config, device, folder = self.config, self.device, self.folder
         with contextlib.ExitStack() as stack:
+            stack.enter_context(heartbeat(to_go.line))
             if folder:
                 stack.enter_context(folder.run_lock(run))
             if self.custom_model:
@@ -316,7 +331,7 @@ class Training:
             facts = environment(device)
             backend, result = self._backend(facts)
             if config.runs > 1:
-                LOGGER.info(f"run {run + 1} of {config.runs}, seed {config.seed + run}")
+                LOGGER.info(f"run {run} of {config.runs}, seed {config.seed + run}")
 
             seeds = seeds_of(config).for_run(run)
             weights, order, augmentation = seeds.generators(device)
@@ -337,12 +352,14 @@ class Training:
             after = rows[-1] if rows else EpochRow.before_first(run)
             if not environments or environments[-1] | facts != environments[-1]:
                 environments = [*environments, {"first_epoch": after.epoch + 1} | facts]
+            to_go.skip(after.epoch * self.epoch_work())
             try:
-                for row in train(backend, order, augmentation, clock, after=after, on_step=on_step):
+                for row in train(backend, order, augmentation, clock, after=after, on_step=on_step, to_go=to_go):
+                    to_go.add(EVALUATED * len(self.dataset.test_images))
                     rows.append(row)
                     if folder:
                         folder.add_row(row)
-                    LOGGER.info(str(row))
+                    LOGGER.info(f"{row}  {to_go}".rstrip())
                     due = config.checkpoint_every and row.epoch % config.checkpoint_every == 0
                     if folder and (due or row.epoch == config.recipe.epochs):
                         states = [generator.get_state() for generator in generators]
@@ -354,7 +371,7 @@ class Training:
                                 self.on_epoch(row)
                     except StopTraining as reason:
                         cause = f": {reason}" if str(reason) else ""
-                        LOGGER.info(f"run {run + 1} is stopped after epoch {row.epoch}{cause}")
+                        LOGGER.info(f"run {run} is stopped after epoch {row.epoch}{cause}")
                         stopped = True
                         break
             except Diverged as error:
@@ -363,8 +380,10 @@ class Training:
                 self._end(result, DivergedResult(diverged, rows, backend.name, environments))
                 return
 
-            also_test, severities = also_accuracies(backend, self.eval_sets, self.dataset.class_names)
+            also_test, severities = also_accuracies(backend, self.eval_sets, self.dataset.class_names, to_go)
+            to_go.status = "classifying the test images"
             logits = plain_logits(backend, self.dataset.test_images).cpu()
+            to_go.add(EVALUATED * len(logits))
             confusion = confusion_matrix(self.dataset.test_labels, logits)
             kept = logits if config.save_logits else None
             last = rows[-1]
@@ -426,6 +445,8 @@ class Training:
                 model=self.custom_model.name if self.custom_model else None,
                 model_digest=self.custom_model.digest if self.custom_model else None,
                 parameters=sum(tensor.numel() for name, tensor in backend.state_dict().items() if name in trained),
+                command=self.command,
+                started=now(),
                 paths=self.paths,
             )
             if self.folder:
@@ -476,7 +497,7 @@ class Training:
         return f"{self._where(missing[0])} is missing; start again with {option('resume')}" if missing else ""
 
     def _where(self, run: int) -> str:
-        return f"{self.folder.path if self.folder else 'memory'}: run {run + 1}"
+        return f"{self.folder.path if self.folder else 'memory'}: run {run}"
 
 
 class CallbackError(BaseException):
@@ -567,6 +588,13 @@ def train_all(
         if world.size > 1:
             shared = f"split over {world.size} processes; the lines are those of rank 0"
             LOGGER.info(f"{len(missing)} runs to train, {shared}")
+            if (idle := world.size - len(missing)) > 0:
+                LOGGER.info(f"{idle} of {world.size} processes have nothing to do; start fewer, or ask for more runs")
+        own = world.share(missing)
+        ahead = {
+            number: [one.run_work() for _, other in own if other == number] for number, one in enumerate(trainings)
+        }
+        to_go = TimeToGo(ahead)
         rounds: list[int] = []
         errors: dict[int, Exception] = {}  # the first of each training on this rank
         left_out: set[int] = set()  # trainings without hope
@@ -582,23 +610,26 @@ def train_all(
             training = trainings[number]
             if len(trainings) > 1 and run not in rounds:
                 rounds.append(run)
-                LOGGER.info(f"round {run + 1} of {training.config.runs}")
+                LOGGER.info(f"round {run} of {training.config.runs}")
             with prefixed(training):
+                to_go.begin(number, run, training.config.runs)
                 try:
-                    training.train(run, step)
+                    training.train(run, step, to_go)
                 except Exception as error:
                     if not training.has_trained and (number in errors or training.result is None):
                         left_out.add(number)
                     if failed is not None or training.config.runs > 1:
                         others = "left out" if number in left_out else "trained"
-                        LOGGER.info(f"run {run + 1} failed: {error}; the other runs are {others}")
+                        LOGGER.info(f"run {run} failed: {error}; the other runs are {others}")
                     LOGGER.debug("run %d failed", run + 1, exc_info=error)
                     free_frames(error)
                     errors.setdefault(number, error)
+                finally:
+                    to_go.end(number in left_out)
 
         lost = None
         try:
-            for run, number in world.share(missing):
+            for run, number in own:
                 if number not in left_out:
                     train_one(run, number)
             told = world.gather({number: message_of(error) for number, error in errors.items()}, on_step)

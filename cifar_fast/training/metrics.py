@@ -93,7 +93,7 @@ class DivergedRun:
     def error(self, runs: int) -> Diverged:
         """Return the error for a person, which names the run if it is one of several ``runs``."""
         error = Diverged.at(self.step, self.epoch)
-        return error if runs == 1 else Diverged(f"run {self.run + 1} of {runs}, seed {self.seed}: {error.message}")
+        return error if runs == 1 else Diverged(f"run {self.run} of {runs}, seed {self.seed}: {error.message}")
 
 
 def confidence_interval_95(values: list[float], highest: float = 100.0) -> list[float] | None:

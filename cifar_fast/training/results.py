@@ -25,6 +25,7 @@ from cifar_fast.training.plots import confusion_figure, curves_figure, draw_curv
 from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
 from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING
+from cifar_fast.utils.provenance import without_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,6 +108,8 @@ class Result:
         state_dict: weights of the last finished run; empty if there is none.
         unwritten: a line for each file that could not be written.
         diverged_results: the runs that diverged, in order.
+        command: the command line of the training; None for one from Python.
+        started: date and time of its first start, in UTC.
     """
 
     config: TrainConfig
@@ -124,6 +127,8 @@ class Result:
     unwritten: list[str] = field(default_factory=list)
     model_digest: str | None = None
     diverged_results: list[DivergedResult] = field(default_factory=list)
+    command: str | None = None
+    started: str | None = None
 
     @classmethod
     def load(cls, folder: str | Path, weights: bool = True) -> Result:
@@ -256,11 +261,14 @@ class Result:
         return confusion_figure(self.confusion, self.dataset["class_names"], self.title())
 
     def title(self) -> str:
-        """Return data set, backend, dtype, device and number of finished runs in one line."""
+        """Return data set, network, backend, dtype, device and number of finished runs in one line."""
         finished, total = len(self.runs), self.config.runs
         runs = f"{finished} of {total} runs" if finished < total else f"{total} runs" if total > 1 else "1 run"
         devices = " and ".join(self.environment_values("device_name"))
-        return f"{self.dataset['name']}, {self.backend} backend, {self.dtype}, {devices}, {runs}"
+        name = self.dataset["name"]
+        data = f"{name} {Path(self.dataset['source']).name}" if name in ("npz", "folder") else name
+        network = self.model or f"network {' '.join(map(str, self.recipe.widths))}"
+        return f"{data}, {network}, {self.backend} backend, {self.dtype}, {devices}, {runs}"
 
     def environment_values(self, name: str) -> list[str]:
         """Return the different values of a part of the environments that the runs were trained in."""
@@ -296,13 +304,15 @@ class Result:
             "model_digest": self.model_digest,
             "parameters": self.parameters,
             "environment": self.environment,
+            "command": self.command,
+            "started": self.started,
             "backend": self.backend,
             "dtype": self.dtype,
             "memory_format": self.memory_format,
             "auto": self.auto,
             "notes": self.notes,
-            "dataset": self.dataset,
-            "settings": self.settings,
+            "dataset": without_names(self.dataset),
+            "settings": without_names(self.settings),
             "runs": [dataclasses.asdict(run) for run in self.runs],
             "environments": [{"run": result.run.run} | each for result in self.ended for each in result.environments],
             **self.not_finished(),
@@ -405,7 +415,7 @@ class RunReader:
             return Result.from_dict(json.loads(path.read_text()))
         except FileNotFoundError:
             raise InputError(
-                f"{self.name}: holds no {TRAINING}; there is nothing to resume, start with {option('output')}"
+                f"{self.name}: holds no {TRAINING}; there is nothing to resume or repeat, start with {option('output')}"
             ) from None
         except Exception as error:  # a damaged file may raise any exception
             raise InputError(

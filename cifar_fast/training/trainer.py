@@ -10,8 +10,8 @@ import torch
 from cifar_fast.backends.base import Backend
 from cifar_fast.data.augment import draw_epoch
 from cifar_fast.training.metrics import EpochRow
+from cifar_fast.training.time_to_go import TimeToGo
 from cifar_fast.utils.errors import Diverged
-from cifar_fast.utils.progress import progress_bar
 
 
 def train(
@@ -22,6 +22,7 @@ def train(
     *,
     after: EpochRow = EpochRow.before_first(0),  # noqa: B008  (frozen)
     on_step: Callable[[], None] = lambda: None,
+    to_go: TimeToGo | None = None,
 ) -> Iterator[EpochRow]:
     """Train the epochs of a run that follow ``after``, and yield a row at the end of each.
 
@@ -33,6 +34,7 @@ def train(
             :func:`cifar_fast.utils.device.device_timer` returns.
         after: row of the last finished epoch, epoch 0 at the start of a run. New rows get its run index.
         on_step: called after each step.
+        to_go: counts the steps, and shows the bar of each epoch.
 
     Raises:
         Diverged: the loss is no longer finite.
@@ -40,14 +42,15 @@ def train(
     recipe, n, on_cpu = backend.recipe, len(backend.data.train_images), backend.device.type == "cpu"
     steps = n // recipe.batch_size
     train_seconds, evaluation_seconds = after.train_seconds, after.evaluation_seconds
+    to_go = to_go or TimeToGo()
     for epoch in range(after.epoch, recipe.epochs):
-        with progress_bar(steps, f"epoch {epoch + 1}/{recipe.epochs}", "step") as bar:
+        with to_go.epoch(epoch + 1, recipe.epochs, steps, recipe.batch_size) as step:
             start = clock()
             scores = []
             draws = draw_epoch(n, device=backend.device, recipe=recipe, generator=augmentation, order=order)
             for loss, correct in backend.train_epoch(draws):
                 scores.append((loss, correct))
-                bar.update()
+                step()
                 if on_cpu:  # on a GPU, reading a loss would wait for the device
                     check_finite(loss[None], epoch * steps + len(scores), steps)
                 on_step()
@@ -79,7 +82,12 @@ def train(
 def means(losses: torch.Tensor, correct: torch.Tensor) -> tuple[float, float]:
     """Return the mean loss, and the accuracy in %."""
     # The reference script averages 100 for correct and 0 for wrong. Other arithmetic changes the last bit.
-    return losses.float().mean().item(), (100 * correct).float().mean().item()
+    return shortest(losses.float().mean()), shortest((100 * correct).float().mean())
+
+
+def shortest(value: torch.Tensor) -> float:
+    """Return the number of fewest digits that is ``value`` in float32: 99.3 and not 99.30000305175781."""
+    return float(str(value.cpu().numpy()))
 
 
 def check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -> None:

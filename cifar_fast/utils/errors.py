@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _OPTION = re.compile("\0(\\w+)\0")
 
@@ -25,6 +26,37 @@ def with_flags(text: str) -> str:
 def plain(text: str) -> str:
     """Return ``text`` with marked options written as arguments in Python."""
     return _OPTION.sub(r"\1", text)
+
+
+OTHER_NAMES = {
+    "lr": ("lr_values",),
+    "learning_rate": ("lr_values",),
+    "wd": ("weight_decay",),
+    "bs": ("batch_size",),
+    "half": ("float16",),
+    "fp16": ("float16",),
+    "bf16": ("bfloat16",),
+    "float": ("float32",),
+    "fp32": ("float32",),
+    "nchw": ("contiguous_format",),
+    "nhwc": ("channels_last",),
+    "gpu": ("cuda",),
+    "triton": ("fused",),
+    "inductor": ("compiled",),
+}
+"""What people call an option or a value elsewhere, and its names here."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return "; did you mean A or B?" with the names of ``choices`` that are near ``name``, or an empty text."""
+
+    def bare(text: str) -> str:
+        return text.lower().lstrip("-").replace("-", "_")
+
+    names = {bare(choice): choice for choice in choices}
+    near = [one for one in (bare(name), *OTHER_NAMES.get(bare(name), ())) if one in names]
+    near = near or difflib.get_close_matches(bare(name), names)
+    return f"; did you mean {' or '.join(names[one] for one in near)}?" if near else ""
 
 
 class UserError(Exception):
