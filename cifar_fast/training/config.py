@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cifar_fast.recipe import BACKENDS, DTYPES, MEMORY_FORMATS, Recipe, plain
-from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.errors import InputError, option, require_instance
 
 Config = TypeVar("Config", bound="TrainConfig")
 
@@ -77,6 +77,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        require_instance("recipe", self.recipe, Recipe, "a Recipe, such as Recipe(epochs=6)")
         for name in ("seed", "init_seed", "order_seed", "augment_seed", "runs", "checkpoint_every", "threads"):
             value = getattr(self, name)
             if value is None and getattr(TrainConfig, name) is None:  # the default
