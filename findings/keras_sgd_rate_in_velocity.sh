@@ -8,8 +8,8 @@
 #   Nesterov: at rate 0 torch does not move, and Keras still does.
 # Source: documentation of keras.optimizers.SGD ("velocity = momentum * velocity - learning_rate * g") and torch.optim.SGD.
 # Output seen on 2026-11-29:
-#   constant rate, plain: torch -0.0695, keras -0.0695
-#   constant rate, Nesterov: torch -0.4125, keras -0.4125
+#   constant rate, plain: torch 0.0951, keras 0.0951
+#   constant rate, Nesterov: torch -0.2144, keras -0.2144
 #   changing rate, plain: torch -1.3969, keras -2.4759
 #   changing rate, Nesterov: torch -2.2572, keras -3.2283
 set -euo pipefail
