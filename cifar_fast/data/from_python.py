@@ -89,7 +89,7 @@ def _name(split: Any) -> str:
 
 def _is_labels(value: Any) -> bool:
     """Return whether ``value`` holds labels: a number, or the probability of each class, for each image."""
-    if hasattr(value, "shape"):
+    if hasattr(value, "dtype"):
         return len(value.shape) in (1, 2)
     return isinstance(value, (list, range)) and all(hasattr(one, "__index__") for one in value[:1])
 

@@ -80,7 +80,7 @@ def read_table(source: str, dataset: Any) -> tuple[np.ndarray, np.ndarray, tuple
     """Read images, labels and class names of ``dataset``, a ``datasets.Dataset`` of the library datasets."""
     schema = dataset.features.arrow_schema
     columns = _columns(source, schema)
-    images, labels = _read_columns(source, "", dataset.with_format("arrow")[:], columns)
+    images, labels = _read_columns(source, "", dataset.with_format("arrow")[:], columns, resize=False)
     return images, labels, tuple(_class_names(source, schema, columns[1]) or ())
 
 

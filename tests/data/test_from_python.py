@@ -60,6 +60,7 @@ FORMS = {
     "subset": lambda arrays: Subset(Pictures(arrays), range(len(arrays[0]))),
     "TensorDataset": lambda arrays: TensorDataset(*tensors(arrays)),
     "items": items,
+    "soft labels": lambda arrays: (arrays[0], np.eye(3)[arrays[1]]),
     "labels in a column": lambda arrays: (arrays[0], arrays[1][:, None].astype(np.uint8)),  # as Keras has them
 }
 
