@@ -55,9 +55,19 @@ def reader(tmp_path, monkeypatch):
     for path in ("photos/dog.png", "cat.jpg"):
         Image.fromarray(pixels).save(tmp_path / path)
     write_test_sets(tmp_path)
+    write_medmnist(tmp_path / "pathmnist_64.npz")
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # the setting of a reader
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def write_medmnist(path):
+    """Write images of 64 x 64 pixels as MedMNIST publishes them."""
+    arrays = {}
+    for seed, (split, n) in enumerate({"train": 700, "val": 20, "test": 20}.items()):
+        images, labels = synthetic.textures(n, seed)
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images.repeat(2, 1).repeat(2, 2), labels[:, None]
+    np.savez(path, **arrays)
 
 
 def write_test_sets(folder):
