@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cifar_fast.utils.errors import InputError, did_you_mean, option
+from cifar_fast.utils.files import as_path
 
 BACKENDS = ("eager", "compiled", "fused")
 DTYPES = ("float16", "bfloat16", "float32")
@@ -235,13 +236,14 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         """Write the recipe to ``path`` as JSON."""
-        Path(path).write_text(self.to_json() + "\n")
+        as_path(path, "path").write_text(self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe from the JSON file ``path``. An :class:`InputError` names the file and what is wrong."""
+        path = as_path(path, "path")
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
+            return cls.from_json(path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from None
         except InputError as error:

@@ -17,7 +17,7 @@ from cifar_fast.data.options import DataOptions
 from cifar_fast.data.split import stratified_split
 from cifar_fast.recipe import IMAGE_SIZE, Recipe
 from cifar_fast.utils.errors import InputError, option
-from cifar_fast.utils.files import atomic_write
+from cifar_fast.utils.files import as_path, atomic_write
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 VALIDATION_ARRAYS = ("validation_images", "validation_labels")
@@ -150,7 +150,7 @@ class Dataset:
     def save(self, path: str | Path) -> None:
         """Write the arrays and class names to the .npz file ``path``. ``load_dataset("npz", path)`` reads it."""
         arrays = {name: getattr(self, name) for name in self.arrays}
-        with atomic_write(Path(path)) as temporary, open(temporary, "wb") as file:
+        with atomic_write(as_path(path, "path")) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays, class_names=np.array(self.class_names))
 
     @property

@@ -21,8 +21,8 @@ from cifar_fast.data.dataset import ARRAYS, Dataset, check_images
 from cifar_fast.data.images import as_images, tell_resized
 from cifar_fast.data.options import VALIDATION, DataOptions
 from cifar_fast.data.split import stratified_split
-from cifar_fast.utils.errors import InputError, first_line, option
-from cifar_fast.utils.files import known_path, locked, made_folder, os_error_as_input_error
+from cifar_fast.utils.errors import InputError, first_line, option, require_instance
+from cifar_fast.utils.files import as_path, known_path, locked, made_folder, os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, print_line
 
 DATASETS = {
@@ -101,7 +101,7 @@ def read_dataset(
 ) -> Dataset:
     """Load a data set as :func:`load_dataset` does, with log lines on the logger only."""
     check_named(name, data_dir)
-    path = Path(DATA_DIR if data_dir is None else data_dir).expanduser()
+    path = as_path(DATA_DIR if data_dir is None else data_dir, "data_dir")
     source = str(path)
     try:
         if name in MIRRORS:
@@ -166,6 +166,7 @@ def _with_options(arrays: dict[str, Any], options: DataOptions, source: str) -> 
 
 def check_named(name: str, data_dir: str | Path | None) -> None:
     """Raise :class:`InputError` if ``name`` is unknown or needs a ``data_dir``. Reads no file."""
+    require_instance("name", name, str, f"one of {', '.join(DATASETS)}")
     if not is_dataset(name):
         raise InputError(f"unknown data set {name!r}; the choices are {', '.join(DATASETS)}")
     if name in ("folder", "npz", "svhn") and data_dir is None:

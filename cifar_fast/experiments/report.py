@@ -29,7 +29,7 @@ from cifar_fast.training.metrics import Run, confidence_interval_95
 from cifar_fast.training.plots import new_figure
 from cifar_fast.training.results import Result, RunReader, RunResult
 from cifar_fast.utils.device import AFFECTS_FIGURES
-from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.errors import InputError, option, require_instance
 from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error, write_json
 
 if TYPE_CHECKING:
@@ -274,6 +274,9 @@ def make_report(
         InputError: scipy is not installed, or a name does not exist.
     """
     welch_test = welch()
+    require_instance("results", results, Mapping, "results by their names, such as {'baseline': result}")
+    for name, result in results.items():
+        require_instance(f"results[{name!r}]", result, Result, "a Result, as fit and Result.load return one")
     if not results:
         raise InputError("there are no results to report")
     all_results = results

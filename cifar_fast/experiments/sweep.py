@@ -23,9 +23,10 @@ from cifar_fast.training.fit import Training, train_all
 from cifar_fast.training.results import Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.distributed import World
-from cifar_fast.utils.errors import InputError, did_you_mean, first_line
+from cifar_fast.utils.errors import InputError, did_you_mean, first_line, require_instance
 from cifar_fast.utils.files import (
     TRAINING,
+    as_path,
     atomic_write,
     check_writable,
     locked,
@@ -71,7 +72,7 @@ class Sweep(TrainConfig):
     @classmethod
     def load(cls, path: str | Path) -> Sweep:
         """Read a sweep from the TOML file ``path``. Its ``output`` is by default runs/STEM."""
-        path = Path(path)
+        path = as_path(path, "path")
         try:
             return cls.from_toml(path.read_text(encoding="utf-8-sig"), output=f"runs/{path.stem}")
         except (OSError, UnicodeDecodeError) as error:
@@ -222,6 +223,7 @@ def fit_sweep(
         The results by the variants' names, without variants of which no run has ended; empty on ranks other than 0.
         ``Result.diverged`` and ``Result.missing`` of a variant name the runs that it has no accuracy of.
     """
+    require_instance("sweep", sweep, Sweep, "a Sweep, as Sweep.load reads one")
     with lines_to(None if world.rank else log):
         return train_sweep(sweep, world, on_step, {})
 

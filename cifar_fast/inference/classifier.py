@@ -17,7 +17,7 @@ from cifar_fast.model import CNN, cannot_be_scripted, load_weights, unwrap
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
 from cifar_fast.training.results import FORMAT, Result
 from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
-from cifar_fast.utils.files import MODEL, TRAINING
+from cifar_fast.utils.files import MODEL, TRAINING, as_path
 
 
 class Classifier(nn.Module):
@@ -122,7 +122,7 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
     Raises:
         InputError: the file cannot be read, or its weights do not fit the model.
     """
-    path = Path(path).expanduser()
+    path = as_path(path, "path")
     if path.is_dir():
         if not (path / MODEL).exists() and (path / TRAINING).exists():
             raise InputError(f"{path}: {_without_weights(path)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cifar_fast.recipe import BACKENDS, DTYPES, MEMORY_FORMATS, Recipe, plain
-from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.errors import InputError, option, require_instance
 
 Config = TypeVar("Config", bound="TrainConfig")
 
@@ -83,6 +83,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        require_instance("recipe", self.recipe, Recipe, "a Recipe, such as Recipe(epochs=6)")
         object.__setattr__(self, "validation", _held_out(plain(self.validation)))
         seeds = ("seed", "init_seed", "order_seed", "augment_seed", "validation_seed")
         for name in (*seeds, "runs", "checkpoint_every", "threads"):

@@ -16,6 +16,7 @@ from cifar_fast.backends.select import BackendCache, BackendConfig, local_device
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.eval_sets import EvalSet, read_eval_sets
+from cifar_fast.data.from_python import as_dataset
 from cifar_fast.data.sources import has_files
 from cifar_fast.data.tensors import DeviceData, device_data
 from cifar_fast.model import CustomModel, Model
@@ -52,7 +53,7 @@ from cifar_fast.utils.torch_defaults import DEFAULT_NUM_THREADS, torch_defaults
 
 def fit(
     recipe: Recipe,
-    dataset: Dataset,
+    dataset: Any,
     *,
     model: Model | None = None,
     backend: str = "auto",
@@ -88,6 +89,8 @@ def fit(
     trains all runs in each process; the commands split them.
 
     Args:
+        dataset: a :class:`Dataset`; a torchvision or Hugging Face data set of 32 x 32 images; arrays or tensors. See
+            :func:`cifar_fast.data.from_python.as_dataset`.
         model: a module to train instead of the recipe's network, from images ``[B, 3, 32, 32]`` to logits
             ``[B, classes]``. Each run starts from a copy of its weights. For fresh weights give a function without
             arguments, such as a class; it is called for each run under the run's seed. The recipe's options of the
@@ -151,7 +154,7 @@ def fit(
     custom_model = None if model is None else CustomModel(model)
     with lines_to(log):
         training = Training(config, folder, custom_model=custom_model, on_epoch=on_epoch)
-        training.prepare(dataset)  # first, because it refuses another data set
+        training.prepare(as_dataset(dataset))  # first, because it refuses another data set
         if finished := training.finished():
             return with_a_run(finished)
         (result,) = train_all([training])

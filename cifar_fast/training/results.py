@@ -24,7 +24,7 @@ from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, confidence_i
 from cifar_fast.training.plots import confusion_figure, curves_figure, draw_curves
 from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
-from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING
+from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING, as_path
 from cifar_fast.utils.provenance import without_names
 
 if TYPE_CHECKING:
@@ -401,7 +401,7 @@ class RunReader:
     """Reader of the folder of a training. Errors call the folder ``name``."""
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
-        self.path = Path(path).expanduser()
+        self.path = as_path(path, "folder")
         self.name = name or str(path)
 
     def of_run(self, run: int) -> Path:

@@ -45,6 +45,7 @@ from cifar_fast.utils.files import (
     RUN_RESULT,
     SUMMARY,
     TRAINING,
+    as_path,
     atomic_write,
     check_writable,
     locked,
@@ -76,7 +77,8 @@ class RunFolder(RunReader):
     """
 
     def __init__(self, path: str | Path, overwrite: bool = False, *, new: bool = False, resume: bool = False) -> None:
-        super().__init__(path, f"{option('resume' if resume else 'output')} {Path(path).expanduser()}")
+        argument = "resume" if resume else "output"
+        super().__init__(path, f"{option(argument)} {as_path(path, argument)}")
         self.overwrite, self.new = overwrite, new
         self.failures: dict[str, str] = {}
         self.tensorboard: TensorBoard | None = None

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 _OPTION = re.compile("\0(\\w+)\0")
 
@@ -97,6 +98,17 @@ class StopTraining(Exception):
 
 class MissingRuns(UserError, RuntimeError):
     """Runs of a training are missing: they failed, or a process died or could not write them. The exit code is 1."""
+
+
+def require_instance(name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
+    """Raise :class:`InputError` unless ``value`` is a ``kind``. The message says that ``name`` must be ``expected``."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be {expected}, not {type_shown(value)}")
+
+
+def type_shown(value: Any) -> str:
+    """Return what ``value`` is, for a message about its type."""
+    return f"the text {value!r}" if isinstance(value, (str, bytes)) else type(value).__name__
 
 
 def first_cause(error: BaseException) -> BaseException:
