@@ -64,6 +64,7 @@ setup(
             "ruff~=0.17.6",
             "mypy~=2.4",
             "import-linter~=2.15",
+            "pre-commit",
             "setuptools>=77",
         ],
     },

@@ -17,7 +17,7 @@ import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -30,6 +30,7 @@ from cifar_fast.data.dataset import ARRAYS, Dataset
 from cifar_fast.data.sources import load_dataset
 from cifar_fast.data.tensors import device_data
 from cifar_fast.recipe import Recipe
+from cifar_fast.whitened import Whitened
 
 CPU = torch.device("cpu")
 
@@ -50,7 +51,7 @@ def compare(program: Path, dataset: Dataset, batch_size: int = 100, seed: int = 
     """Return the largest differences of losses (absolute) and of weights and statistics (relative, by their norms)."""
     recipe = dataclasses.replace(Recipe.load("airbench94"), batch_size=batch_size)
     eager = Eager(recipe, device_data(dataset, CPU), CPU, torch.float64, torch.channels_last)
-    model = eager.new_model(torch.Generator().manual_seed(seed))
+    model = cast(Whitened, eager.new_model(torch.Generator().manual_seed(seed)))
     whitening = model.whiten.weight.detach().clone()
     epochs = [
         draw_epoch(len(dataset.train_images), device=CPU, recipe=recipe, generator=generator, epoch=epoch)
@@ -68,7 +69,8 @@ def compare(program: Path, dataset: Dataset, batch_size: int = 100, seed: int = 
         return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12))
 
     losses = (torch.stack(ours) - torch.tensor(theirs, dtype=torch.float64)).abs()
-    result = {f"whitening of {len(dataset.train_images)} images": relative(whitening, other_whitening)}
+    signs = (whitening * other_whitening).sum(dim=(1, 2, 3), keepdim=True).sign()  # an eigenvector has no sign
+    result = {f"whitening of {len(dataset.train_images)} images": relative(whitening * signs, other_whitening)}
     result |= {"loss of the first step": float(losses[0]), f"loss of {len(losses)} steps": float(losses.max())}
     own = eager.state_dict()
     return result | {name: relative(own[name], tensor) for name, tensor in other.items() if tensor.is_floating_point()}
@@ -81,11 +83,13 @@ def run_program(
     source = program.read_text().replace("batch_size = 2000", f"batch_size = {recipe.batch_size}")
     module = types.ModuleType("airbench94_muon")
     losses: list[float] = []
-    with redirected(epochs), tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with redirected(epochs), tempfile.TemporaryDirectory() as folder, inside(folder):
         Path("cifar10").mkdir()
         for name, split in (("train", "train"), ("test", "test")):
             images, labels = (torch.tensor(getattr(dataset, f"{split}_{part}")) for part in ("images", "labels"))
-            torch.save(dict(images=images, labels=labels, classes=list(map(str, dataset.class_names))), f"cifar10/{name}.pt")
+            torch.save(
+                dict(images=images, labels=labels, classes=list(map(str, dataset.class_names))), f"cifar10/{name}.pt"
+            )
         with mock.patch.object(sys, "argv", [str(program)]):
             exec(compile(source, str(program), "exec"), module.__dict__)
         space: Any = module
@@ -123,6 +127,17 @@ def run_program(
 
 
 @contextlib.contextmanager
+def inside(folder: str) -> Iterator[None]:
+    """Make ``folder`` the working directory."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
 def redirected(epochs: list[Draws]) -> Iterator[None]:
     """Send CUDA to the CPU, compute in float64, and return the draws of ``epochs`` from torch's random functions.
 
@@ -152,7 +167,7 @@ def redirected(epochs: list[Draws]) -> Iterator[None]:
         def elapsed_time(self, other: object) -> float:
             return 0.0
 
-    patches = [
+    patches: list[Any] = [
         mock.patch.object(torch, "compile", lambda function=None, **options: function),
         mock.patch.object(torch, "load", lambda path, map_location: load(path, map_location=CPU)),
         mock.patch.object(torch, "rand", lambda n, device=None: (~mirrored).float()),

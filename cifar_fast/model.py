@@ -7,7 +7,7 @@ import copy
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.utils import skip_init
 
 from cifar_fast.activations import make_activation
 from cifar_fast.recipe import Recipe
-from cifar_fast.utils.errors import InputError, first_line
+from cifar_fast.utils.errors import InputError, first_line, out_of_memory
 from cifar_fast.utils.seeds import derive_seed
 from cifar_fast.whitened import Whitened
 
@@ -62,6 +62,10 @@ class CNN(nn.Module):
                 nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
                 layer.weight.data.mul_(recipe.init_scale)
 
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse ``torch.jit.script``, which calls this and cannot compile the network."""
+        raise cannot_be_scripted()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits ``[B, num_classes]`` for normalized images ``[B, 3, 32, 32]``."""
         return self.outputs(x) * self.output_scale
@@ -90,6 +94,14 @@ def start_epoch(model: nn.Module, epoch: int) -> bool:
     """Select what ``model`` trains in an epoch, counted from 0. Return whether that is all that is ever trained."""
     inner = getattr(model, "_orig_mod", model)
     return inner.start_epoch(epoch) if isinstance(inner, Whitened) else True
+
+
+def cannot_be_scripted() -> InputError:
+    """Return the error for ``torch.jit.script``."""
+    return InputError(
+        "torch.jit.script cannot take this model; use torch.export.export(model, (images,)) or "
+        "torch.jit.trace(model, images)"
+    )
 
 
 class Float32Linear(nn.Linear):
@@ -130,8 +142,45 @@ NOISE = 3
 """Number of the random stream that a model draws from in training, besides the streams of ``Seeds``."""
 
 
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",  # torch.compile
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "AveragedModel": "module",  # torch.optim.swa_utils
+}
+"""Attribute with the module inside, for each of torch's classes that wrap a whole module."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside of torch's wrappers, which add a prefix to the names of its weights."""
+    while type(model).__module__.startswith("torch.") and (inside := WRAPPERS.get(type(model).__name__)):
+        model = getattr(model, inside)
+    return model
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Load ``state_dict`` into ``model``.
+
+    Raises:
+        InputError: they do not fit. The message names the first key that is missing, unexpected or of another shape.
+    """
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        own = model.state_dict()
+        shapes = [(name, tuple(state_dict[name].shape), tuple(own[name].shape)) for name in own if name in state_dict]
+        parts = [f"it lacks {name}" for name in own if name not in state_dict][:1]
+        parts += [f"it has {name}, which the model lacks" for name in state_dict if name not in own][:1]
+        parts += [f"{name} is {found}, not {wanted}" for name, found, wanted in shapes if found != wanted][:1]
+        raise InputError(f"the state dict does not fit {type(model).__name__}: {'; '.join(parts) or error}") from error
+
+
 class CustomModel:
     """The caller's network, which is trained instead of the recipe's. It makes a model for each run.
+
+    A module that torch.compile, DataParallel or AveragedModel wraps is trained without the wrapper.
 
     Args:
         given: a module, whose weights each run starts from; or a class or function that makes a module, called for each
@@ -148,7 +197,7 @@ class CustomModel:
 
     def __init__(self, given: Model) -> None:
         if isinstance(given, nn.Module):
-            start = copy.deepcopy(given)
+            start = copy.deepcopy(unwrap(given))
             self.make: Callable[[], nn.Module] = lambda: copy.deepcopy(start)
         elif callable(given):
             self.make = given
@@ -162,6 +211,7 @@ class CustomModel:
                 raise InputError(f"model cannot be made by calling {given!r} without arguments ({why})") from error
         if not isinstance(made, nn.Module):
             raise InputError(f"model must make a torch.nn.Module, not {type(made).__name__}")
+        made = unwrap(made)
         self.name = type(made).__name__
         if any(nn.parameter.is_lazy(tensor) for tensor in (*made.parameters(), *made.buffers())):
             raise InputError(f"model {self.name} has lazy layers, whose sizes are not known; give it an image first")
@@ -175,7 +225,7 @@ class CustomModel:
         before = default.get_state()
         default.set_state(generator.get_state())
         try:
-            model = self.make()
+            model = unwrap(self.make())
             generator.set_state(default.get_state())
         finally:
             default.set_state(before)

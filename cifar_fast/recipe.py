@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.errors import InputError, did_you_mean, option
+from cifar_fast.utils.files import as_path
 
 BACKENDS = ("eager", "compiled", "fused")
 DTYPES = ("float16", "bfloat16", "float32")
@@ -310,7 +311,10 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Return the recipe from a JSON object; missing constants keep the reference's values."""
+        """Return the recipe from a JSON object; missing constants keep the reference's values.
+
+        A JSON object with the key "recipe", such as ``summary.json`` of a training, gives the recipe that it holds.
+        """
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -318,13 +322,18 @@ class Recipe:
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, dict):
             raise InputError("a recipe must be a JSON object")
+        values = values.get("recipe", values)
+        if not isinstance(values, dict):
+            raise InputError("the key recipe must hold a JSON object")
         if unknown := sorted(set(values) - set(names)):
-            raise InputError(f"a recipe has no constant {', '.join(unknown)}; its constants are {', '.join(names)}")
+            hint = did_you_mean(unknown[0], names)
+            constants = f"its constants are {', '.join(names)}"
+            raise InputError(f"a recipe has no constant {', '.join(unknown)}; {constants}{hint}")
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
         """Write the recipe to ``path`` as JSON."""
-        Path(path).write_text(self.to_json() + "\n")
+        as_path(path, "path").write_text(self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -333,10 +342,9 @@ class Recipe:
         An :class:`InputError` names the file and what is wrong.
         """
         names = shipped_recipes()
-        if str(path) in names:
-            path = SHIPPED / f"{path}.json"
+        path = SHIPPED / f"{path}.json" if str(path) in names else as_path(path, "path")
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
+            return cls.from_json(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise InputError(
                 f"there is no recipe {path}; give a JSON file, or the name of a recipe: {', '.join(names)}"

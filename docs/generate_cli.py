@@ -35,8 +35,8 @@ NOTES = """
 | 2 | invalid input; one line on standard error names the mistake and the remedy |
 | 130 | interrupted by Ctrl-C or SIGTERM |
 
-The first Ctrl-C or SIGTERM lets `train` and `sweep` finish their step; a line then says how to resume. `--traceback`
-shows the origin of an error.
+The first Ctrl-C or SIGTERM lets `train` and `sweep` finish their step, and a line says so at once. The last
+line says how to resume. `--traceback` shows the origin of an error.
 
 ## Flags of `train`, `compare` and `profile`
 """
@@ -45,6 +45,7 @@ EXAMPLES = """
 
     cifar-fast train                                              # CIFAR-10, 24 epochs, the fastest backend here
     cifar-fast train --epochs 6 --runs 3 --output runs/short      # three seeds, with a 95 % interval
+    cifar-fast train --like runs/short --seed 5                   # train again from the start, with another seed
     cifar-fast train --resume runs/short                          # resume an interrupted training, bit for bit
     cifar-fast train --resume runs/short --runs 10                # seven more seeds
     cifar-fast train --init-seed 5 --runs 10                      # the same initial weights in ten orders

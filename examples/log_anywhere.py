@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python examples/log_anywhere.py    # seconds; one thread is faster for a narrow network
     python examples/log_anywhere.py --dataset cifar10 --full --epochs 24 --csv epochs.csv    # on a GPU
 
-``fit`` calls ``on_epoch`` with an ``EpochRow`` at the end of each epoch: run, epoch, train_loss, train_accuracy and
-test_accuracy in %, train_seconds and evaluation_seconds. A tracker needs one line there, with the same ``metrics``:
+``fit`` calls ``on_epoch`` with an ``EpochRow`` at the end of each epoch: run, epoch, loss and accuracy in % on training
+and test images, and on validation images if there are any, train_seconds and evaluation_seconds. A tracker needs one
+line there, with the same ``metrics``:
 
     mlflow.log_metrics(metrics, step=row.epoch)    # MLflow, after mlflow.start_run()
     wandb.log(metrics)                             # Weights & Biases, after wandb.init()
@@ -39,7 +40,7 @@ def main() -> None:
         writer.writeheader()
 
         def on_epoch(row: EpochRow) -> None:
-            metrics = dataclasses.asdict(row)
+            metrics = {name: value for name, value in dataclasses.asdict(row).items() if value is not None}
             writer.writerow(metrics)
             file.flush()
 

@@ -25,7 +25,7 @@ SHARED = Path(os.environ.get("CIFAR_FAST_SHARED", Path(__file__).parents[2] / "s
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NARROW = (4, 8, 8, 8, 16, 32, 32, 32)
 HOW = dict(backend="eager", device="cpu", dtype="float32", log=None)
-TIMES = ("train_seconds", "evaluation_seconds", "setup_seconds")
+TIMES = ("train_seconds", "evaluation_seconds", "setup_seconds", "command", "started")
 KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
@@ -133,7 +133,7 @@ def write_archive(root, name, dataset):
 
 
 def untimed(values):
-    """Return ``values`` without those that depend on the clock."""
+    """Return ``values`` without those that depend on the clock or say how the training was started."""
     return {name: value for name, value in values.items() if not name.startswith("train_seconds") and name not in TIMES}
 
 
@@ -156,7 +156,9 @@ def files_of(runs, *more, diverged=()):
     """Return the files of a finished training with so many ``runs``. Those with an index in ``diverged`` diverged."""
     results = [f"run-{run}/result.json" for run in range(runs)]
     results += [f"run-{run}/model.pt" for run in range(runs) if run not in diverged]
-    return sorted(["curves.png", "metrics.jsonl", "model.pt", "summary.json", "training.json", *results, *more])
+    return sorted(
+        ["confusion.png", "curves.png", "metrics.jsonl", "model.pt", "summary.json", "training.json", *results, *more]
+    )
 
 
 def contents(folder, *left_out):
@@ -170,7 +172,7 @@ def contents(folder, *left_out):
     summary = untimed(json.loads((folder / "summary.json").read_text()))
     summary["runs"] = [untimed(run) for run in summary["runs"]]
     summary["settings"] = {name: value for name, value in summary["settings"].items() if name not in left_out}
-    training = json.loads((folder / "training.json").read_text())
+    training = untimed(json.loads((folder / "training.json").read_text()))
     for values in (summary, training):
         if "data_source" in left_out:
             values["dataset"].pop("source")
@@ -202,7 +204,7 @@ def stop_after(*points):
 
     def log(line):
         if line.startswith("run "):
-            log.run = int(line.split()[1]) - 1
+            log.run = int(line.split()[1])
         if left and line.startswith("epoch") and (log.run, int(line.split()[1])) == left[0]:
             left.pop(0)
             raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from torch import nn
 
 from cifar_fast.data.augment import Draws
 from cifar_fast.data.tensors import DeviceData
-from cifar_fast.model import CustomModel, make_network, parameter_dtype
+from cifar_fast.model import CustomModel, load_weights, make_network, parameter_dtype
 from cifar_fast.recipe import Recipe
 from cifar_fast.whitened import IMAGES as WHITENED_IMAGES
 from cifar_fast.whitened import Whitened
@@ -79,25 +79,34 @@ class Backend(ABC):
         """Return the augmented images ``[B, C, S, S]`` and labels ``[B]`` that ``draws`` chooses."""
 
     @abstractmethod
-    def evaluate(self) -> torch.Tensor:
-        """Return which test images are classified correctly, bool ``[N]``, valid until the next evaluation."""
+    def evaluate(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each evaluated image ``[N]``, and bool ``[N]``, which predictions are correct.
+
+        They have the order of ``data.evaluated_images``, and are valid until the next evaluation.
+        """
 
     @torch.no_grad()
     def _evaluate_in_batches(
-        self, correct_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], batch_size: int
-    ) -> torch.Tensor:
-        """Return the results of ``correct_fn`` for all batches of test images and labels. The last may be short."""
-        self.model.eval()
-        batches = zip(self._test_batches(batch_size), self.data.test_labels.split(batch_size))
-        return torch.cat([correct_fn(images, labels) for images, labels in batches])
+        self,
+        scores_fn: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]],
+        batch_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the losses and correct predictions of ``scores_fn`` for all batches of evaluated images and labels.
 
-    def _test_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """Yield all test images, normalized, ``[B, C, S, S]``, in the dtype of the weights.
+        The last batch may be short.
+        """
+        self.model.eval()
+        batches = zip(self._evaluated_batches(batch_size), self.data.evaluated_labels.split(batch_size))
+        losses, correct = zip(*(scores_fn(images, labels) for images, labels in batches))
+        return torch.cat(losses), torch.cat(correct)
+
+    def _evaluated_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """Yield all evaluated images, normalized, ``[B, C, S, S]``, in the dtype of the weights.
 
         No two evaluations share memory, because a custom model may write into its input.
         """
         dtype = parameter_dtype(self.dtype)
-        for images in self.data.test_images.split(batch_size):
+        for images in self.data.evaluated_images.split(batch_size):
             normalized = self.data.normalization.apply(images, dtype).permute(0, 3, 1, 2)
             yield normalized.contiguous(memory_format=self.memory_format)
 
@@ -133,7 +142,7 @@ class Backend(ABC):
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Resume from a state that ``training_state`` returned. Call ``reset`` first."""
         self.epoch = state["epoch"]
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"])
         for parameter, momentum in zip(self.model.parameters(), state["momentum"], strict=True):
             if momentum is None:
                 continue

@@ -65,8 +65,8 @@ class Eager(Backend):
             self.optimizer.step()
             yield loss.detach(), correct
 
-    def evaluate(self) -> torch.Tensor:
-        return self._evaluate_in_batches(lambda *batch: self.loss_fn(*batch)[1], self.recipe.batch_size)
+    def evaluate(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._evaluate_in_batches(self.loss_fn, self.recipe.batch_size)
 
 
 class Compiled(Eager):

@@ -55,14 +55,15 @@ class Fused(Backend):
         self.native = native(device)
         self.channels = IMAGE_CHANNELS if custom_model or self.native else PADDED_CHANNELS
         self.table = data.normalization.table(dtype)
-        self.test_images = None
+        self.evaluated_images = None
         if not self.native:
-            test_images = data.normalization.apply(data.test_images, parameter_dtype(dtype))
-            self.test_images = F.pad(test_images, (0, self.channels - IMAGE_CHANNELS)).permute(0, 3, 1, 2)
+            images = data.normalization.apply(data.evaluated_images, parameter_dtype(dtype))
+            self.evaluated_images = F.pad(images, (0, self.channels - IMAGE_CHANNELS)).permute(0, 3, 1, 2)
         self.draws = warm_up_draws(n, device)
         schedule = torch.tensor(recipe.learning_rates(self.steps), dtype=torch.float32, device=device)
         self.state = StepState.initial(schedule, self.steps, size, loss_dtype(dtype))
-        self.test_correct = torch.zeros(len(data.test_images), dtype=torch.bool, device=device)
+        count = len(data.evaluated_images)
+        self.evaluated = torch.zeros(count, device=device), torch.zeros(count, dtype=torch.bool, device=device)
 
         # The compiled code and the graphs hold this model's tensors. Each run copies its weights into them.
         self.model = build_model(
@@ -132,9 +133,9 @@ class Fused(Backend):
         assert labels is not None
         return images, labels
 
-    def evaluate(self) -> torch.Tensor:
+    def evaluate(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.evaluation_graph.replay() if self.evaluation_graph else self.eval_step()
-        return self.test_correct
+        return self.evaluated
 
     def seek(self, global_step: int) -> None:
         """Prepare the first step of an epoch, which follows ``global_step`` steps of the run."""
@@ -153,17 +154,19 @@ class Fused(Backend):
         record(loss.to(self.state.losses.dtype), correct, self.state)  # a custom model may return another dtype
 
     def eval_step(self) -> None:
-        """Evaluate all test images. This is the function that is captured."""
+        """Evaluate all images that are not trained on. This is the function that is captured."""
         batch_size = self.recipe.batch_size
         if not self.native:
-            batch_size = evaluation_batch_size(len(self.data.test_images), batch_size)
-        self.test_correct.copy_(self._evaluate_in_batches(lambda *batch: self.loss_grad_fn(*batch)[2], batch_size))
+            batch_size = evaluation_batch_size(len(self.data.evaluated_images), batch_size)
+        scores = self._evaluate_in_batches(lambda *batch: self.loss_grad_fn(*batch)[1:3], batch_size)
+        for kept, values in zip(self.evaluated, scores):
+            kept.copy_(values)
 
-    def _test_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        if self.test_images is None:
-            yield from super()._test_batches(batch_size)
+    def _evaluated_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        if self.evaluated_images is None:
+            yield from super()._evaluated_batches(batch_size)
         else:
-            for images in self.test_images.split(batch_size):
+            for images in self.evaluated_images.split(batch_size):
                 yield images.clone() if self.custom_model else images
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:

@@ -24,7 +24,7 @@ from cifar_fast.utils.device import (
     short_name,
     slow_on_cpu_reason,
 )
-from cifar_fast.utils.errors import InputError, first_cause, first_line, option, out_of_memory
+from cifar_fast.utils.errors import InputError, did_you_mean, first_cause, first_line, option, out_of_memory
 from cifar_fast.utils.progress import LOGGER
 
 
@@ -57,7 +57,8 @@ def resolve_backend(
         ("memory format", memory_format, MEMORY_FORMATS),
     ):
         if value not in ("auto", *names):
-            raise InputError(f"unknown {what} {value!r}; there are auto, {', '.join(names)}")
+            hint = did_you_mean(str(value), names)
+            raise InputError(f"unknown {what} {value!r}; there are auto, {', '.join(names)}{hint}")
     if backend == "fused" and memory_format == "contiguous_format":
         raise InputError(
             f"the fused backend's kernels need {option('memory_format')} channels_last; eager and compiled support both"
@@ -141,9 +142,10 @@ def build_backend(
             raise
         except Exception as error:  # compiler, driver and memory each raise their own
             cannot = f"take the model {custom_model.name}" if custom_model else "be set up"
-            failure = InputError(f"the {name} backend cannot {cannot} here ({_reason(error, recipe.batch_size)})")
+            reason, cure = _reason(error, name, recipe.batch_size)
+            failure = InputError(f"the {name} backend cannot {cannot} here ({reason})")
             if following is None:
-                raise InputError(f"{failure.message}; choose another {option('backend')}") from error
+                raise InputError(f"{failure.message}; {cure}") from error
             LOGGER.debug("%s", failure, exc_info=error)
         else:
             for line in backend.notes:
@@ -157,15 +159,21 @@ def build_backend(
     raise AssertionError("a config names at least one backend")
 
 
-def _reason(error: BaseException, batch_size: int) -> str:
-    """Return the cause of ``error`` in one line.
+def _reason(error: BaseException, name: str, batch_size: int) -> tuple[str, str]:
+    """Return the cause of ``error``, raised by the set-up of the backend ``name``, and what to do, each in one line.
 
     It is found here so that no variable of the caller holds the cause, whose frames hold the backend's memory.
     """
     cause = first_cause(error)
-    if out_of_memory(cause):
-        return f"out of memory at {option('batch_size')} {batch_size}"
-    return f"{type(cause).__name__}: {first_line(cause)}"
+    other = f"choose another {option('backend')}"
+    if not out_of_memory(cause):
+        return f"{type(cause).__name__}: {first_line(cause)}", other
+    if name == "eager":  # its set-up makes the network and no batch
+        return "out of memory for the weights of the network", f"choose smaller {option('widths')}, or free memory"
+    return (
+        f"out of memory at {option('batch_size')} {batch_size}",
+        f"choose a smaller one, or another {option('backend')}",
+    )
 
 
 def backend_class(name: str) -> type[Backend]:

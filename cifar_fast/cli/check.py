@@ -43,12 +43,13 @@ def run(args: argparse.Namespace) -> int:
     size = BATCH_SIZE[config.device.type] if args.batch_size is None else args.batch_size
     if size < MIN_BATCH_SIZE:
         raise InputError(f"--batch-size must be at least {MIN_BATCH_SIZE} for a check, not {size}")
-    recipe = Recipe(batch_size=size)
+    training = Recipe()
+    recipe = dataclasses.replace(training, batch_size=size)
     if config.device.type == "cpu":
         tune_malloc()
     if os.environ.get("TRITON_INTERPRET") == "1":
         recipe = dataclasses.replace(recipe, widths=tuple(width // 4 for width in recipe.widths))  # it is slow
-    check = Check(config, reference, recipe)
+    check = Check(config, reference, recipe, training)
     check.run()
     if args.json:
         check.write(args.json)

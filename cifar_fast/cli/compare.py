@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=3.0,
         metavar="X",
-        help="allowed multiple of eager's own difference (default: 3)",
+        help="allowed multiple of eager's own difference, to which a quarter of the last bit is added (default: 3)",
     )
     group.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to this file")
     return parser

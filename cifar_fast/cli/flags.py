@@ -8,6 +8,7 @@ import dataclasses
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,7 +22,15 @@ from cifar_fast.data.sources import DATA_URL, DATASETS, is_dataset
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import ReportedOnRank0, World
-from cifar_fast.utils.errors import Diverged, InputError, MissingRuns, with_flags
+from cifar_fast.utils.errors import (
+    Diverged,
+    InputError,
+    MissingRuns,
+    did_you_mean,
+    first_line,
+    out_of_memory,
+    with_flags,
+)
 from cifar_fast.utils.files import check_writable
 from cifar_fast.utils.progress import LOGGER, lines_to
 
@@ -36,7 +45,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists the flags")
+        hint = ""
+        if choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            hint = did_you_mean(choice[1], [name.strip(" '") for name in choice[2].split(",")])
+        elif flag := re.match(r"unrecognized arguments: .*?(--[\w-]+)", message):
+            hint = did_you_mean(flag[1], [name for name in self._option_string_actions if name.startswith("--")])
+        raise InputError(f"{message}{hint or '; --help lists the flags'}")
 
 
 def command_parser(name: str, summary: str) -> Parser:
@@ -73,6 +87,13 @@ def run_command(
             traceback.print_exc()
         print(f"error: {with_flags(error.message) if flags else error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        if show_traceback:
+            traceback.print_exc()
+        print(f"error: out of memory ({first_line(error)}); free memory, or use less data", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or on_interrupt, file=sys.stderr)
         return 130
@@ -114,13 +135,47 @@ def debug_to_stderr(enabled: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
+def signals_to(call: Callable[[int], None]) -> Iterator[None]:
+    """Call ``call`` in another thread with the number of each signal that comes inside the block.
+
+    Python's own handlers run in the main thread, which may be in a long call of C code.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        with open(reader, "rb", buffering=0) as pipe:
+            while number := pipe.read(1):
+                call(number[0])
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        listener.join()
+
+
+@contextlib.contextmanager
+def interruptible(quiet: bool = False) -> Iterator[Callable[[], None]]:
     """Yield a function to call after each step, which raises KeyboardInterrupt if Ctrl-C or SIGTERM has come.
 
-    Once the function was called, the first signal waits for its next call. A second signal, or one before the first
-    call, interrupts at once. The caller's signal handlers are restored afterwards.
+    Once the function was called, the first signal waits for its next call, and a line says so at once unless ``quiet``.
+    A second signal, or one before the first call, interrupts at once. The caller's signal handlers are restored
+    afterwards.
     """
-    asked = stepping = False
+    asked = stepping = answered = False
+
+    def answer(number: int) -> None:
+        nonlocal answered
+        if number in before and stepping and not (answered or quiet):
+            answered = True
+            again = "; to stop at once, press Ctrl-C again" if number == signal.SIGINT else ""
+            line = f"finishing this step{again}\n"
+            os.write(2, f"\n{line}".encode() if os.isatty(2) else line.encode())  # a bar may be there
 
     def handle(*signal_and_frame: object) -> None:
         nonlocal asked
@@ -134,16 +189,15 @@ def interruptible() -> Iterator[Callable[[], None]]:
         if asked:
             raise KeyboardInterrupt
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored under nohup
-                before[number] = signal.signal(number, handle)
-    try:
+    before: dict[int, Any] = {}
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            stack.enter_context(signals_to(answer))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored under nohup
+                    before[number] = signal.signal(number, handle)
+                    stack.callback(signal.signal, number, before[number])
         yield on_step
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def print_line(line: str) -> None:
@@ -198,7 +252,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recipe",
         metavar="FILE",
-        help="recipe to start from, JSON as --print-recipe writes it (default: the reference's)",
+        help="recipe to start from, JSON as --print-recipe writes it, or summary.json of a training (default: the "
+        "reference's)",
     )
     for field in dataclasses.fields(Recipe):
         add_flag(group, field, None)
@@ -226,6 +281,8 @@ def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
         kinds = {int: "N", float: "X", tuple: "CLASS"}
         kind = number_or_name if isinstance(item, tuple) else type(item)
         settings.update(type=kind, nargs="+", metavar=kinds[type(item)])
+    elif field.type == "int | float":
+        settings.update(type=number, metavar="N")
     elif isinstance(value, float):
         shown = f"{value:g}"
         settings.update(type=float, metavar="X")
@@ -234,6 +291,11 @@ def add_flag(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
         settings.update(type=kind, metavar={int: "N", float: "X", str: "FILE"}[kind])
     text = field.metadata["help"] if value is None else f"{field.metadata['help']} (default: {shown})"
     group.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=text, **settings)
+
+
+def number(text: str) -> int | float:
+    """Return the value of a flag that takes a number or a fraction."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 def number_or_name(text: str) -> int | str:

@@ -6,6 +6,7 @@ import sys
 
 from cifar_fast import __version__
 from cifar_fast.cli import check, compare, predict, profile, report, sweep, train
+from cifar_fast.utils.errors import did_you_mean
 
 COMMANDS = {
     "train": train,
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cifar-fast {__version__}")
         return 0
     if command not in COMMANDS:
-        print(f"error: there is no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        hint = did_you_mean(command, COMMANDS)
+        print(f"error: there is no command {command!r}; there are {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         return 2
     return COMMANDS[command].main(rest)

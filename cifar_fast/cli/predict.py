@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from cifar_fast.data.images import tell_resized
     from cifar_fast.inference.classifier import load_model
     from cifar_fast.inference.predict import Prediction, accuracy, classify, find_images, write_predictions
-    from cifar_fast.training.fit import oom_hint
+    from cifar_fast.utils.errors import oom_hint
 
     device = resolve_backend("eager", args.device, "float32").device
     model = load_model(args.model).to(device)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     images = find_images(args.images, model, on_unreadable)
     predictions: list[Prediction] = []
     size, flip = args.batch_size, args.flip_average
-    with oom_hint("prediction", size):
+    with oom_hint(f"in prediction at --batch-size {size}", "try a smaller one"):
         for prediction in classify(model, images, batch_size=size, flip_average=flip, on_unreadable=on_unreadable):
             predictions.append(prediction)
             best = prediction.probabilities.topk(args.top)

@@ -27,9 +27,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", metavar="NAME", help="variant to compare the others with (default: the first)")
     parser.add_argument(
         "--metric",
-        default="test_accuracy",
         metavar="NAME",
-        help="test_accuracy, train_accuracy, train_loss, or the name of a test set of --also-test",
+        help="test_accuracy, validation_accuracy, train_accuracy, test_loss, validation_loss, train_loss, or the name "
+        "of a test set of --also-test (default: validation_accuracy if all trainings have a --validation, else "
+        "test_accuracy)",
     )
     parser.add_argument(
         "--output",

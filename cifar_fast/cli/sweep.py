@@ -11,6 +11,7 @@ from cifar_fast.cli.flags import add_traceback_flag, command_parser, interruptib
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import plain
 from cifar_fast.utils.progress import LOGGER
+from cifar_fast.utils.provenance import command_line
 
 if TYPE_CHECKING:
     from cifar_fast.experiments.sweep import Sweep
@@ -57,9 +58,9 @@ def train_in(world: World, args: argparse.Namespace, sweep: Sweep) -> int:
     if on_cpu:
         tune_malloc()
     failed: dict[str, str] = {}
-    with interruptible() as on_step:
+    with interruptible(quiet=world.rank > 0) as on_step:
         try:
-            results = train_sweep(sweep, world, on_step, failed)
+            results = train_sweep(sweep, world, on_step, failed, command_line("sweep", [args.spec]))
         except KeyboardInterrupt:
             command = shlex.join(["cifar-fast", "sweep", args.spec])
             raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None

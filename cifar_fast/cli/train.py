@@ -27,10 +27,14 @@ from cifar_fast.data.sources import check_named, place_of, read_dataset
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import InputError, with_flags
-from cifar_fast.utils.progress import LOGGER, lines_to
+from cifar_fast.utils.progress import LOGGER, heartbeat, lines_to
+from cifar_fast.utils.provenance import command_line
 
 if TYPE_CHECKING:
     from cifar_fast.training.results import Result
+
+RESUMED_AUTO = ("backend", "device", "dtype", "memory_format")
+"""Options of which ``auto`` keeps the earlier choice on a resume."""
 
 SUMMARY = "train the recipe, and write the results to a folder"
 
@@ -43,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = command_parser("train", SUMMARY)
     add_run_flags(parser)
-    add_config_flags(parser, ("runs", "init_seed", "order_seed", "augment_seed", "threads"))
+    add_config_flags(
+        parser, ("validation", "validation_seed", "runs", "init_seed", "order_seed", "augment_seed", "threads")
+    )
     group = parser.add_argument_group("results")
     group.add_argument(
         "--output",
@@ -55,6 +61,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--resume",
         metavar="DIR",
         help="continue the training in that folder, with the flags that it was started with; --runs may grow",
+    )
+    group.add_argument(
+        "--like",
+        metavar="DIR",
+        help="train as in that folder, from the start: its flags are the defaults, also of data, device and threads",
     )
     add_config_flags(group, ("checkpoint_every", "save_logits"))
     group.add_argument(
@@ -83,6 +94,8 @@ def run(argv: list[str] | None) -> int:
     parser = make_parser()
     typed = args = parser.parse_args(argv)
     folder: Any = None
+    if args.like and args.resume:
+        raise InputError("give --like or --resume: one trains again from the start, the other continues")
     if args.resume:
         if args.output or args.overwrite:
             raise InputError("give --resume alone, without --output and --overwrite")
@@ -91,14 +104,24 @@ def run(argv: list[str] | None) -> int:
         folder = RunFolder(args.resume, resume=True)
         parser.set_defaults(**flags_of(folder.earlier, typed))
         args = parser.parse_args(argv)
+    paths: dict[str, str] = {}
+    if args.like:
+        from cifar_fast.training.results import RunReader
+
+        like = RunReader(args.like, f"--like {args.like}").training()
+        if like.model:
+            raise InputError(f"--like {args.like}: its model {like.model} exists in Python only; train it there by fit")
+        how = {name: getattr(like.config, name) for name in RESUMED_AUTO}
+        parser.set_defaults(**flags_of(like, typed), **how)
+        args, paths = parser.parse_args(argv), like.paths
     if args.print_recipe:
         print_line(recipe_of(args).to_json())
         return 0
     if args.profile:
         if World.from_env().size > 1:
             raise InputError("--profile runs in one process; start it without torchrun, RANK and WORLD_SIZE")
-        if folder and not typed.data_dir:
-            args.data_dir = place_of(args.dataset, args.data_dir, folder.earlier.paths)
+        if (folder or paths) and not typed.data_dir:
+            args.data_dir = place_of(args.dataset, args.data_dir, paths or folder.earlier.paths)
         args.output = args.profile
         with lines_to(print_line):
             return profile.run(args)
@@ -110,15 +133,23 @@ def run(argv: list[str] | None) -> int:
     data_options_of(args)
     check_named(args.dataset, args.data_dir)
     with joined() as world:
-        return train_in(world, args, config, folder, typed)
+        command = command_line("train", sys.argv[1:] if argv is None else argv)
+        return train_in(world, args, config, folder, typed, paths, command)
 
 
 def train_in(
-    world: World, args: argparse.Namespace, config: TrainConfig, folder: Any, typed: argparse.Namespace
+    world: World,
+    args: argparse.Namespace,
+    config: TrainConfig,
+    folder: Any,
+    typed: argparse.Namespace,
+    paths: dict[str, str],
+    command: str,
 ) -> int:
     """Train with the processes of ``world``.
 
-    ``folder`` is that of the training to resume, or None. ``typed`` has the flags without those of that training.
+    ``folder`` is that of the training to resume, or None. ``typed`` has the flags without those of an earlier training,
+    and ``paths`` the absolute paths of the one that is repeated.
     """
     with world.all_or_none():
         from cifar_fast.training.fit import Training, train_all
@@ -128,7 +159,8 @@ def train_in(
         # Check everything possible before the data is loaded, because loading may take long.
         if folder is None:
             folder = RunFolder(args.output or default_output(args.dataset), args.overwrite, new=not args.output)
-        training = Training(config, folder, world=world)
+        training = Training(config, folder, command=command, world=world)
+        training.paths |= paths
         # Data that is named is compared first.
         if not (typed.data_dir or typed.also_test) and (finished := training.finished()):
             return exit_code(finished, world)
@@ -136,11 +168,13 @@ def train_in(
         options = data_options_of(args).relocated(training.paths)
     if training.device.type == "cpu":
         tune_malloc()
-    with interruptible() as on_step:
+    with interruptible(quiet=world.rank > 0) as on_step:
         try:
-            dataset = world.rank0_first(lambda: read_dataset(args.dataset, data_dir, args.data_url, options))
+            with heartbeat(lambda: f"reading the data set {args.dataset}"):
+                dataset = world.rank0_first(lambda: read_dataset(args.dataset, data_dir, args.data_url, options))
             with world.all_or_none():
                 training.prepare(dataset)
+                del dataset  # the training may hold copies of some of its images
                 if finished := training.finished():
                     return exit_code(finished, world)
             results = train_all([training], world, on_step=on_step)
@@ -165,8 +199,7 @@ def exit_code(result: Result | None, world: World) -> int:
 def flags_of(earlier: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Return the flags that the training ``earlier`` was started with, as defaults for those left out of ``args``."""
     config = earlier.config
-    changeable = ("backend", "device", "dtype", "memory_format")  # auto keeps the earlier choice
-    flags = {name: getattr(config, name) for name in TrainConfig.names() if name not in changeable}
+    flags = {name: getattr(config, name) for name in TrainConfig.names() if name not in RESUMED_AUTO}
     flags["also_test"] = [] if args.also_test else [*config.also_test.items()]  # the flag adds to its default
     flags |= {"dataset": earlier.dataset["name"], "data_dir": earlier.dataset["source"]} | earlier.dataset["options"]
     flags["log"] = "tensorboard" if flags.pop("tensorboard") else "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ import numpy as np
 
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.options import DataOptions
+from cifar_fast.data.split import stratified_split
 from cifar_fast.recipe import IMAGE_SIZE, Recipe
 from cifar_fast.utils.errors import InputError, option
-from cifar_fast.utils.files import atomic_write
+from cifar_fast.utils.files import as_path, atomic_write
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+VALIDATION_ARRAYS = ("validation_images", "validation_labels")
 MAX_CLASSES = 1000
 
 
@@ -39,6 +41,8 @@ class Dataset:
             their numbers by default.
         notes: lines that say what :meth:`for_recipe` changed.
         options: how :func:`cifar_fast.load_dataset` read the data.
+        validation_images, validation_labels: images that are not trained on, to choose between trainings; None if there
+            are none.
 
     Raises:
         InputError: an array is not as described.
@@ -53,9 +57,13 @@ class Dataset:
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     options: DataOptions = dataclasses.field(default=DataOptions())
+    validation_images: np.ndarray | None = None
+    validation_labels: np.ndarray | None = None
+    _held_out: dict[tuple[float, int], Dataset] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for split in ("train", "test"):
+        evaluated = ("validation", "test") if self.validation_images is not None else ("test",)
+        for split in ("train", *evaluated):
             images, labels = np.asarray(getattr(self, f"{split}_images")), np.asarray(getattr(self, f"{split}_labels"))
             check_images(self.source, images, labels, f"{split}_")
             # torchvision's arrays are transposed views and OpenCV's are reversed ones. torch refuses some such layouts
@@ -78,11 +86,12 @@ class Dataset:
                 f"{self.source}: class {self.class_names[counts.argmin()]} has no training image; number the "
                 "classes from 0 without gaps"
             )
-        if self.test_labels.max() >= self.num_classes:
-            raise InputError(
-                f"{self.source}: test_labels has class {self.test_labels.max()}, which train_labels lacks; "
-                "remove it or add training images of it"
-            )
+        for name in (f"{split}_labels" for split in evaluated):
+            if (highest := getattr(self, name).max()) >= self.num_classes:
+                raise InputError(
+                    f"{self.source}: {name} has class {highest}, which train_labels lacks; remove it or add training "
+                    "images of it"
+                )
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Return the number of whole batches in an epoch."""
@@ -104,20 +113,35 @@ class Dataset:
                 f"{self.source}: a channel of train_images has the same value everywhere; it cannot be normalized"
             )
 
-    def for_recipe(self, recipe: Recipe) -> Dataset:
+    def for_recipe(self, recipe: Recipe, validation: int | float = 0, validation_seed: int = 0) -> Dataset:
         """Return the data that ``recipe`` trains and tests on.
 
-        Select its classes and its subset, and apply its label noise. The result is the same in every run. It does not
-        depend on the seed of the training.
+        Select its classes, hold out the validation images, select the subset of the others, and apply the label noise
+        to it. The result is the same in every run. It does not depend on the seed of the training.
+
+        Args:
+            validation: number or fraction of the training images to hold out, see :func:`stratified_split`.
         """
         dataset = self
         if recipe.classes:
             dataset = _only_classes(dataset, dataset.class_numbers(recipe.classes))
+        if validation:
+            key = validation, validation_seed
+            if key not in dataset._held_out:  # the variants of a sweep share the images
+                dataset._held_out[key] = _with_validation(dataset, *key)
+            dataset = dataset._held_out[key]
         if recipe.train_subset:
             dataset = _subset(dataset, recipe.train_subset)
         if recipe.label_noise:
             dataset = _with_label_noise(dataset, recipe.label_noise, recipe.label_noise_seed)
-        return dataset
+        lines = [dataset._lacking(split) for split in ("validation", "test") if f"{split}_labels" in dataset.arrays]
+        notes = (*dataset.notes, *(line for line in lines if line and line not in dataset.notes))
+        return dataset if notes == dataset.notes else dataclasses.replace(dataset, notes=notes)
+
+    def _lacking(self, split: str) -> str:
+        """Return a line about the classes without an image in ``split``; empty if there are none."""
+        lacking = lacking_classes(getattr(self, f"{split}_labels"), self.class_names)
+        return lacking and f"{split} images: {lacking}, so the {split} accuracy does not cover all classes"
 
     def class_numbers(self, classes: Sequence[int | str]) -> tuple[int, ...]:
         """Return the numbers of ``classes``, which are names and numbers; see :meth:`ClassNames.choose`."""
@@ -125,9 +149,14 @@ class Dataset:
 
     def save(self, path: str | Path) -> None:
         """Write the arrays and class names to the .npz file ``path``. ``load_dataset("npz", path)`` reads it."""
-        arrays = {name: getattr(self, name) for name in ARRAYS}
-        with atomic_write(Path(path)) as temporary, open(temporary, "wb") as file:
+        arrays = {name: getattr(self, name) for name in self.arrays}
+        with atomic_write(as_path(path, "path")) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays, class_names=np.array(self.class_names))
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that the data set has."""
+        return ARRAYS if self.validation_images is None else (*ARRAYS, *VALIDATION_ARRAYS)
 
     @property
     def num_classes(self) -> int:
@@ -139,6 +168,7 @@ class Dataset:
             "name": str(self.name),
             "digest": self.digest,
             "train_images": len(self.train_images),
+            "validation_images": 0 if self.validation_images is None else len(self.validation_images),
             "test_images": len(self.test_images),
             "class_names": list(self.class_names),
             "options": self.options.given(),
@@ -146,9 +176,9 @@ class Dataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the shapes and bytes of the four arrays, in hexadecimal, whatever their source."""
+        """SHA-256 of the shapes and bytes of the arrays, in hexadecimal, whatever their source."""
         digest = hashlib.sha256()
-        for name in ARRAYS:
+        for name in self.arrays:
             array = getattr(self, name)
             digest.update(repr(array.shape).encode())
             digest.update(array)
@@ -156,15 +186,15 @@ class Dataset:
 
 
 def _only_classes(dataset: Dataset, classes: tuple[int, ...]) -> Dataset:
-    train_labels, test_labels = (new_labels(labels, classes) for labels in (dataset.train_labels, dataset.test_labels))
-    in_train, in_test = train_labels >= 0, test_labels >= 0
     names = tuple(dataset.class_names[old] for old in classes)
+    arrays: dict[str, Any] = {}
+    for of_images, of_labels in zip(dataset.arrays[::2], dataset.arrays[1::2]):
+        labels = new_labels(getattr(dataset, of_labels), classes)
+        chosen = labels >= 0
+        arrays |= {of_images: getattr(dataset, of_images)[chosen], of_labels: labels[chosen]}
     return dataclasses.replace(
         dataset,
-        train_images=dataset.train_images[in_train],
-        train_labels=train_labels[in_train],
-        test_images=dataset.test_images[in_test],
-        test_labels=test_labels[in_test],
+        **arrays,
         class_names=names,
         notes=(*dataset.notes, f"classes: {', '.join(names)}, of {dataset.num_classes}"),
     )
@@ -175,6 +205,26 @@ def new_labels(labels: np.ndarray, classes: tuple[int, ...]) -> np.ndarray:
     table = np.full(MAX_CLASSES, -1)
     table[list(classes)] = range(len(classes))
     return table[labels]
+
+
+def _with_validation(dataset: Dataset, held_out: int | float, seed: int) -> Dataset:
+    """Move training images to the validation images, with the same share of each class."""
+    if dataset.validation_images is not None:
+        raise InputError(f"{dataset.source}: has validation images already; leave {option('validation')} out")
+    try:
+        kept, chosen = stratified_split(dataset.train_labels, held_out, seed)
+    except InputError as error:
+        raise InputError(f"{dataset.source}: {option('validation')} {error.message}") from None
+    n, images, labels = len(dataset.train_images), dataset.train_images, dataset.train_labels
+    note = f"validation: {len(chosen)} of {n} training images held out, the same share of each class, seed {seed}"
+    return dataclasses.replace(
+        dataset,
+        train_images=images[kept],
+        train_labels=labels[kept],
+        validation_images=images[chosen],
+        validation_labels=labels[chosen],
+        notes=(*dataset.notes, note),
+    )
 
 
 def _subset(dataset: Dataset, count: int) -> Dataset:
@@ -212,6 +262,13 @@ def _with_label_noise(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     labels[chosen] = (labels[chosen] + shift[chosen]) % k
     note = f"label_noise: {len(chosen)} of {n} training labels replaced by another class"
     return dataclasses.replace(dataset, train_labels=labels, notes=(*dataset.notes, note))
+
+
+def lacking_classes(labels: np.ndarray, class_names: Sequence[str]) -> str:
+    """Return which classes have no image among ``labels``, for a person; empty if each has one."""
+    counts = np.bincount(labels, minlength=len(class_names))
+    lacking = [name for name, count in zip(class_names, counts) if not count]
+    return f"none of class {ClassNames(lacking)}, {len(lacking)} of {len(class_names)} classes" if lacking else ""
 
 
 def check_images(source: str, images: np.ndarray, labels: np.ndarray, prefix: str = "") -> None:

@@ -20,11 +20,18 @@ IMAGES_AT_ONCE = 5000
 """Number of images that are read from disk at once for a digest."""
 
 
+EXTRA_CORRUPTIONS = ("gaussian_blur", "saturate", "spatter", "speckle_noise")
+"""Corruptions of CIFAR-10-C that its authors keep for validation. The usual mean is over the other fifteen."""
+SEVERITIES = 5
+"""The number of severities in a file of CIFAR-10-C, one after another with the same labels."""
+
+
 @dataclass(frozen=True, eq=False)
 class EvalSet:
     """A named test set: uint8 images ``[N, 32, 32, 3]`` and int64 labels ``[N]``, -1 for a class not trained on.
 
-    ``class_names`` are the names of the classes in its file, if it has any.
+    ``class_names`` are the names of the classes in its file, if it has any. ``group`` is the name of the folder of
+    corruptions that it is from, if any. The images of such a set are in equal parts of ``severities`` 1, 2, 3, ...
 
     Images of a .npy file stay on disk until they are used.
     """
@@ -33,6 +40,13 @@ class EvalSet:
     images: np.ndarray
     labels: np.ndarray
     class_names: ClassNames | None = None
+    group: str = ""
+    severities: int = 1
+
+    @property
+    def in_mean(self) -> bool:
+        """Whether it counts in the mean over corruptions: those of CIFAR-10-C for validation do not."""
+        return bool(self.group) and self.name.removeprefix(f"{self.group}/") not in EXTRA_CORRUPTIONS
 
     @property
     def indices(self) -> np.ndarray:
@@ -104,6 +118,10 @@ def _read_folder(name: str, folder: Path) -> list[EvalSet]:
     shared = folder / "labels.npy"
     files = sorted(folder.glob("*.npy" if shared.is_file() else "*_data.npy"))
     sets = [_read_file(f"{name}/{file.stem.removesuffix('_data')}", file) for file in files if file != shared]
+    if sets and shared.is_file():
+        parts = np.split(sets[0].labels, SEVERITIES) if len(sets[0].labels) % SEVERITIES == 0 else []
+        severities = SEVERITIES if parts and all(np.array_equal(part, parts[0]) for part in parts) else 1
+        sets = [dataclasses.replace(one, group=name, severities=severities) for one in sets]
     if not sets:
         raise InputError(f"{folder}: no *_data.npy with its *_labels.npy, and no labels.npy beside other .npy files")
     return sets

@@ -11,6 +11,7 @@ import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,14 @@ def read_hub(repository: str, options: DataOptions) -> dict[str, Any]:
         raise InputError(
             f"{source}: cannot be read ({first_line(error)}); check the name, the network and HF_ENDPOINT"
         ) from None
+
+
+def read_table(source: str, dataset: Any) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Read images, labels and class names of ``dataset``, a ``datasets.Dataset`` of the library datasets."""
+    schema = dataset.features.arrow_schema
+    columns = _columns(source, schema)
+    images, labels = _read_columns(source, "", dataset.with_format("arrow")[:], columns, resize=False)
+    return images, labels, tuple(_class_names(source, schema, columns[1]) or ())
 
 
 def _config(source: str, card: dict[str, Any]) -> dict[str, Any]:
@@ -244,10 +253,13 @@ def _read_columns(
     image, label = columns
     if missing := [name for name in columns if name not in table.schema.names]:
         raise InputError(f"{source}: the split {split!r} lacks the column {missing[0]!r}")
-    encoded = table[image].combine_chunks().field("bytes").to_pylist()
-    files = {f"{source}, {split} image {i}": io.BytesIO(data) for i, data in enumerate(encoded)}
-    images, resized = decode_images(files, f"decoding {split}", resize)
-    tell_resized(resized, len(images), f"{source}, {split}")
+    where = f"{source}, {split}" if split else source
+    files = {
+        f"{where} image {i}": Path(one["path"]) if one["bytes"] is None else io.BytesIO(one["bytes"])
+        for i, one in enumerate(table[image].to_pylist())
+    }
+    images, resized = decode_images(files, f"decoding {split or 'images'}", resize)
+    tell_resized(resized, len(images), where)
     labels = table[label].to_numpy()
-    check_images(source, images, labels, f"{split}_")
+    check_images(source, images, labels, f"{split}_" if split else "")
     return images, labels

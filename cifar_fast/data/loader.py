@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from cifar_fast.data.augment import Draws, augment, draw_epoch
-from cifar_fast.data.dataset import Dataset
+from cifar_fast.data.from_python import as_whole_dataset
 from cifar_fast.data.tensors import Normalization
 from cifar_fast.recipe import DTYPES, IMAGE_CHANNELS, IMAGE_SIZE, MEMORY_FORMATS, Recipe
 from cifar_fast.utils.device import check_caches, default_dtype, fused_unavailable_reason, resolve_device, short_name
@@ -42,6 +42,7 @@ class Loader:
       follow edits of ``images``.
 
     Args:
+        dataset: a :class:`Dataset`, or what :func:`cifar_fast.fit` takes. If it has one split, the split is ``train``.
         split: train or test. Test images are normalized with ``mean`` and ``std`` of the training images.
         augment: True for the reference's crop, mirror and cutout, False for none. A :class:`Recipe` gives its
             ``crop_padding``, ``flip`` and ``cutout_size``. Default: True for train, False for test.
@@ -62,7 +63,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Any,
         batch_size: int = Recipe.batch_size,
         *,
         split: str = "train",
@@ -93,6 +94,7 @@ class Loader:
             raise InputError(f"unknown memory format {format_name!r}; the choices are {', '.join(MEMORY_FORMATS)}")
         self.memory_format: torch.memory_format = getattr(torch, format_name)
         self.dataset, self.normalize = dataset, normalize
+        dataset = as_whole_dataset(dataset, split)
         self._rank, self._world_size = rank, world_size
         self._share()
         check_caches()

@@ -21,8 +21,8 @@ from cifar_fast.data.dataset import ARRAYS, Dataset, check_images
 from cifar_fast.data.images import as_images, tell_resized
 from cifar_fast.data.options import VALIDATION, DataOptions
 from cifar_fast.data.split import stratified_split
-from cifar_fast.utils.errors import InputError, first_line, option
-from cifar_fast.utils.files import known_path, locked, made_folder, os_error_as_input_error
+from cifar_fast.utils.errors import InputError, first_line, option, require_instance
+from cifar_fast.utils.files import as_path, known_path, locked, made_folder, os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, print_line
 
 DATASETS = {
@@ -101,7 +101,7 @@ def read_dataset(
 ) -> Dataset:
     """Load a data set as :func:`load_dataset` does, with log lines on the logger only."""
     check_named(name, data_dir)
-    path = Path(DATA_DIR if data_dir is None else data_dir).expanduser()
+    path = as_path(DATA_DIR if data_dir is None else data_dir, "data_dir")
     source = str(path)
     try:
         if name in MIRRORS:
@@ -120,16 +120,22 @@ def read_dataset(
             arrays = _read_svhn(path)
         else:
             arrays = _read_npz(path)
+        return Dataset(name=name, source=source, options=options, **_with_options(arrays, options, source))
+    except MemoryError as error:
+        raise InputError(
+            f"{source}: out of memory while its images are read ({first_line(error)}); free memory, or make a data set "
+            "with fewer images"
+        ) from None
     except OSError as error:
         raise InputError(f"{error.filename or source}: {error.strerror or error}; check {option('data_dir')}") from None
-    return Dataset(name=name, source=source, options=options, **_with_options(arrays, options, source))
 
 
 def _with_options(arrays: dict[str, Any], options: DataOptions, source: str) -> dict[str, Any]:
     """Return ``train_`` and ``test_`` arrays of 32 x 32 images, of the arrays of all splits that a source has."""
     test = options.test_split([name.removesuffix("_images") for name in arrays if name.endswith("_images")], source)
     ready: dict[str, Any] = {"class_names": ClassNames(arrays.get("class_names", ()), source)}
-    for split, into in (("train", "train"), *([(test, "test")] if test else [])):
+    held_out = [(split, "validation") for split in VALIDATION if split != test and f"{split}_images" in arrays]
+    for split, into in (("train", "train"), *([(test, "test")] if test else []), *held_out[:1]):
         where = f"{source}: {split}_images"
         images, resized = as_images(where, np.asarray(arrays[f"{split}_images"]), options.resize is not None)
         labels = as_labels(f"{source}: {split}_labels", np.asarray(arrays[f"{split}_labels"]))
@@ -140,7 +146,8 @@ def _with_options(arrays: dict[str, Any], options: DataOptions, source: str) -> 
         if split == test:
             LOGGER.info(f"{source}: has no split test; the {len(ready['test_images'])} images of {split} are tested on")
         elif f"{split}_images" in arrays:
-            LOGGER.info(f"{source}: the {len(arrays[f'{split}_images'])} images of the split {split} are left out")
+            use = "validation images" if (split, "validation") in held_out[:1] else "left out"
+            LOGGER.info(f"{source}: the {len(arrays[f'{split}_images'])} images of the split {split} are {use}")
     labels, classes = ready["train_labels"], len(ready["class_names"]) or int(ready["train_labels"].max()) + 1
     if options.train_labels:
         ready["train_labels"] = replaced_labels(options.train_labels, "train_labels", labels, classes)
@@ -159,6 +166,7 @@ def _with_options(arrays: dict[str, Any], options: DataOptions, source: str) -> 
 
 def check_named(name: str, data_dir: str | Path | None) -> None:
     """Raise :class:`InputError` if ``name`` is unknown or needs a ``data_dir``. Reads no file."""
+    require_instance("name", name, str, f"one of {', '.join(DATASETS)}")
     if not is_dataset(name):
         raise InputError(f"unknown data set {name!r}; the choices are {', '.join(DATASETS)}")
     if name in ("folder", "npz", "svhn") and data_dir is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from cifar_fast.data.dataset import ARRAYS, Dataset
+from cifar_fast.data.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,30 @@ class Normalization:
 class DeviceData:
     """A data set on a device, its images as bytes.
 
-    Images are uint8 ``[N, 32, 32, 3]``, labels int64 ``[N]``. On a CPU they share the memory of the data set's arrays.
+    Images are uint8 ``[N, 32, 32, 3]``, labels int64 ``[N]``. On a CPU they share the memory of the data set's arrays,
+    except for evaluated images of two splits: the first ``validation_count`` of them are the validation images, the
+    others are the test images.
     """
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
+    evaluated_images: torch.Tensor
+    evaluated_labels: torch.Tensor
+    validation_count: int
     normalization: Normalization
     num_classes: int
 
 
 def device_data(dataset: Dataset, device: torch.device) -> DeviceData:
     """Copy ``dataset`` to ``device`` and compute its normalization there."""
-    train_images, train_labels, test_images, test_labels = (
-        torch.from_numpy(getattr(dataset, name)).to(device) for name in ARRAYS
-    )
-    normalization = Normalization.of(train_images)
-    return DeviceData(train_images, train_labels, test_images, test_labels, normalization, dataset.num_classes)
+
+    def upload(*arrays: np.ndarray | None) -> torch.Tensor:
+        tensors = [torch.from_numpy(array).to(device) for array in arrays if array is not None]
+        return torch.cat(tensors) if tensors[1:] else tensors[0]
+
+    images, labels = upload(dataset.train_images), upload(dataset.train_labels)
+    evaluated_images = upload(dataset.validation_images, dataset.test_images)
+    evaluated_labels = upload(dataset.validation_labels, dataset.test_labels)
+    count = len(evaluated_labels) - len(dataset.test_labels)
+    normalization = Normalization.of(images)
+    return DeviceData(images, labels, evaluated_images, evaluated_labels, count, normalization, dataset.num_classes)

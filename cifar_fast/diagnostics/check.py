@@ -1,8 +1,9 @@
 """Check that everything a training needs works on this machine, with a yes or a no for each part and the reason.
 
-The check takes at most two minutes: it uses a small batch and the embedded textures. The kernels are compared with
-plain torch (:mod:`cifar_fast.diagnostics.kernel_cases`). A step of the backend that ``auto`` selects here is compared
-with eager (:mod:`cifar_fast.diagnostics.compare`). No part ends the check: an exception is a no, with its first cause.
+The check takes at most two minutes: it uses a small batch and the embedded textures. The time of a training is that of
+a few steps, for the whole recipe on CIFAR-10. The kernels are compared with plain torch
+(:mod:`cifar_fast.diagnostics.kernel_cases`). A step of the backend that ``auto`` selects here is compared with eager
+(:mod:`cifar_fast.diagnostics.compare`). No part ends the check: an exception is a no, with its first cause.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ from cifar_fast.data.tensors import device_data
 from cifar_fast.diagnostics.compare import Comparison, compare
 from cifar_fast.diagnostics.roofline import copy_bandwidth, layer_costs, matmul_flops, roofline_times, wall
 from cifar_fast.recipe import Recipe
+from cifar_fast.training.time_to_go import EVALUATED
 from cifar_fast.utils.device import device_guard, device_timer, environment, fused_unavailable_reason, short_name
 from cifar_fast.utils.errors import InputError, first_cause, first_line, option
 from cifar_fast.utils.files import write_json
-from cifar_fast.utils.progress import LOGGER
+from cifar_fast.utils.progress import LOGGER, duration
 from cifar_fast.utils.seeds import make_generators
 from cifar_fast.utils.torch_defaults import torch_defaults
 
 BATCH_SIZE = {"cuda": 64, "cpu": 8}
+TRAINING_BATCH_SIZE = {"cuda": 512, "cpu": 64}  # an image takes about as long on a CPU in a batch of 512
+TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000  # of CIFAR-10
 MIN_BATCH_SIZE = 8  # with fewer images, chance decides whether the losses are as accurate as eager's
 STEPS = 4  # of an epoch
 COMPARED_STEPS = 3  # the comparison uses the median over the steps for gradients
@@ -70,12 +74,14 @@ class Check:
     Args:
         config: the backends that ``auto`` tries here.
         reference: the backend that the step is compared with.
-        recipe: the recipe, with the batch size of the check.
+        recipe: the recipe, with the batch size of the check, and maybe a narrower network.
+        training: the recipe whose training time is estimated.
     """
 
     config: BackendConfig
     reference: BackendConfig
     recipe: Recipe
+    training: Recipe
     results: list[CheckResult] = field(default_factory=list)
     backend: Backend | None = None
     failures: list[str] = field(default_factory=list)
@@ -107,6 +113,8 @@ class Check:
             self.add("device", lambda: describe_device(device))
             self.add("NVIDIA driver", describe_driver)
             self.add("versions", lambda: describe_versions(device))
+            if recipe.widths != self.training.widths:
+                self.add("network", self.narrower)
             if reason := fused_unavailable_reason(device):
                 self.add("kernels", lambda: skip(reason))
             else:
@@ -121,6 +129,7 @@ class Check:
                 self.add("memory", lambda: describe_memory(device, size))
                 self.add("the same bits again", lambda: repeat(backend, times))
                 self.add("time", lambda: compare_times(backend, times))
+                self.add(f"{self.training.epochs} epochs", self.training_time)
                 first = dataclasses.replace(config, backends=(backend.name,))
                 self.add("against eager", lambda: against_eager(first, self.reference, recipe, dataset))
             self.add("auto selects", self.selected_backend)
@@ -137,6 +146,30 @@ class Check:
             raise Failed("; ".join(self.failures))
         return f"the {self.backend.name} backend, in {clock() - start:.0f} s"
 
+    def narrower(self) -> str:
+        """Describe the network of the check, which is not the recipe's."""
+        shown, whole = (" ".join(map(str, widths)) for widths in (self.recipe.widths, self.training.widths))
+        return f"widths {shown} in place of {whole}, for kernels, memory and time below: the interpreter is slow"
+
+    def training_time(self) -> str:
+        """Estimate the time of a whole training from that of a few steps."""
+        assert self.backend
+        device, size = self.config.device, TRAINING_BATCH_SIZE[self.config.device.type]
+        recipe = dataclasses.replace(self.training, batch_size=size)
+        dataset = Dataset("textures", "textures", *textures(STEPS * size, 0), *textures(2, 1), tuple(PATTERNS))
+        config = dataclasses.replace(self.config, backends=(self.backend.name,))
+        backend, failures = build_backend(config, recipe, device_data(dataset, device))
+        if failures:
+            raise Failed("; ".join(failures))
+        run_epoch(backend)  # warms up
+        per_image = run_epoch(backend)[0] / size
+        steps = TRAIN_IMAGES // self.training.batch_size
+        work = self.training.epochs * (steps * self.training.batch_size + EVALUATED * TEST_IMAGES)
+        return (
+            f"about {duration(per_image * work)} for the recipe on CIFAR-10 with its evaluations; "
+            f"{1e3 * per_image * size:,.2f} ms/step of {size} images"
+        )
+
     def selected_backend(self) -> str:
         """Describe the backend that ``auto`` selects here, and the reason."""
         if not self.backend:
@@ -149,6 +182,7 @@ class Check:
         report = {
             "environment": environment(self.config.device),
             "batch_size": self.recipe.batch_size,
+            "widths": list(self.recipe.widths),
             "dtype": short_name(self.config.dtype),
             "backend": self.backend.name if self.backend else None,
             "passed": self.passed,

@@ -2,9 +2,11 @@
 
 :func:`profile` trains a few steps under torch.profiler. On a GPU the name of a kernel decides its line, because kernels
 that are replayed from a CUDA graph belong to no operator. On a CPU, the time that an operator spends itself belongs to
-the line that its name selects. If the name selects none, the time belongs to the line of the caller. Time in which
-nothing ran is ``idle``. The profiler adds to the step, so a step takes a little longer here than in training. If the
-host has to launch every kernel, this shows as idle time.
+the line that its name selects. If the name selects none, the time belongs to the line of the caller. Eager makes a
+batch with operators of many uses, so the profiler marks that part of a step.
+
+Time in which nothing ran is ``idle``. The profiler adds to the step, so a step takes a little longer here than in
+training. If the host has to launch every kernel, this shows as idle time.
 
 The lines sum to the step. Idle time is the wall time minus the union of the intervals in which a kernel ran. Kernels
 that overlap last longer together than that union. The other lines are therefore the kernels' durations,
@@ -13,12 +15,14 @@ multiplied by one factor: the length of the union divided by the sum of the dura
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import os
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,13 +50,21 @@ CONV_DATA = "convolutions data gradient"
 CONV_WEIGHT = "convolutions weight gradient"
 CONV_BACKWARD = "convolutions backward"  # on a CPU one operator computes both gradients
 CONV_UNKNOWN_PASS = "convolutions, unknown pass"  # Winograd and FFT kernels serve several passes
+BATCH = "augmentation"
+POOL = "max-pool"
+PLAIN_NORM_FORWARD = "batch norm forward"
+PLAIN_NORM_BACKWARD = "batch norm backward"
+ACTIVATION = "activation"
+LINEAR = "linear layer"
+LOSS = "loss and accuracy"
 LAYOUT = "layout changes"
 OPTIMIZER = "optimizer"
 OTHER = "other"
 IDLE = "idle"
 LINES = (
     *(CONV_FORWARD, CONV_DATA, CONV_WEIGHT, CONV_BACKWARD, CONV_UNKNOWN_PASS, LAYOUT),
-    *(AUGMENT, NORM_FORWARD, NORM_BACKWARD, OPTIMIZER, OTHER, IDLE),
+    *(AUGMENT, NORM_FORWARD, NORM_BACKWARD, BATCH, POOL, PLAIN_NORM_FORWARD, PLAIN_NORM_BACKWARD, ACTIVATION),
+    *(LINEAR, LOSS, OPTIMIZER, OTHER, IDLE),
 )
 
 KERNELS = (  # the first pattern that matches the name of a kernel decides
@@ -74,7 +86,16 @@ OPERATORS = (
     (CONV_BACKWARD, r"conv(olution|2d)_backward|ConvolutionBackward"),
     (CONV_FORWARD, r"::\w*conv(olution|2d)"),
     (OPTIMIZER, r"^Optimizer\.|::_fused_sgd_|::_foreach_"),
+    (BATCH, rf"^{BATCH}$"),
+    (POOL, r"max_pool2d|MaxPool2D"),
+    (PLAIN_NORM_BACKWARD, r"batch_norm_backward|BatchNormBackward"),
+    (PLAIN_NORM_FORWARD, r"batch_norm"),
+    (ACTIVATION, r"::(celu|elu|relu|gelu|silu|threshold)|(Celu|Elu|Relu|Gelu|Silu|Threshold)Backward"),
+    (LOSS, r"cross_entropy|nll_loss|NllLoss|log_softmax|LogSoftmax"),
+    (LINEAR, r"::(linear|addmm|mm)$|(Linear|Addmm|Mm)Backward"),
 )
+OPERATORS_WITHOUT_CALLER = ((LOSS, r"::(argmax|eq|sum|where|mul)$|(Where|Sum|Mul)Backward"),)
+"""Operators of many uses, which compute the loss if no other line called them."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +169,9 @@ def profile(backend: Backend, draws: Draws, directory: str | Path, steps: int = 
         for _ in itertools.islice(training, WARM_UP_STEPS):
             pass
         finish()
-        with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as trace:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines, "gpuGetDeviceCount failed" too
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+        with marked_batches(backend), torch.profiler.profile(activities=activities) as trace:
             start = time.perf_counter()
             for _ in itertools.islice(training, steps):
                 pass
@@ -170,6 +193,25 @@ def profile(backend: Backend, draws: Draws, directory: str | Path, steps: int = 
     for line in str(table).splitlines():
         LOGGER.info(line)
     return table
+
+
+@contextlib.contextmanager
+def marked_batches(backend: Backend) -> Iterator[None]:
+    """Mark the operators on a CPU that make a batch, inside the block. One operator of ours makes it in ``fused``."""
+    if backend.device.type != "cpu" or backend.name == "fused":
+        yield
+        return
+    make = backend.batch
+
+    def batch(draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.profiler.record_function(BATCH):
+            return make(draws)
+
+    backend.batch = batch  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del backend.batch
 
 
 Work = list[tuple[str, float, bool]]
@@ -205,7 +247,11 @@ def operator_work(events: Iterable[FunctionEvent]) -> tuple[Work, float]:
 def _line(event: FunctionEvent) -> str:
     """Return the line of an operator, or of its nearest caller that has one."""
     line = classify_operator(event.name)
-    return _line(event.cpu_parent) if line == OTHER and event.cpu_parent else line
+    if line != OTHER:
+        return line
+    if event.cpu_parent and (line := _line(event.cpu_parent)) != OTHER:
+        return line
+    return next((line for line, pattern in OPERATORS_WITHOUT_CALLER if re.search(pattern, event.name)), OTHER)
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:

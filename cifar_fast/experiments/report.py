@@ -15,27 +15,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cifar_fast.data.class_names import ClassNames
+from cifar_fast.experiments.ranking import (
+    EPOCH_METRICS,
+    default_metric,
+    is_loss,
+    metric_values,
+    ranking,
+    ranking_line,
+    source,
+)
 from cifar_fast.experiments.sweep import SWEEP, changes, variants_in
 from cifar_fast.training.metrics import Run, confidence_interval_95
-from cifar_fast.training.plots import default_style, save_figure
+from cifar_fast.training.plots import new_figure
 from cifar_fast.training.results import Result, RunReader, RunResult
 from cifar_fast.utils.device import AFFECTS_FIGURES
-from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.errors import InputError, option, require_instance
 from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error, write_json
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-EPOCH_METRICS = {
-    "test_accuracy": "test accuracy (%)",
-    "train_accuracy": "training accuracy (%)",
-    "train_loss": "training loss",
-}
-"""Metrics that each epoch's row has, with a label for axes and tables."""
 
 ENVIRONMENT = {"device_name": "devices", "threads": "numbers of CPU threads"}
 """Parts of the environment that are no versions, with their names in warnings."""
+
+LINES, MARKERS = ("-", "--", "-.", ":"), "os^Dv<>"
+"""Styles of lines and markers, which more variants than a color cycle need."""
 
 VARIANTS_FIGURE, CURVES_FIGURE = "report-variants.png", "report-curves.png"
 
@@ -47,8 +51,8 @@ class Variant:
     ``changes`` lists the constants of the recipe that differ from the baseline's. ``n`` is the number of finished runs
     and ``values`` their metric; ``mean`` and ``std`` (with n - 1) are over these runs. ``difference`` is the mean minus
     the baseline's mean, None for the baseline itself. Intervals are ``[low, high]`` and hold the true value with 95 %
-    confidence. A statistic is None if there are too few runs for it. ``diverged`` and ``missing`` list the other runs
-    as ``summary.json`` does.
+    confidence. ``test_accuracy_mean`` is there whatever the metric is. A statistic is None if there are too few runs
+    for it. ``diverged`` and ``missing`` list the other runs as ``summary.json`` does.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Variant:
     difference_ci95: list[float] | None
     welch_p: float | None
     train_seconds_median: float | None
+    test_accuracy_mean: float | None
     diverged: list[dict[str, Any]]
     missing: list[dict[str, Any]]
 
@@ -94,9 +99,10 @@ class Report:
 
     def markdown(self) -> str:
         """Return the table as Markdown, with the warnings below it. A "-" marks a missing statistic."""
-        digits = 4 if self.metric == "train_loss" else 2
+        digits = 4 if is_loss(self.metric) else 2
+        by_validation = self.metric.startswith("validation_")
         header = ["variant", "changes", "n", self.label, "std", "95 % interval", "difference", "95 % interval"]
-        lines = [[*header, "p (Welch)", "training time (s)"]]
+        lines = [[*header, "p (Welch)", *(["test accuracy (%)"] if by_validation else []), "training time (s)"]]
         for variant in self.variants:
             numbers = [
                 _number(variant.mean, digits),
@@ -105,6 +111,7 @@ class Report:
                 _number(variant.difference, digits, "+"),
                 _interval(variant.difference_ci95, digits, "+"),
                 "-" if variant.welch_p is None else f"{variant.welch_p:.2g}",
+                *([_number(variant.test_accuracy_mean, 2)] if by_validation else []),
                 _number(variant.train_seconds_median, 2),
             ]
             lines.append([variant.name, variant.changes or "-", variant.count, *numbers])
@@ -114,6 +121,10 @@ class Report:
         rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
         table = [f"| {' | '.join(line)} |" for line in (aligned[0], rule, *aligned[1:])]
         note = f"Differences are relative to {self.baseline}; the training time is the median of the runs."
+        ranked = ranking_line(self.results, self.metric)
+        note += (
+            f" {ranked[0].upper()}{ranked[1:]}." if ranked else f" The metric is {source(self.results, self.metric)}."
+        )
         lines_below = [note, *(f"Counted once: {line}" for line in self.repeated)]
         lines_below += [f"Warning: {line}" for line in self.warnings]
         return "\n".join([*table, "", *lines_below]) + "\n"
@@ -122,16 +133,18 @@ class Report:
         """Return the content of ``report.json``."""
         variants = [dataclasses.asdict(variant) for variant in self.variants]
         lines = {"warnings": self.warnings, "repeated": self.repeated}
+        lines["ranking"] = [name for name, _ in ranking(self.results, self.metric)]
         return {"metric": self.metric, "baseline": self.baseline, "variants": variants, **lines}
 
-    @default_style()
     def variants_figure(self) -> Figure:
         """Return a figure of the metric by variant: a point for each run, and the mean with its 95 % interval."""
-        figure, axes = _figure(width=max(4.0, 1.5 + 1.1 * len(self.variants)))
+        figure = new_figure(max(4.0, 1.5 + 1.1 * len(self.variants)), 4.2)
+        axes = figure.subplots()
+        colors = distinct_colors(len(self.variants))
         for place, variant in enumerate(self.variants):
             if variant.mean is None:
                 continue
-            color = f"C{place % 10}"
+            color = colors[place]
             beside = place + np.linspace(-0.12, 0.12, variant.n) if variant.n > 1 else [place]
             axes.plot(beside, variant.values, "o", color=color, alpha=0.6, markersize=5, markeredgewidth=0)
             mean, ci95 = variant.mean, variant.ci95
@@ -148,7 +161,6 @@ class Report:
             label.set_parse_math(False)  # a name may contain dollar signs
         return figure
 
-    @default_style()
     def curves_figure(self) -> Figure:
         """Return a figure of the metric over the epochs: the mean of the runs, and a band from minimum to maximum.
 
@@ -156,27 +168,34 @@ class Report:
         """
         from matplotlib.ticker import MaxNLocator
 
-        figure, axes = _figure(width=7.0)
+        columns = math.ceil(len(self.results) / 16)
+        figure = new_figure(7.0 + 1.6 * columns, 4.2)
+        axes = figure.subplots()
         column = self.metric if self.metric in EPOCH_METRICS else "test_accuracy"
+        colors = distinct_colors(len(self.results))
         for place, (name, result) in enumerate(self.results.items()):
             by_epoch: dict[int, list[float]] = {}
             for row in result.rows:  # a run that was stopped early has fewer epochs
-                by_epoch.setdefault(row.epoch, []).append(getattr(row, column))
-            if not by_epoch:  # all runs diverged
+                if (value := getattr(row, column)) is not None:
+                    by_epoch.setdefault(row.epoch, []).append(value)
+            if not by_epoch:  # all runs diverged, or there are no validation images
                 continue
             epochs, values = zip(*sorted(by_epoch.items()))
-            color = f"C{place % 10}"
-            axes.plot(epochs, list(map(statistics.fmean, values)), ".-", color=color, label=name)
-            if len(result.runs) > 1:
+            color, line = colors[place], LINES[place % len(LINES)]
+            means = list(map(statistics.fmean, values))
+            axes.plot(epochs, means, color=color, linestyle=line, marker=MARKERS[place % len(MARKERS)], label=name)
+            if len(result.runs) > 1:  # the outline tells bands apart where they overlap
                 lows, highs = list(map(min, values)), list(map(max, values))
-                axes.fill_between(epochs, lows, highs, color=color, alpha=0.2, lw=0)
+                fill, edge = (color, 0.15), (color, 0.7)
+                axes.fill_between(epochs, lows, highs, facecolor=fill, edgecolor=edge, linestyle=line, lw=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(EPOCH_METRICS[column])
         axes.grid(alpha=0.3)
         axes.set_title("mean of the runs; band: minimum to maximum", fontsize="medium")
-        for label in axes.legend().get_texts() if axes.lines else ():
-            label.set_parse_math(False)
+        if axes.lines:
+            for label in figure.legend(loc="outside right upper", ncols=columns, fontsize="small").get_texts():
+                label.set_parse_math(False)
         return figure
 
     def write(self, folder: str | Path) -> None:
@@ -188,8 +207,8 @@ class Report:
         folder = Path(folder).expanduser()
         figures = f"\n![{self.label} by variant]({VARIANTS_FIGURE})\n\n![Over the epochs]({CURVES_FIGURE})\n"
         files: dict[str, Callable[[Path], object]] = {
-            VARIANTS_FIGURE: lambda temporary: save_figure(self.variants_figure(), temporary, dpi=200),
-            CURVES_FIGURE: lambda temporary: save_figure(self.curves_figure(), temporary, dpi=200),
+            VARIANTS_FIGURE: lambda temporary: save_png(self.variants_figure(), temporary),
+            CURVES_FIGURE: lambda temporary: save_png(self.curves_figure(), temporary),
             "report.md": lambda temporary: temporary.write_text(f"# {self.label}\n\n{self.markdown()}{figures}"),
         }
         what = f"{option('output')} {folder}"
@@ -201,11 +220,23 @@ class Report:
         write_json(folder / "report.json", self.to_dict(), what, "choose another folder")
 
 
-def _figure(width: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure  # pyplot would start a window system and keep global state
+def distinct_colors(count: int) -> list[Any]:
+    """Return ``count`` different colors: those of matplotlib's cycle, or of a color map if there are more."""
+    import matplotlib
 
-    figure = Figure(figsize=(width, 4.2), layout="constrained")
-    return figure, figure.subplots()
+    cycle = matplotlib.rcParams["axes.prop_cycle"].by_key().get("color", [])
+    colors = list(dict.fromkeys(cycle))
+    return (
+        colors[:count] if count <= len(colors) else list(matplotlib.colormaps["turbo"](np.linspace(0.02, 0.98, count)))
+    )
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as a PNG, in 200 dots per inch unless matplotlib's parameters have another number."""
+    import matplotlib
+
+    dpi = matplotlib.rcParams["savefig.dpi"]
+    figure.savefig(path, dpi=200 if dpi == "figure" else dpi, format="png")
 
 
 def _number(value: float | None, digits: int, sign: str = "") -> str:
@@ -220,7 +251,7 @@ def make_report(
     results: Mapping[str, Result],
     *,
     baseline: str | None = None,
-    metric: str = "test_accuracy",
+    metric: str | None = None,
     left_out: Sequence[str] = (),
 ) -> Report:
     """Compare the runs of several trainings.
@@ -234,14 +265,18 @@ def make_report(
     Args:
         results: the trainings, by the names of the variants.
         baseline: the name of the variant that the others are compared with; None for the first one.
-        metric: test_accuracy, train_accuracy or train_loss after the last epoch of each run, or the name of an extra
-            test set of ``also_test``.
+        metric: test_accuracy, validation_accuracy, train_accuracy, test_loss, validation_loss or train_loss after the
+            last epoch of each run, or the name of an extra test set of ``also_test``. None is validation_accuracy if
+            all trainings held out validation images, and test_accuracy otherwise.
         left_out: lines about trainings that are not among the results, for the warnings.
 
     Raises:
         InputError: scipy is not installed, or a name does not exist.
     """
     welch_test = welch()
+    require_instance("results", results, Mapping, "results by their names, such as {'baseline': result}")
+    for name, result in results.items():
+        require_instance(f"results[{name!r}]", result, Result, "a Result, as fit and Result.load return one")
     if not results:
         raise InputError("there are no results to report")
     all_results = results
@@ -252,10 +287,12 @@ def make_report(
         raise InputError(
             f"{option('baseline')} {baseline!r} is not a variant; the variants are {', '.join(results)}{equal}"
         )
-    values = {name: _metric_values(result, metric) for name, result in results.items()}
+    metric = default_metric(results) if metric is None else metric
+    values = {name: metric_values(result, metric) for name, result in results.items()}
     if all(own is None for own in values.values()):
         names = dict.fromkeys(name for result in results.values() for run in result.runs for name in run.also_test)
-        choices = ", ".join([*EPOCH_METRICS, *names])
+        held_out = any(result.dataset["validation_images"] for result in results.values())
+        choices = ", ".join([*(name for name in EPOCH_METRICS if held_out or "validation" not in name), *names])
         raise InputError(f"{baseline}: {option('metric')} {metric!r} does not exist; the choices are {choices}")
     base = values[baseline] or []
     variants = []
@@ -275,11 +312,12 @@ def make_report(
                 values=own,
                 mean=statistics.fmean(own) if own else None,
                 std=statistics.stdev(own) if n > 1 else None,
-                ci95=confidence_interval_95(own, math.inf if metric == "train_loss" else 100.0),
+                ci95=confidence_interval_95(own, math.inf if is_loss(metric) else 100.0),
                 difference=statistics.fmean(own) - statistics.fmean(base) if own and base and not is_baseline else None,
                 difference_ci95=[float(end) for end in test.confidence_interval(0.95)] if test else None,
                 welch_p=float(test.pvalue) if test else None,
                 train_seconds_median=statistics.median(run.train_seconds for run in result.runs) if own else None,
+                test_accuracy_mean=statistics.fmean(run.test_accuracy for run in result.runs) if result.runs else None,
                 **all_results[name].not_finished(),
             )
         )
@@ -349,16 +387,6 @@ def _observation(result: Result, run_result: RunResult, seeds: tuple[int | None,
     return seeds, result.recipe, how, repr(rows)  # text, because NaN differs from itself
 
 
-def _metric_values(result: Result, metric: str) -> list[float] | None:
-    """Return the metric of each run after its last epoch, or None for a test set that the runs do not have."""
-    if metric in EPOCH_METRICS:
-        last_row = {row.run: row for row in result.rows}
-        return [getattr(last_row[run.run], metric) for run in result.runs]
-    if result.runs and metric not in result.runs[0].also_test:
-        return None
-    return [run.also_test[metric] for run in result.runs]
-
-
 def _differing_settings(results: Mapping[str, Result]) -> list[str]:
     """Return a line for each setting that affects the figures and differs between ``results``."""
     sources: dict[str, str] = {}  # equal data has the name that it has first
@@ -386,10 +414,12 @@ def _differing_settings(results: Mapping[str, Result]) -> list[str]:
     extra_sets = dict.fromkeys(name for result in results.values() for name in result.dataset["also_test"])
     settings: dict[str, Callable[[Result], list[str]]] = {
         "data sets": dataset,
+        "numbers of validation images": lambda result: [str(result.dataset["validation_images"])],
         "class names": lambda result: [str(ClassNames(result.dataset["class_names"]))],
         **{f"test sets {name}": extra_set(name) for name in extra_sets},
         "models": model,
         "epochs": lambda result: [str(result.recipe.epochs)],
+        "seeding schemes": lambda result: [_seeding(result)],
         "backends": lambda result: [f"{result.backend} in {result.dtype}, {result.memory_format}"],
         **{ENVIRONMENT.get(name, f"versions of {name}"): part(name) for name in AFFECTS_FIGURES},
     }
@@ -403,6 +433,13 @@ def _differing_settings(results: Mapping[str, Result]) -> list[str]:
             shown = "; ".join(f"{' and '.join(values)} ({_shorten(names)})" for values, names in variants.items())
             lines.append(f"different {setting}: {shown}")
     return lines
+
+
+def _seeding(result: Result) -> str:
+    """Return which random numbers have a seed of their own, the same in all runs."""
+    names = ("init_seed", "order_seed", "augment_seed")
+    fixed = [f"{name} {value}" for name in names if (value := getattr(result.config, name)) is not None]
+    return " and ".join(fixed) or "one stream from the seed of each run"
 
 
 def _shorten(names: list[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import json
 import re
@@ -17,15 +16,17 @@ from typing import Any, get_args, get_origin, get_type_hints
 from cifar_fast.backends.select import BackendCache
 from cifar_fast.data.options import DataOptions
 from cifar_fast.data.sources import check_named, place_of, read_dataset
+from cifar_fast.experiments.ranking import default_metric, ranking_line
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.fit import Training, train_all
 from cifar_fast.training.results import Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.distributed import World
-from cifar_fast.utils.errors import InputError, first_line
+from cifar_fast.utils.errors import InputError, did_you_mean, first_line, require_instance
 from cifar_fast.utils.files import (
     TRAINING,
+    as_path,
     atomic_write,
     check_writable,
     locked,
@@ -33,17 +34,20 @@ from cifar_fast.utils.files import (
     os_error_as_input_error,
     remove_temporary,
 )
-from cifar_fast.utils.progress import LogFn, lines_to, print_line
+from cifar_fast.utils.progress import LOGGER, LogFn, heartbeat, lines_to, print_line
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+PER_VARIANT = ("backend", "dtype", "memory_format", "save_logits")
+"""Options of a training that a variant may change."""
+
 SWEEP = "sweep.json"
 """The sweep as JSON, in its folder beside a folder for each variant."""
 
-TYPE_NAMES = {str: "text", int: "a whole number", bool: "true or false", dict: "a table"}
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table"}
 """Names of types in errors."""
 
 
@@ -52,8 +56,9 @@ class Sweep(TrainConfig):
     """Trainings of several recipes with the same options.
 
     ``variants`` holds the recipes by name; each is trained into ``output``/NAME. ``recipe`` is the one that the
-    variants change. ``dataset``, ``data_dir`` and ``data_url`` are as for :func:`cifar_fast.load_dataset`, and
-    ``data_options`` are its other arguments. The other options are those of :class:`TrainConfig`.
+    variants change. ``options`` holds those of :data:`PER_VARIANT` that a variant changes, by its name. ``dataset``,
+    ``data_dir`` and ``data_url`` are as for :func:`cifar_fast.load_dataset`, and ``data_options`` are its other
+    arguments. The other options are those of :class:`TrainConfig`.
     """
 
     variants: dict[str, Recipe]
@@ -62,11 +67,12 @@ class Sweep(TrainConfig):
     data_dir: str | None = None
     data_url: str | None = None
     data_options: DataOptions = dataclasses.field(default=DataOptions())
+    options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> Sweep:
         """Read a sweep from the TOML file ``path``. Its ``output`` is by default runs/STEM."""
-        path = Path(path)
+        path = as_path(path, "path")
         try:
             return cls.from_toml(path.read_text(encoding="utf-8-sig"), output=f"runs/{path.stem}")
         except (OSError, UnicodeDecodeError) as error:
@@ -85,6 +91,10 @@ class Sweep(TrainConfig):
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise InputError(f"a sweep must be TOML: {first_line(error)}") from None
         types = get_type_hints(cls)
+        if (log := spec.pop("log", None)) is not None:
+            if log not in ("none", "tensorboard"):
+                raise InputError(f"log must be none or tensorboard, not {log!r}")
+            spec["tensorboard"] = log == "tensorboard"
         names = ["variants", "output", "dataset", "data_dir", "data_url", *DataOptions.names(), *cls.names()]
         refuse_unknown(spec, [*names, "recipe"], "at the top")
         base, tables = spec.pop("recipe", {}), spec.pop("variants", {})
@@ -99,20 +109,26 @@ class Sweep(TrainConfig):
         refuse_unknown(base, fields, "in [recipe]")
         common = changed_recipe("recipe", Recipe(), base)
         variants: dict[str, Recipe] = {}
+        options: dict[str, dict[str, Any]] = {}
         for name, table in tables.items():
             where = f"variants.{name}"
             require_type(where, table, dict)
-            refuse_unknown(table, fields, f"in [{where}]")
+            refuse_unknown(table, [*fields, *PER_VARIANT], f"in [{where}]")
             for full_name, values in expand(name, table):
                 if not re.fullmatch(r"\w[\w.+=,-]*", full_name):
                     rule = "use letters, digits and . + = , - _"
                     raise InputError(f"{where}: {full_name!r} cannot name a folder; {rule}")
                 if full_name in variants:
                     raise InputError(f"{where}: there are two variants {full_name}; give each another name or value")
+                own = {key: values.pop(key) for key in PER_VARIANT if key in values}
+                for key, value in own.items():
+                    require_type(f"{where}: {key}", value, types[key])
+                options |= {full_name: own} if own else {}
                 variants[full_name] = changed_recipe(where, common, values)
         if not variants:
             raise InputError("states no variant; add a table [variants.NAME] for each, empty for the recipe as it is")
-        sweep = cls(**{"output": output} | spec, recipe=common, variants=variants, data_options=data_options)
+        whole = {"output": output} | spec
+        sweep = cls(**whole, recipe=common, variants=variants, data_options=data_options, options=options)
         for name in variants:
             try:
                 sweep.config(name).check_runs_differ()
@@ -128,7 +144,7 @@ class Sweep(TrainConfig):
     def config(self, name: str) -> TrainConfig:
         """Return the config of the variant ``name``."""
         options = {option_name: getattr(self, option_name) for option_name in self.names()}
-        return TrainConfig(recipe=self.variants[name], **options)
+        return TrainConfig(recipe=self.variants[name], **options | self.options.get(name, {}))
 
 
 def changes(recipe: Recipe, base: Recipe) -> str:
@@ -142,15 +158,15 @@ def refuse_unknown(table: Mapping[str, Any], known: list[str], where: str) -> No
     """Raise :class:`InputError` for the first key of ``table`` that is not ``known``, with similar names."""
     for key in table:
         if key not in known:
-            near = difflib.get_close_matches(key, known)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-            raise InputError(f"there is no key {key!r} {where}; {hint}")
+            hint = did_you_mean(key, known) or f"; there are {', '.join(known)}"
+            raise InputError(f"there is no key {key!r} {where}{hint}")
 
 
 def require_type(where: str, value: Any, hint: Any) -> None:
     """Raise :class:`InputError` unless ``value`` has the type of the annotation ``hint``."""
-    kind = get_origin(hint) if get_origin(hint) is dict else next(iter(get_args(hint)), hint)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    kinds = (dict,) if get_origin(hint) is dict else get_args(hint) or (hint,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        kind = float if float in kinds else kinds[0]
         raise InputError(f"{where} must be {TYPE_NAMES[kind]}, not {value!r}")
 
 
@@ -171,7 +187,7 @@ def expand(name: str, table: Mapping[str, Any]) -> Iterable[tuple[str, dict[str,
     """
     several = {}
     for key, value in table.items():
-        is_list = isinstance(getattr(Recipe, key), tuple)  # several values are then a list of lists
+        is_list = isinstance(getattr(Recipe, key, None), tuple)  # several values are then a list of lists
         if isinstance(value, list) and (not is_list or all(isinstance(item, list) for item in value)):
             if not value:
                 raise InputError(f"variants.{name}: {key} is an empty list; give it a value")
@@ -207,27 +223,41 @@ def fit_sweep(
         The results by the variants' names, without variants of which no run has ended; empty on ranks other than 0.
         ``Result.diverged`` and ``Result.missing`` of a variant name the runs that it has no accuracy of.
     """
+    require_instance("sweep", sweep, Sweep, "a Sweep, as Sweep.load reads one")
     with lines_to(None if world.rank else log):
         return train_sweep(sweep, world, on_step, {})
 
 
-def train_sweep(sweep: Sweep, world: World, on_step: Callable[[], None], failed: dict[str, str]) -> dict[str, Result]:
-    """Train as :func:`fit_sweep` does, with lines on the logger alone. ``failed`` is as in :func:`train_all`."""
+def train_sweep(
+    sweep: Sweep, world: World, on_step: Callable[[], None], failed: dict[str, str], command: str | None = None
+) -> dict[str, Result]:
+    """Train as :func:`fit_sweep` does, with lines on the logger alone.
+
+    ``failed`` is as in :func:`train_all`, and ``command`` as in :class:`Training`.
+    """
     with world.all_or_none():
-        trainings = trainings_of(sweep, world)
+        trainings = trainings_of(sweep, world, command)
         data_dir = place_of(sweep.dataset, sweep.data_dir, trainings[0].paths)
         options = sweep.data_options.relocated(trainings[0].paths)
-    dataset = world.rank0_first(lambda: read_dataset(sweep.dataset, data_dir, sweep.data_url, options))
+    with heartbeat(lambda: f"reading the data set {sweep.dataset}"):
+        dataset = world.rank0_first(lambda: read_dataset(sweep.dataset, data_dir, sweep.data_url, options))
     with world.all_or_none():
         for training in trainings:
             training.prepare(dataset)
     with contextlib.ExitStack() as stack:
         world.broadcast(lambda: stack.enter_context(sweep_lock(sweep)))
         results = train_all(trainings, world, on_step=on_step, failed=failed)
-    return {training.name: result for training, result in zip(trainings, results) if result}
+    found = {training.name: result for training, result in zip(trainings, results) if result}
+    if line := ranking_line(found, default_metric(found)):
+        LOGGER.info(line)
+    return found
 
 
-def trainings_of(sweep: Sweep, world: World = World()) -> list[Training]:  # noqa: B008  (frozen)
+def trainings_of(
+    sweep: Sweep,
+    world: World = World(),  # noqa: B008  (frozen)
+    command: str | None = None,
+) -> list[Training]:
     """Return the training of each variant, each resumed if it has begun. There may be more runs and variants now.
 
     Raises:
@@ -242,7 +272,8 @@ def trainings_of(sweep: Sweep, world: World = World()) -> list[Training]:  # noq
                 "add it again, or give another output"
             )
     folders = {name: RunFolder(sweep.path / name, resume=has_training(sweep.path / name)) for name in sweep.variants}
-    begun = next((folder.earlier for folder in folders.values() if folder.earlier), None)
+    common = (folder.earlier for name, folder in folders.items() if name not in sweep.options)
+    begun = next((earlier for earlier in common if earlier), None)
     backends, trainings = BackendCache(), []
     for name, folder in folders.items():
         folder.name = str(folder.path)
@@ -251,7 +282,7 @@ def trainings_of(sweep: Sweep, world: World = World()) -> list[Training]:  # noq
             raise InputError(f"{folder.name}: dataset was {folder.earlier.dataset['name']}, not {sweep.dataset}")
         if begun and not folder.earlier:  # so that new variants are trained as the others were
             config = config.resuming(begun.config)
-        trainings.append(Training(config, folder, backends=backends, world=world))
+        trainings.append(Training(config, folder, backends=backends, command=command, world=world))
         if begun and not folder.earlier:
             trainings[-1].paths = dict(begun.paths)
     return trainings
@@ -270,7 +301,7 @@ def dry_run(sweep: Sweep) -> Iterable[str]:
         yield f"{training.name}: {training.backend_config}; {changes(recipe, Recipe()) or 'the recipe as published'}"
     for run in range(sweep.runs):
         for training in trainings:
-            yield f"run {run + 1} of {training.name}, seed {sweep.seed + run}: {run_state(training, run)}"
+            yield f"run {run} of {training.name}, seed {sweep.seed + run}: {run_state(training, run)}"
 
 
 def run_state(training: Training, run: int) -> str:

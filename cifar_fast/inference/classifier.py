@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,11 @@ from torch import nn
 
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.tensors import Normalization
-from cifar_fast.model import make_network
+from cifar_fast.model import cannot_be_scripted, load_weights, make_network, unwrap
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
 from cifar_fast.training.results import FORMAT, Result
-from cifar_fast.utils.errors import InputError, first_line, option
-from cifar_fast.utils.files import MODEL, TRAINING
+from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
+from cifar_fast.utils.files import MODEL, TRAINING, as_path
 
 
 class Classifier(nn.Module):
@@ -40,9 +41,13 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
 
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse ``torch.jit.script``, which calls this and cannot compile the normalization."""
+        raise cannot_be_scripted()
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits ``[N, classes]`` for uint8 images ``[N, 32, 32, 3]`` on the module's device."""
-        if isinstance(images, torch.Tensor) and not torch.jit.is_tracing():  # tracers have other objects and sizes
+        if isinstance(images, torch.Tensor):  # some tracers have other objects
             _check_images(images)
         normalized = Normalization(self.mean, self.std).apply(images, self.mean.dtype)
         return self.model(normalized.permute(0, 3, 1, 2).contiguous())
@@ -87,9 +92,12 @@ class Classifier(nn.Module):
 
 
 def _check_images(images: torch.Tensor) -> None:
-    if images.dtype != torch.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, IMAGE_CHANNELS):
+    # In a trace, sizes are tensors.
+    if images.dtype != torch.uint8 or (
+        not torch.jit.is_tracing() and images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, IMAGE_CHANNELS)
+    ):
         raise InputError(
-            f"images must be uint8 of shape (N, 32, 32, 3), not {images.dtype} of {(*images.shape,)}; "
+            f"images must be uint8 of shape (N, 32, 32, 3), not {images.dtype} of {tuple(map(int, images.shape))}; "
             "the classifier itself normalizes values from 0 to 255"
         )
 
@@ -108,12 +116,13 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
 
     Args:
         path: ``model.pt``, or the folder of a finished training.
-        model: an instance of the custom model that was trained. It gets the weights. None for the recipe's network.
+        model: an instance of the custom model that was trained. It gets the weights, and is taken out of a wrapper such
+            as torch.compile's. None for the recipe's network.
 
     Raises:
         InputError: the file cannot be read, or its weights do not fit the model.
     """
-    path = Path(path).expanduser()
+    path = as_path(path, "path")
     if path.is_dir():
         if not (path / MODEL).exists() and (path / TRAINING).exists():
             raise InputError(f"{path}: {_without_weights(path)}")
@@ -123,7 +132,9 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)}); {hint}") from None
-    except Exception:  # a damaged file raises many types of errors, with torch's advice to trust the file
+    except Exception as error:  # a damaged file raises many types of errors, with torch's advice to trust the file
+        if out_of_memory(error):
+            raise
         raise InputError(f"{path}: damaged, or not written by torch.save with plain tensors; {hint}") from None
     if not (isinstance(saved, dict) and "format" in saved):
         raise InputError(f"{path}: has no recipe beside the weights; {hint}")
@@ -134,12 +145,20 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
         raise InputError(f"{path}: holds the weights of the custom model {class_name}; call load_model(path, model)")
     if model is not None and not class_name:
         raise InputError(f"{path}: holds the weights of the recipe's network; call load_model(path) without a model")
+    custom = model
     try:
         recipe = Recipe(**saved["recipe"])
         if model is None:  # with a generator of its own, because torch's default one belongs to the caller
             model = make_network(recipe, len(saved["class_names"]), torch.Generator())
-        model.to("cpu", torch.float32).load_state_dict(saved["state_dict"])
+        model = unwrap(model).to("cpu", torch.float32)
+        load_weights(model, saved["state_dict"])
         return Classifier(model, recipe, saved["class_names"], saved["mean"], saved["std"]).eval()
+    except InputError as error:
+        raise InputError(
+            f"{path}: {error.message}; {hint if custom is None else 'give the model that was trained'}"
+        ) from None
     except Exception as error:  # the file of another project, or another kind of file of this one
+        if out_of_memory(error):
+            raise
         cause = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{path}: holds no network that can be loaded ({cause}); {hint}") from None

@@ -12,7 +12,7 @@ import torch
 
 from cifar_fast.backends.base import Backend
 from cifar_fast.training.metrics import EpochRow
-from cifar_fast.utils.errors import InputError, out_of_memory
+from cifar_fast.utils.errors import InputError
 
 FORMAT = 1
 """Version of the format of ``checkpoint.pt``, increased when the meaning of its contents changes."""
@@ -53,11 +53,7 @@ class Checkpoint:
         """
         try:
             backend.load_training_state(self.state)
-        except RuntimeError as error:
-            if out_of_memory(error):
-                raise
-            raise InputError(
-                "the checkpoint's weights do not fit this model; resume with the model that was trained"
-            ) from error
+        except InputError as error:
+            raise InputError(f"{error.message}; resume with the model that was trained") from error
         for generator, state in zip(generators, self.generators):
             generator.set_state(state)

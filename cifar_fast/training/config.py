@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cifar_fast.recipe import BACKENDS, DTYPES, MEMORY_FORMATS, Recipe, plain
-from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.errors import InputError, option, require_instance
 
 Config = TypeVar("Config", bound="TrainConfig")
 
@@ -57,6 +57,12 @@ class TrainConfig:
     init_seed: int | None = _field(None, "seed of the initial weights alone, the same in all runs")
     order_seed: int | None = _field(None, "seed of the order alone, the same in all runs")
     augment_seed: int | None = _field(None, "seed of the augmentation alone, the same in all runs")
+    validation: int | float = _field(
+        0,
+        "training images to hold out, a number or a fraction of all, with the same share of each class; each epoch is "
+        "then also evaluated on them",
+    )
+    validation_seed: int = _field(0, "seed of the choice of the validation images, which is the same in all runs")
     runs: int = _field(1, "number of trainings from scratch, each with the next seed", may_change=True)
     checkpoint_every: int = _field(
         1,
@@ -77,7 +83,10 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("seed", "init_seed", "order_seed", "augment_seed", "runs", "checkpoint_every", "threads"):
+        require_instance("recipe", self.recipe, Recipe, "a Recipe, such as Recipe(epochs=6)")
+        object.__setattr__(self, "validation", _held_out(plain(self.validation)))
+        seeds = ("seed", "init_seed", "order_seed", "augment_seed", "validation_seed")
+        for name in (*seeds, "runs", "checkpoint_every", "threads"):
             value = getattr(self, name)
             if value is None and getattr(TrainConfig, name) is None:  # the default
                 continue
@@ -89,7 +98,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise InputError(f"{option(name)} must be at least {lowest}, not {value}")
-        for name in ("seed", "init_seed", "order_seed", "augment_seed"):
+        for name in seeds:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63 - self.runs:
                 raise InputError(f"{option(name)} must lie between 0 and 2^63, not {value}")
@@ -161,6 +170,14 @@ class TrainConfig:
                     before, now = before.partition(":")[0], now.partition(":")[0]
                 pairs.append((name, before, now))
         return next(((name, _shown(before), _shown(now)) for name, before, now in pairs if before != now), None)
+
+
+def _held_out(value: Any) -> int | float:
+    """Return a number of validation images from 0, or a fraction of the training images below 1."""
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if is_count or (isinstance(value, float) and 0 <= value < 1):
+        return value or 0
+    raise InputError(f"{option('validation')} must be a number of images or a fraction between 0 and 1, not {value!r}")
 
 
 def _metadata(name: str) -> Mapping[str, Any]:

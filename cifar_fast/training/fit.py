@@ -16,18 +16,20 @@ from cifar_fast.backends.select import BackendCache, BackendConfig, local_device
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.eval_sets import EvalSet, read_eval_sets
+from cifar_fast.data.from_python import as_dataset
 from cifar_fast.data.sources import has_files
-from cifar_fast.data.tensors import device_data
+from cifar_fast.data.tensors import DeviceData, device_data
 from cifar_fast.model import CustomModel, Model
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.evaluate import accuracy, plain_logits
+from cifar_fast.training.evaluate import also_accuracies, confusion_matrix, plain_logits
 from cifar_fast.training.metrics import DivergedRun, EpochRow, Run
 from cifar_fast.training.results import DivergedResult, Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.training.schedule import schedule_notes
 from cifar_fast.training.tensorboard import TensorBoard
+from cifar_fast.training.time_to_go import EVALUATED, TimeToGo
 from cifar_fast.training.trainer import train
 from cifar_fast.utils.device import AFFECTS_FIGURES, device_guard, device_timer, environment, short_name
 from cifar_fast.utils.distributed import World
@@ -38,19 +40,20 @@ from cifar_fast.utils.errors import (
     StopTraining,
     UserError,
     first_line,
+    oom_hint,
     option,
-    out_of_memory,
     plain,
 )
 from cifar_fast.utils.files import absolute_paths, known_path
-from cifar_fast.utils.progress import LOGGER, LogFn, lines_to, prefix_lines, print_line
+from cifar_fast.utils.progress import LOGGER, LogFn, heartbeat, lines_to, prefix_lines, print_line
+from cifar_fast.utils.provenance import now
 from cifar_fast.utils.seeds import Seeds
 from cifar_fast.utils.torch_defaults import DEFAULT_NUM_THREADS, torch_defaults
 
 
 def fit(
     recipe: Recipe,
-    dataset: Dataset,
+    dataset: Any,
     *,
     model: Model | None = None,
     backend: str = "auto",
@@ -61,6 +64,8 @@ def fit(
     init_seed: int | None = None,
     order_seed: int | None = None,
     augment_seed: int | None = None,
+    validation: int | float = 0,
+    validation_seed: int = 0,
     runs: int = 1,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -84,6 +89,8 @@ def fit(
     trains all runs in each process; the commands split them.
 
     Args:
+        dataset: a :class:`Dataset`; a torchvision or Hugging Face data set of 32 x 32 images; arrays or tensors. See
+            :func:`cifar_fast.data.from_python.as_dataset`.
         model: a module to train instead of the recipe's network, from images ``[B, 3, 32, 32]`` to logits
             ``[B, classes]``. Each run starts from a copy of its weights. For fresh weights give a function without
             arguments, such as a class; it is called for each run under the run's seed. The recipe's options of the
@@ -96,6 +103,9 @@ def fit(
             "eager", and channels_last otherwise.
         init_seed, order_seed, augment_seed: seeds of the initial weights, the order and the augmentation alone, the
             same in each run; see :class:`cifar_fast.utils.seeds.Seeds`.
+        validation: training images to hold out, a number or a fraction, with the same share of each class. Each epoch
+            is also evaluated on them, so that a choice between trainings needs no test images. ``validation_seed``
+            chooses the images, the same in each run.
         output: folder for the results; None writes nothing. See :mod:`cifar_fast.training.run_folder`.
         overwrite: replace the results that ``output`` holds.
         resume: ``output`` of an earlier, interrupted call with the same arguments; do not give ``output`` too. The
@@ -128,6 +138,8 @@ def fit(
         init_seed=init_seed,
         order_seed=order_seed,
         augment_seed=augment_seed,
+        validation=validation,
+        validation_seed=validation_seed,
         runs=runs,
         checkpoint_every=checkpoint_every,
         also_test=also_test or {},
@@ -142,7 +154,7 @@ def fit(
     custom_model = None if model is None else CustomModel(model)
     with lines_to(log):
         training = Training(config, folder, custom_model=custom_model, on_epoch=on_epoch)
-        training.prepare(dataset)  # first, because it refuses another data set
+        training.prepare(as_dataset(dataset))  # first, because it refuses another data set
         if finished := training.finished():
             return with_a_run(finished)
         (result,) = train_all([training])
@@ -160,6 +172,7 @@ class Training:
         custom_model: a model instead of the recipe's network.
         on_epoch: as in :func:`fit`.
         backends: backends that other trainings have used, to use again.
+        command: the command line; None for a training from Python.
         world: the processes that share the runs.
 
     Raises:
@@ -174,6 +187,7 @@ class Training:
         custom_model: CustomModel | None = None,
         on_epoch: Callable[[EpochRow], object] | None = None,
         backends: BackendCache | None = None,
+        command: str | None = None,
         world: World = World(),  # noqa: B008  (frozen)
     ) -> None:
         config.check_runs_differ()
@@ -184,7 +198,7 @@ class Training:
             asked = asked.replace(device="cuda")  # of several GPUs that shared the runs, this one is gone
         self.backend_config = local_device(settle_backend(asked), world.size, world.local_rank, asked.device)
         self.config = used_options(asked, self.backend_config)
-        self.folder, self.custom_model, self.on_epoch = folder, custom_model, on_epoch
+        self.folder, self.custom_model, self.on_epoch, self.command = folder, custom_model, on_epoch, command
         self.backends = backends or BackendCache()
         self.result = None if earlier is None else dataclasses.replace(earlier, config=self.config)
         self.paths = dict(earlier.paths) if earlier else {}
@@ -253,8 +267,9 @@ class Training:
         self.eval_sets: list[EvalSet] = read_eval_sets(
             also_test, dataset.class_names, classes, dataset.options.resize is not None
         )
-        self.dataset = dataset.for_recipe(config.recipe)
-        self.dataset.check_trainable(config.recipe.batch_size)
+        with data_oom_hint(dataset):
+            self.dataset = dataset.for_recipe(config.recipe, config.validation, config.validation_seed)
+            self.dataset.check_trainable(config.recipe.batch_size)
         names = self.dataset.class_names
         self.also_test = {one.name: {"digest": one.digest(names), "images": len(one.indices)} for one in self.eval_sets}
         self.schedule_notes = schedule_notes(config.recipe, self.dataset)
@@ -291,23 +306,35 @@ class Training:
         """Return the indices of the runs to train."""
         return self.folder.missing(self.config.runs) if self.folder else list(range(self.config.runs))
 
-    def train(self, run: int, on_step: Callable[[], None]) -> None:
+    def epoch_work(self) -> float:
+        """Return the work of an epoch and its evaluation, as :class:`TimeToGo` counts it."""
+        size = self.config.recipe.batch_size
+        return self.dataset.steps_per_epoch(size) * size + EVALUATED * len(self.dataset.test_images)
+
+    def run_work(self) -> float:
+        """Return the work of a run."""
+        last = [len(self.dataset.test_images), *(len(one.indices) for one in self.eval_sets)]
+        return self.config.recipe.epochs * self.epoch_work() + EVALUATED * sum(last)
+
+    def train(self, run: int, on_step: Callable[[], None], to_go: TimeToGo) -> None:
         """Train the run with that index, or the rest of it, and keep its result in memory and in the folder."""
         config, device, folder = self.config, self.device, self.folder
         with contextlib.ExitStack() as stack:
+            stack.enter_context(heartbeat(to_go.line))
             if folder:
                 stack.enter_context(folder.run_lock(run))
             if self.custom_model:
                 stack.enter_context(self.custom_model.preserve_rng(device))
             stack.enter_context(device_guard(device))
             stack.enter_context(torch_defaults(device, config.threads or DEFAULT_NUM_THREADS))
-            stack.enter_context(oom_hint("training", config.recipe.batch_size))
+            size = config.recipe.batch_size
+            stack.enter_context(oom_hint(f"in training at {option('batch_size')} {size}", "try a smaller one"))
             clock = device_timer(device)
             start = clock()
             facts = environment(device)
             backend, result = self._backend(facts)
             if config.runs > 1:
-                LOGGER.info(f"run {run + 1} of {config.runs}, seed {config.seed + run}")
+                LOGGER.info(f"run {run} of {config.runs}, seed {config.seed + run}")
 
             seeds = seeds_of(config).for_run(run)
             weights, order, augmentation = seeds.generators(device)
@@ -325,15 +352,17 @@ class Training:
             setup_seconds += clock() - start
 
             stopped = False
-            after = rows[-1] if rows else EpochRow(run, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+            after = rows[-1] if rows else EpochRow.before_first(run)
             if not environments or environments[-1] | facts != environments[-1]:
                 environments = [*environments, {"first_epoch": after.epoch + 1} | facts]
+            to_go.skip(after.epoch * self.epoch_work())
             try:
-                for row in train(backend, order, augmentation, clock, after=after, on_step=on_step):
+                for row in train(backend, order, augmentation, clock, after=after, on_step=on_step, to_go=to_go):
+                    to_go.add(EVALUATED * len(self.dataset.test_images))
                     rows.append(row)
                     if folder:
                         folder.add_row(row)
-                    LOGGER.info(str(row))
+                    LOGGER.info(f"{row}  {to_go}".rstrip())
                     due = config.checkpoint_every and row.epoch % config.checkpoint_every == 0
                     if folder and (due or row.epoch == config.recipe.epochs):
                         states = [generator.get_state() for generator in generators]
@@ -345,7 +374,7 @@ class Training:
                                 self.on_epoch(row)
                     except StopTraining as reason:
                         cause = f": {reason}" if str(reason) else ""
-                        LOGGER.info(f"run {run + 1} is stopped after epoch {row.epoch}{cause}")
+                        LOGGER.info(f"run {run} is stopped after epoch {row.epoch}{cause}")
                         stopped = True
                         break
             except Diverged as error:
@@ -354,13 +383,12 @@ class Training:
                 self._end(result, DivergedResult(diverged, rows, backend.name, environments))
                 return
 
-            also_test = {}
-            for images in self.eval_sets:
-                percent = also_test[images.name] = accuracy(backend, images)
-                LOGGER.info(f"also tested on {images.name}, {len(images.indices)} images: {percent:.2f} %")
-            logits = None
-            if config.save_logits:
-                logits = plain_logits(backend, self.dataset.test_images).cpu()
+            also_test, severities = also_accuracies(backend, self.eval_sets, self.dataset.class_names, to_go)
+            to_go.status = "classifying the test images"
+            logits = plain_logits(backend, self.dataset.test_images).cpu()
+            to_go.add(EVALUATED * len(logits))
+            confusion = confusion_matrix(self.dataset.test_labels, logits)
+            kept = logits if config.save_logits else None
             last = rows[-1]
             record = Run(
                 run,
@@ -370,12 +398,16 @@ class Training:
                 setup_seconds=setup_seconds,
                 evaluation_seconds=last.evaluation_seconds,
                 also_test=also_test,
+                also_test_severities=severities,
                 stopped=stopped,
+                test_loss=last.test_loss,
+                validation_accuracy=last.validation_accuracy,
+                validation_loss=last.validation_loss,
             )
             for name, tensor in backend.state_dict().items():
                 result.state_dict[name] = tensor.detach().cpu().clone()
             self._weights_of = run
-            self._end(result, RunResult(record, rows, backend.name, environments, logits))
+            self._end(result, RunResult(record, rows, backend.name, environments, confusion, kept))
 
     def _end(self, result: Result, run: RunResult | DivergedResult) -> None:
         self._runs[run.run.run] = run
@@ -395,9 +427,12 @@ class Training:
             self._tell_changes(self.result.environment if self.result else facts, facts)
             for line in (*self.dataset.notes, *self.schedule_notes):
                 LOGGER.info(line)
-        backend, failures = self.backends.get(
-            self.backend_config, config.recipe, lambda: device_data(self.dataset, self.device), self.custom_model
-        )
+
+        def make_data() -> DeviceData:
+            with data_oom_hint(self.dataset):
+                return device_data(self.dataset, self.device)
+
+        backend, failures = self.backends.get(self.backend_config, config.recipe, make_data, self.custom_model)
         if self.result is None:
             self.config = config.replace(backend=backend.name)
             trained = {name for name, _ in backend.model.named_parameters()}
@@ -413,6 +448,8 @@ class Training:
                 model=self.custom_model.name if self.custom_model else None,
                 model_digest=self.custom_model.digest if self.custom_model else None,
                 parameters=sum(tensor.numel() for name, tensor in backend.state_dict().items() if name in trained),
+                command=self.command,
+                started=now(),
                 paths=self.paths,
             )
             if self.folder:
@@ -443,8 +480,9 @@ class Training:
         assert result is not None
         self._other_backends = {run.run.run: run.backend for run in ended if run.backend != result.backend}
         result = result.with_runs([run for run in ended if run.run.run not in self._other_backends])
-        for line in (*result.environment_changes(), result.summary_line()):
-            LOGGER.info(line)
+        for line in (*result.environment_changes(), result.class_line(), result.summary_line()):
+            if line:
+                LOGGER.info(line)
         if folder:
             folder.finish(result, self.dataset.test_labels)
             if result.runs and result.runs[-1].run != self._weights_of:
@@ -462,7 +500,7 @@ class Training:
         return f"{self._where(missing[0])} is missing; start again with {option('resume')}" if missing else ""
 
     def _where(self, run: int) -> str:
-        return f"{self.folder.path if self.folder else 'memory'}: run {run + 1}"
+        return f"{self.folder.path if self.folder else 'memory'}: run {run}"
 
 
 class CallbackError(BaseException):
@@ -553,6 +591,13 @@ def train_all(
         if world.size > 1:
             shared = f"split over {world.size} processes; the lines are those of rank 0"
             LOGGER.info(f"{len(missing)} runs to train, {shared}")
+            if (idle := world.size - len(missing)) > 0:
+                LOGGER.info(f"{idle} of {world.size} processes have nothing to do; start fewer, or ask for more runs")
+        own = world.share(missing)
+        ahead = {
+            number: [one.run_work() for _, other in own if other == number] for number, one in enumerate(trainings)
+        }
+        to_go = TimeToGo(ahead)
         rounds: list[int] = []
         errors: dict[int, Exception] = {}  # the first of each training on this rank
         left_out: set[int] = set()  # trainings without hope
@@ -568,23 +613,26 @@ def train_all(
             training = trainings[number]
             if len(trainings) > 1 and run not in rounds:
                 rounds.append(run)
-                LOGGER.info(f"round {run + 1} of {training.config.runs}")
+                LOGGER.info(f"round {run} of {training.config.runs}")
             with prefixed(training):
+                to_go.begin(number, run, training.config.runs)
                 try:
-                    training.train(run, step)
+                    training.train(run, step, to_go)
                 except Exception as error:
                     if not training.has_trained and (number in errors or training.result is None):
                         left_out.add(number)
                     if failed is not None or training.config.runs > 1:
                         others = "left out" if number in left_out else "trained"
-                        LOGGER.info(f"run {run + 1} failed: {error}; the other runs are {others}")
+                        LOGGER.info(f"run {run} failed: {error}; the other runs are {others}")
                     LOGGER.debug("run %d failed", run + 1, exc_info=error)
                     free_frames(error)
                     errors.setdefault(number, error)
+                finally:
+                    to_go.end(number in left_out)
 
         lost = None
         try:
-            for run, number in world.share(missing):
+            for run, number in own:
                 if number not in left_out:
                     train_one(run, number)
             told = world.gather({number: message_of(error) for number, error in errors.items()}, on_step)
@@ -634,6 +682,15 @@ def free_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def data_oom_hint(dataset: Dataset) -> contextlib.AbstractContextManager[None]:
+    """Blame the data set if memory runs out inside the block, which no batch size changes."""
+    megabytes = sum(getattr(dataset, name).nbytes for name in dataset.arrays) / 1e6
+    what = (
+        f"for the images of {dataset.source}, {megabytes:.0f} MB and up to twice as much again while they are prepared"
+    )
+    return oom_hint(what, f"train on fewer, by {option('train_subset')} or {option('classes')}, or free memory")
+
+
 def settle_backend(config: TrainConfig) -> BackendConfig:
     """Return what ``auto`` means here for ``config``. Raise :class:`InputError` for what cannot work here."""
     found = resolve_backend(config.backend, config.device, config.dtype, config.memory_format)
@@ -666,15 +723,3 @@ def used_options(config: TrainConfig, found: BackendConfig) -> TrainConfig:
         memory_format=short_name(found.memory_format),
         threads=config.threads or DEFAULT_NUM_THREADS,
     )
-
-
-@contextlib.contextmanager
-def oom_hint(where: str, batch_size: int) -> Iterator[None]:
-    """Raise :class:`InputError` with the batch size if memory runs out inside the block."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        what = f"out of memory in {where} at {option('batch_size')} {batch_size}"
-        raise InputError(f"{what}; try a smaller one") from error

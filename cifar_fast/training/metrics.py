@@ -12,20 +12,39 @@ from cifar_fast.utils.errors import Diverged
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One epoch of one run. Accuracies are in %. Seconds are totals of the run so far."""
+    """One epoch of one run. Accuracies are in %. Seconds are totals of the run so far.
+
+    The losses on validation and test images are means of the loss that is trained, label smoothing included. They are
+    None if they are not finite. The validation values are None without validation images.
+    """
 
     run: int
     epoch: int
     train_loss: float
     train_accuracy: float
+    validation_loss: float | None
+    validation_accuracy: float | None
+    test_loss: float | None
     test_accuracy: float
     train_seconds: float
     evaluation_seconds: float
 
+    @classmethod
+    def before_first(cls, run: int) -> EpochRow:
+        """Return the row of epoch 0, after which a run begins."""
+        return cls(run, 0, 0.0, 0.0, None, None, 0.0, 0.0, 0.0, 0.0)
+
     def __str__(self) -> str:
+        def loss(value: float | None) -> str:
+            return "not finite" if value is None else f"{value:.3f}"
+
+        validation = ""
+        if self.validation_accuracy is not None:
+            validation = f"  val loss {loss(self.validation_loss)}  val acc {self.validation_accuracy:.2f}"
         return (
-            f"epoch {self.epoch:2d}  train loss {self.train_loss:.3f}  train acc {self.train_accuracy:.2f}"
-            f"  test acc {self.test_accuracy:.2f}  training time {self.train_seconds:.2f}"
+            f"epoch {self.epoch:2d}  train loss {self.train_loss:.3f}  train acc {self.train_accuracy:.2f}{validation}"
+            f"  test loss {loss(self.test_loss)}  test acc {self.test_accuracy:.2f}"
+            f"  training time {self.train_seconds:.2f}"
         )
 
 
@@ -34,8 +53,9 @@ class Run:
     """One training from scratch. ``run`` is its index, from 0.
 
     The seeds are the values of :meth:`cifar_fast.utils.seeds.Seeds.for_run`. Accuracies are in %, after the last epoch.
-    ``also_test`` has the accuracies on other test sets, by name. ``stopped`` is True if a callback ended the run early,
-    by :class:`cifar_fast.StopTraining`.
+    They and the losses are as in :class:`EpochRow`.
+    ``also_test`` has the accuracies on other test sets, by name. ``also_test_severities`` has those for each severity
+    of a corruption. ``stopped`` is True if a callback ended the run early, by :class:`cifar_fast.StopTraining`.
     """
 
     run: int
@@ -48,7 +68,11 @@ class Run:
     setup_seconds: float
     evaluation_seconds: float
     also_test: dict[str, float] = field(default_factory=dict)
+    also_test_severities: dict[str, list[float]] = field(default_factory=dict)
     stopped: bool = False
+    test_loss: float | None = None
+    validation_accuracy: float | None = None
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +93,7 @@ class DivergedRun:
     def error(self, runs: int) -> Diverged:
         """Return the error for a person, which names the run if it is one of several ``runs``."""
         error = Diverged.at(self.step, self.epoch)
-        return error if runs == 1 else Diverged(f"run {self.run + 1} of {runs}, seed {self.seed}: {error.message}")
+        return error if runs == 1 else Diverged(f"run {self.run} of {runs}, seed {self.seed}: {error.message}")
 
 
 def confidence_interval_95(values: list[float], highest: float = 100.0) -> list[float] | None:

@@ -21,10 +21,11 @@ from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, confidence_interval_95
-from cifar_fast.training.plots import curves_figure, draw_curves
+from cifar_fast.training.plots import confusion_figure, curves_figure, draw_curves
 from cifar_fast.utils.device import AFFECTS_FIGURES
-from cifar_fast.utils.errors import InputError, first_line, option
-from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING
+from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
+from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING, as_path
+from cifar_fast.utils.provenance import without_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,8 +39,9 @@ class RunResult:
     """A finished run with its rows, backend and environments.
 
     ``environments`` are the values of :func:`cifar_fast.utils.device.environment` in their order, each with the
-    ``first_epoch`` that was trained there. There are several if the run was resumed in another environment. ``logits``
-    holds the plain model's logits of the test images ``[N, classes]`` in the dtype of the weights, or None if they were
+    ``first_epoch`` that was trained there. There are several if the run was resumed in another environment.
+    ``confusion`` counts the test images of each class, a row, that the plain model classifies as each class, a column.
+    ``logits`` holds its logits of the test images ``[N, classes]`` in the dtype of the weights, or None if they were
     not kept.
     """
 
@@ -47,6 +49,7 @@ class RunResult:
     rows: list[EpochRow]
     backend: str
     environments: list[dict[str, Any]]
+    confusion: list[list[int]]
     logits: torch.Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +62,7 @@ class RunResult:
     def from_dict(cls, values: dict[str, Any]) -> RunResult:
         """Return the run that :meth:`to_dict` stored, without logits."""
         rows = [EpochRow(**row) for row in values["rows"]]
-        return cls(Run(**values["run"]), rows, values["backend"], values["environments"])
+        return cls(Run(**values["run"]), rows, values["backend"], values["environments"], values["confusion"])
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Result:
         state_dict: weights of the last finished run; empty if there is none.
         unwritten: a line for each file that could not be written.
         diverged_results: the runs that diverged, in order.
+        command: the command line of the training; None for one from Python.
+        started: date and time of its first start, in UTC.
     """
 
     config: TrainConfig
@@ -122,6 +127,8 @@ class Result:
     unwritten: list[str] = field(default_factory=list)
     model_digest: str | None = None
     diverged_results: list[DivergedResult] = field(default_factory=list)
+    command: str | None = None
+    started: str | None = None
 
     @classmethod
     def load(cls, folder: str | Path, weights: bool = True) -> Result:
@@ -184,6 +191,18 @@ class Result:
         """Logits of the test images, float16 ``[N, classes]`` for each run that kept them."""
         return [result.logits for result in self.run_results if result.logits is not None]
 
+    @property
+    def confusion(self) -> np.ndarray:
+        """Sum of ``RunResult.confusion`` over the finished runs, int64 ``[classes, classes]``."""
+        classes = len(self.dataset["class_names"])
+        return sum((np.array(one.confusion) for one in self.run_results), np.zeros((classes, classes), np.int64))
+
+    @property
+    def class_accuracy(self) -> dict[str, float | None]:
+        """Accuracy in % on the test images of each class, over all finished runs; None for a class without any."""
+        rows = zip(self.dataset["class_names"], self.confusion.tolist())
+        return {name: 100 * row[k] / sum(row) if sum(row) else None for k, (name, row) in enumerate(rows)}
+
     def with_runs(self, ended: Iterable[RunResult | DivergedResult]) -> Result:
         """Return the training with these runs in place of its own."""
         finished: list[RunResult] = []
@@ -213,14 +232,18 @@ class Result:
 
     def _repr_html_(self) -> str:
         """Return a table with a row for each run, and the curves, for a notebook."""
-        sets = ("training", "test", *map(html.escape, self._also_test_names()))
-        head = ["run", "seed", "epochs", "loss", *(f"{name} accuracy" for name in sets), "training time"]
+        validated = ("validation",) if self.dataset["validation_images"] else ()
+        sets = ("training", *validated, "test", *map(html.escape, self._also_test_names()))
+        head = ["run", "seed", "epochs", "loss", "test loss", *(f"{name} accuracy" for name in sets), "training time"]
         lines = [f"<tr><th>{'</th><th>'.join(head)}</th></tr>"]
         for result in self.run_results:
             run, last = result.run, result.rows[-1]
-            accuracies = (last.train_accuracy, run.test_accuracy, *run.also_test.values())
+            held_out = () if run.validation_accuracy is None else (run.validation_accuracy,)
+            accuracies = (last.train_accuracy, *held_out, run.test_accuracy, *run.also_test.values())
+            test_loss = "not finite" if run.test_loss is None else f"{run.test_loss:.3f}"
             percent = (f"{accuracy:.2f} %" for accuracy in accuracies)
-            cells = [run.run, run.seed, last.epoch, f"{last.train_loss:.3f}", *percent, f"{run.train_seconds:.2f} s"]
+            losses = (f"{last.train_loss:.3f}", test_loss)
+            cells = [run.run, run.seed, last.epoch, *losses, *percent, f"{run.train_seconds:.2f} s"]
             lines.append(f"<tr><td>{'</td><td>'.join(map(str, cells))}</td></tr>")
         png = io.BytesIO()
         draw_curves(self.rows, self.recipe, self.title(), png)
@@ -233,12 +256,19 @@ class Result:
         """Return the curves of ``curves.png`` as a matplotlib figure: ``result.figure().savefig("curves.pdf")``."""
         return curves_figure(self.rows, self.recipe, self.title())
 
+    def confusion_figure(self) -> Figure:
+        """Return the confusion matrix of ``confusion.png`` as a matplotlib figure."""
+        return confusion_figure(self.confusion, self.dataset["class_names"], self.title())
+
     def title(self) -> str:
-        """Return data set, backend, dtype, device and number of finished runs in one line."""
+        """Return data set, network, backend, dtype, device and number of finished runs in one line."""
         finished, total = len(self.runs), self.config.runs
         runs = f"{finished} of {total} runs" if finished < total else f"{total} runs" if total > 1 else "1 run"
         devices = " and ".join(self.environment_values("device_name"))
-        return f"{self.dataset['name']}, {self.backend} backend, {self.dtype}, {devices}, {runs}"
+        name = self.dataset["name"]
+        data = f"{name} {Path(self.dataset['source']).name}" if name in ("npz", "folder") else name
+        network = self.model or f"network {' '.join(map(str, self.recipe.widths))}"
+        return f"{data}, {network}, {self.backend} backend, {self.dtype}, {devices}, {runs}"
 
     def environment_values(self, name: str) -> list[str]:
         """Return the different values of a part of the environments that the runs were trained in."""
@@ -267,7 +297,6 @@ class Result:
 
         Deviation and interval are None for a single finished run. All statistics are None if there is none.
         """
-        accuracies = [run.test_accuracy for run in self.runs]
         seconds = [run.train_seconds for run in self.runs]
         return {
             "recipe": dataclasses.asdict(self.recipe),
@@ -275,25 +304,39 @@ class Result:
             "model_digest": self.model_digest,
             "parameters": self.parameters,
             "environment": self.environment,
+            "command": self.command,
+            "started": self.started,
             "backend": self.backend,
             "dtype": self.dtype,
             "memory_format": self.memory_format,
             "auto": self.auto,
             "notes": self.notes,
-            "dataset": self.dataset,
-            "settings": self.settings,
+            "dataset": without_names(self.dataset),
+            "settings": without_names(self.settings),
             "runs": [dataclasses.asdict(run) for run in self.runs],
             "environments": [{"run": result.run.run} | each for result in self.ended for each in result.environments],
             **self.not_finished(),
-            "test_accuracy_mean": statistics.fmean(accuracies) if accuracies else None,
-            "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-            "test_accuracy_ci95": confidence_interval_95(accuracies),
+            **self._statistics("validation"),
+            **self._statistics("test"),
+            "class_accuracy": self.class_accuracy,
+            "confusion": self.confusion.tolist(),
             "also_test_mean": {
                 name: statistics.fmean(run.also_test[name] for run in self.runs) for name in self._also_test_names()
             },
             "train_seconds_mean": statistics.fmean(seconds) if seconds else None,
             "train_seconds_median": statistics.median(seconds) if seconds else None,
             "train_seconds_min": min(seconds, default=None),
+        }
+
+    def _statistics(self, split: str) -> dict[str, Any]:
+        """Return the statistics of ``split``, validation or test, over the runs; None where a run has no value."""
+        accuracies, losses = ([getattr(run, f"{split}_{what}") for run in self.runs] for what in ("accuracy", "loss"))
+        accuracies = [] if None in accuracies else accuracies
+        return {
+            f"{split}_accuracy_mean": statistics.fmean(accuracies) if accuracies else None,
+            f"{split}_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            f"{split}_accuracy_ci95": confidence_interval_95(accuracies),
+            f"{split}_loss_mean": statistics.fmean(losses) if losses and None not in losses else None,
         }
 
     def not_finished(self) -> dict[str, list[dict[str, Any]]]:
@@ -322,6 +365,12 @@ class Result:
         mean = self.summary()["test_accuracy_mean"]
         return "no run has finished" if mean is None else f"test accuracy {mean:.2f} %"
 
+    def class_line(self) -> str:
+        """Return the accuracy by class in one line, for a person; empty if no run has finished."""
+        known = {name: percent for name, percent in self.class_accuracy.items() if percent is not None}
+        shown = [f"{name} {known[name]:.2f} %" for name in sorted(known, key=lambda name: known[name])]
+        return f"accuracy by class, lowest first: {shortened(shown, most=10)}" if shown else ""
+
     def summary_line(self) -> str:
         """Return the summary in one line, for a person."""
         unfinished = self.not_finished_line()
@@ -331,9 +380,11 @@ class Result:
         def median(name: str) -> str:
             return f"{statistics.median(getattr(run, name) for run in self.runs):.2f} s"
 
-        accuracy, note = self._accuracy(), " (median)" if len(self.runs) > 1 else ""
-        if interval := self.summary()["test_accuracy_ci95"]:
+        accuracy, note, summary = self._accuracy(), " (median)" if len(self.runs) > 1 else "", self.summary()
+        if interval := summary["test_accuracy_ci95"]:
             accuracy += f" (mean of {len(self.runs)} runs, 95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
+        if (held_out := summary["validation_accuracy_mean"]) is not None:
+            accuracy += f", validation accuracy {held_out:.2f} %"
         return (
             f"{accuracy}, training time {median('train_seconds')}{note}, plus {median('setup_seconds')} of "
             f"set-up and {median('evaluation_seconds')} of evaluation{unfinished and '; '}{unfinished}"
@@ -350,7 +401,7 @@ class RunReader:
     """Reader of the folder of a training. Errors call the folder ``name``."""
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
-        self.path = Path(path).expanduser()
+        self.path = as_path(path, "folder")
         self.name = name or str(path)
 
     def of_run(self, run: int) -> Path:
@@ -364,7 +415,7 @@ class RunReader:
             return Result.from_dict(json.loads(path.read_text()))
         except FileNotFoundError:
             raise InputError(
-                f"{self.name}: holds no {TRAINING}; there is nothing to resume, start with {option('output')}"
+                f"{self.name}: holds no {TRAINING}; there is nothing to resume or repeat, start with {option('output')}"
             ) from None
         except Exception as error:  # a damaged file may raise any exception
             raise InputError(
@@ -400,6 +451,8 @@ class RunReader:
         try:
             yield
         except Exception as error:  # a damaged file may raise any exception
+            if out_of_memory(error):
+                raise
             name = path.relative_to(self.path)
             raise InputError(
                 f"{self.name}: {name} cannot be read ({first_line(error)}); remove that file to train the run again"

@@ -5,7 +5,8 @@
     run-0/result.json    rows and accuracies of the finished run; logits.npz beside it with ``save_logits``
     run-0/model.pt       weights of the finished run
     metrics.jsonl        the rows of all runs, each written at the end of its epoch
-    model.pt, summary.json, curves.png, logits.npz    written when all runs have ended; model.pt is of the last
+    model.pt             weights of the last finished run, written when all runs have ended
+    summary.json, curves.png, confusion.png, logits.npz    written when all runs have ended
 
 A run that diverged has ended, and ``result.json`` has the step. A run without ``result.json`` is missing. Resuming a
 training and sharing it among processes both train missing runs.
@@ -18,6 +19,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -29,12 +31,13 @@ import torch
 
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.metrics import EpochRow
-from cifar_fast.training.plots import draw_curves
+from cifar_fast.training.plots import draw_confusion, draw_curves
 from cifar_fast.training.results import DivergedResult, Result, RunReader, RunResult
 from cifar_fast.training.tensorboard import FOLDER, TensorBoard, remove_events
 from cifar_fast.utils.errors import InputError, first_line, option
 from cifar_fast.utils.files import (
     CHECKPOINT,
+    CONFUSION,
     CURVES,
     LOGITS,
     MODEL,
@@ -42,6 +45,7 @@ from cifar_fast.utils.files import (
     RUN_RESULT,
     SUMMARY,
     TRAINING,
+    as_path,
     atomic_write,
     check_writable,
     locked,
@@ -52,7 +56,7 @@ from cifar_fast.utils.files import (
 )
 from cifar_fast.utils.progress import LOGGER
 
-FILES = (TRAINING, SUMMARY, ROWS, MODEL, LOGITS, CURVES)
+FILES = (TRAINING, SUMMARY, ROWS, MODEL, LOGITS, CURVES, CONFUSION)
 
 
 class RunFolder(RunReader):
@@ -73,7 +77,8 @@ class RunFolder(RunReader):
     """
 
     def __init__(self, path: str | Path, overwrite: bool = False, *, new: bool = False, resume: bool = False) -> None:
-        super().__init__(path, f"{option('resume' if resume else 'output')} {Path(path).expanduser()}")
+        argument = "resume" if resume else "output"
+        super().__init__(path, f"{option(argument)} {as_path(path, argument)}")
         self.overwrite, self.new = overwrite, new
         self.failures: dict[str, str] = {}
         self.tensorboard: TensorBoard | None = None
@@ -275,10 +280,21 @@ class RunFolder(RunReader):
             self._write(
                 self.path / CURVES, lambda temporary: draw_curves(result.rows, result.recipe, result.title(), temporary)
             )
+            names = result.dataset["class_names"]
+            self._write(
+                self.path / CONFUSION,
+                lambda temporary: draw_confusion(result.confusion, names, result.title(), temporary),
+            )
         result.unwritten.extend(line for name, line in self.failures.items() if name != CHECKPOINT)
 
     def _write_json(self, path: Path, make: Callable[[], dict[str, Any]]) -> bool:
-        return self._write(path, lambda temporary: temporary.write_text(json.dumps(make(), indent=2) + "\n"))
+        def write(temporary: Path) -> None:
+            text = json.dumps(make(), indent=2)
+            # A row of a matrix is one line. No string of JSON holds a line break.
+            text = re.sub(r"\[\n[\d\s,]+\]", lambda row: row[0].replace("\n", "").replace(" ", ""), text)
+            temporary.write_text(text + "\n")
+
+        return self._write(path, write)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> bool:
         def whole() -> None:

@@ -44,9 +44,14 @@ class TensorBoard:
         for name, value in (
             ("loss/train", row.train_loss),
             ("accuracy/train", row.train_accuracy),
+            ("loss/validation", row.validation_loss),
+            ("accuracy/validation", row.validation_accuracy),
+            ("loss/test", row.test_loss),
             ("accuracy/test", row.test_accuracy),
             ("learning_rate", learning_rate),
         ):
+            if value is None:
+                continue
             self._writer.add_scalar(name, value, row.epoch)
         self._writer.flush()
 

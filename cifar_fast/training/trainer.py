@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,8 +10,8 @@ import torch
 from cifar_fast.backends.base import Backend
 from cifar_fast.data.augment import draw_epoch
 from cifar_fast.training.metrics import EpochRow
+from cifar_fast.training.time_to_go import TimeToGo
 from cifar_fast.utils.errors import Diverged
-from cifar_fast.utils.progress import progress_bar
 
 
 def train(
@@ -19,8 +20,9 @@ def train(
     augmentation: torch.Generator,
     clock: Callable[[], float],
     *,
-    after: EpochRow = EpochRow(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0),  # noqa: B008  (frozen)
+    after: EpochRow = EpochRow.before_first(0),  # noqa: B008  (frozen)
     on_step: Callable[[], None] = lambda: None,
+    to_go: TimeToGo | None = None,
 ) -> Iterator[EpochRow]:
     """Train the epochs of a run that follow ``after``, and yield a row at the end of each.
 
@@ -32,6 +34,7 @@ def train(
             :func:`cifar_fast.utils.device.device_timer` returns.
         after: row of the last finished epoch, epoch 0 at the start of a run. New rows get its run index.
         on_step: called after each step.
+        to_go: counts the steps, and shows the bar of each epoch.
 
     Raises:
         Diverged: the loss is no longer finite.
@@ -39,8 +42,9 @@ def train(
     recipe, n, on_cpu = backend.recipe, len(backend.data.train_images), backend.device.type == "cpu"
     steps = n // recipe.batch_size
     train_seconds, evaluation_seconds = after.train_seconds, after.evaluation_seconds
+    to_go = to_go or TimeToGo()
     for epoch in range(after.epoch, recipe.epochs):
-        with progress_bar(steps, f"epoch {epoch + 1}/{recipe.epochs}", "step") as bar:
+        with to_go.epoch(epoch + 1, recipe.epochs, steps, recipe.batch_size) as step:
             start = clock()
             scores = []
             draws = draw_epoch(
@@ -48,7 +52,7 @@ def train(
             )
             for loss, correct in backend.train_epoch(draws):
                 scores.append((loss, correct))
-                bar.update()
+                step()
                 if on_cpu:  # on a GPU, reading a loss would wait for the device
                     check_finite(loss[None], epoch * steps + len(scores), steps)
                 on_step()
@@ -57,12 +61,35 @@ def train(
         check_finite(losses, epoch * steps + 1, steps)
 
         start = clock()
-        test_correct = backend.evaluate()
+        evaluated = backend.evaluate()
         evaluation_seconds += clock() - start
-        # The reference script averages 100 for correct and 0 for wrong. Other arithmetic changes the last bit.
-        accuracy, test_accuracy = ((100 * values).float().mean().item() for values in (correct, test_correct))
-        mean_loss = losses.float().mean().item()
-        yield EpochRow(after.run, epoch + 1, mean_loss, accuracy, test_accuracy, train_seconds, evaluation_seconds)
+        mean_loss, accuracy = means(losses, correct)
+        count = backend.data.validation_count
+        val_loss, val_accuracy = means(*(values[:count] for values in evaluated)) if count else (None, None)
+        test_loss, test_accuracy = means(*(values[count:] for values in evaluated))
+        yield EpochRow(
+            run=after.run,
+            epoch=epoch + 1,
+            train_loss=mean_loss,
+            train_accuracy=accuracy,
+            validation_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+            validation_accuracy=val_accuracy,
+            test_loss=test_loss if math.isfinite(test_loss) else None,
+            test_accuracy=test_accuracy,
+            train_seconds=train_seconds,
+            evaluation_seconds=evaluation_seconds,
+        )
+
+
+def means(losses: torch.Tensor, correct: torch.Tensor) -> tuple[float, float]:
+    """Return the mean loss, and the accuracy in %."""
+    # The reference script averages 100 for correct and 0 for wrong. Other arithmetic changes the last bit.
+    return shortest(losses.float().mean()), shortest((100 * correct).float().mean())
+
+
+def shortest(value: torch.Tensor) -> float:
+    """Return the number of fewest digits that is ``value`` in float32: 99.3 and not 99.30000305175781."""
+    return float(str(value.cpu().numpy()))
 
 
 def check_finite(losses: torch.Tensor, first_step: int, steps_per_epoch: int) -> None:

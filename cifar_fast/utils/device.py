@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from cifar_fast import __version__
-from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.errors import InputError, did_you_mean, option
 from cifar_fast.utils.files import check_writable
+from cifar_fast.utils.provenance import commit
 
 OLDEST_GPU = (7, 5)
 """The lowest compute capability for which the tests compile the kernels."""
@@ -41,7 +42,8 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise InputError(f"unknown device {name!r}; the choices are auto, cpu, cuda, cuda:0, cuda:1, ...")
+        hint = did_you_mean(name, ("auto", "cpu", "cuda"))
+        raise InputError(f"unknown device {name!r}; the choices are auto, cpu, cuda, cuda:0, cuda:1, ...{hint}")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
@@ -144,6 +146,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "cifar_fast": __version__,
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a subclass of str, which torch.load with weights_only refuses
         "torchvision": _version("torchvision"),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import re
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 _OPTION = re.compile("\0(\\w+)\0")
 
@@ -23,6 +27,37 @@ def with_flags(text: str) -> str:
 def plain(text: str) -> str:
     """Return ``text`` with marked options written as arguments in Python."""
     return _OPTION.sub(r"\1", text)
+
+
+OTHER_NAMES = {
+    "lr": ("lr_values",),
+    "learning_rate": ("lr_values",),
+    "wd": ("weight_decay",),
+    "bs": ("batch_size",),
+    "half": ("float16",),
+    "fp16": ("float16",),
+    "bf16": ("bfloat16",),
+    "float": ("float32",),
+    "fp32": ("float32",),
+    "nchw": ("contiguous_format",),
+    "nhwc": ("channels_last",),
+    "gpu": ("cuda",),
+    "triton": ("fused",),
+    "inductor": ("compiled",),
+}
+"""What people call an option or a value elsewhere, and its names here."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return "; did you mean A or B?" with the names of ``choices`` that are near ``name``, or an empty text."""
+
+    def bare(text: str) -> str:
+        return text.lower().lstrip("-").replace("-", "_")
+
+    names = {bare(choice): choice for choice in choices}
+    near = [one for one in (bare(name), *OTHER_NAMES.get(bare(name), ())) if one in names]
+    near = near or difflib.get_close_matches(bare(name), names)
+    return f"; did you mean {' or '.join(names[one] for one in near)}?" if near else ""
 
 
 class UserError(Exception):
@@ -65,6 +100,17 @@ class MissingRuns(UserError, RuntimeError):
     """Runs of a training are missing: they failed, or a process died or could not write them. The exit code is 1."""
 
 
+def require_instance(name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
+    """Raise :class:`InputError` unless ``value`` is a ``kind``. The message says that ``name`` must be ``expected``."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be {expected}, not {type_shown(value)}")
+
+
+def type_shown(value: Any) -> str:
+    """Return what ``value`` is, for a message about its type."""
+    return f"the text {value!r}" if isinstance(value, (str, bytes)) else type(value).__name__
+
+
 def first_cause(error: BaseException) -> BaseException:
     """Return the error at the start of the chain that led to ``error``; compilers wrap it in their own."""
     while cause := getattr(error, "inner_exception", None) or error.__cause__:
@@ -75,7 +121,19 @@ def first_cause(error: BaseException) -> BaseException:
 def out_of_memory(error: BaseException) -> bool:
     """Return whether ``error`` reports that memory ran out, on a GPU or on a CPU."""
     kind, text = type(error).__name__, str(error)
-    return "OutOfMemory" in kind or isinstance(error, MemoryError) or "can't allocate memory" in text
+    words = ("can't allocate memory", "bad_alloc")  # torch's allocator, and C++ elsewhere
+    return "OutOfMemory" in kind or isinstance(error, MemoryError) or any(word in text for word in words)
+
+
+@contextlib.contextmanager
+def oom_hint(what: str, hint: str) -> Iterator[None]:
+    """Raise :class:`InputError` "out of memory WHAT; HINT" if memory runs out inside the block."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(f"out of memory {what}; {hint}") from error
 
 
 def first_line(error: BaseException) -> str:

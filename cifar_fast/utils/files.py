@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.errors import InputError, option, require_instance
 from cifar_fast.utils.progress import LOGGER
 
 TRAINING = "training.json"
@@ -22,6 +22,13 @@ SUMMARY = "summary.json"
 MODEL = "model.pt"
 LOGITS = "logits.npz"
 CURVES = "curves.png"
+CONFUSION = "confusion.png"
+
+
+def as_path(value: Any, name: str) -> Path:
+    """Return ``value``, an argument called ``name``, as a path. "~" is the home folder."""
+    require_instance(name, value, (str, os.PathLike), "a path")
+    return Path(value).expanduser()
 
 
 def absolute_paths(given: Iterable[str | Path]) -> dict[str, str]:

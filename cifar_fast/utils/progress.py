@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -25,10 +26,14 @@ if LOGGER.level == logging.NOTSET:
 LogFn = Callable[[str], None]
 """A function that takes one line of text for a person, such as ``print``."""
 
+SILENT_SECONDS = 50.0
+"""Longest time without a line inside :func:`heartbeat`."""
+
 
 class _Thread(threading.local):
     quiet = False
     prefix = ""
+    speaks_for: int | None = None  # the thread whose lines these are, if another
 
 
 _thread = _Thread()
@@ -48,7 +53,7 @@ class _LineHandler(logging.Handler):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Pass this thread's lines. Python asks before it takes the handler's lock, so threads do not wait here."""
-        return record.thread == self.thread
+        return (_thread.speaks_for or record.thread) == self.thread
 
     def emit(self, record: logging.LogRecord) -> None:
         line = _thread.prefix + self.format(record)
@@ -84,16 +89,60 @@ def prefix_lines(prefix: str) -> Iterator[None]:
         _thread.prefix = before
 
 
+@contextlib.contextmanager
+def heartbeat(line: Callable[[], str]) -> Iterator[None]:
+    """Log ``line()`` for this thread each time when it has logged nothing for most of a minute inside the block.
+
+    Nothing is logged where a person sees a bar.
+    """
+    if NOTEBOOK or all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr)):
+        yield
+        return
+    said, ended = time.monotonic(), threading.Event()
+
+    def note(line: str) -> None:
+        nonlocal said
+        said = time.monotonic()
+
+    def beat(thread: int, prefix: str) -> None:
+        _thread.speaks_for, _thread.prefix = thread, prefix
+        while not ended.wait(max(0.0, said + SILENT_SECONDS - time.monotonic())):
+            if time.monotonic() >= said + SILENT_SECONDS:
+                note(text := line())
+                LOGGER.info(text)
+
+    handler = _LineHandler(note)
+    LOGGER.addHandler(handler)
+    beating = threading.Thread(target=beat, args=(threading.get_ident(), _thread.prefix), daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beating.join()
+        LOGGER.removeHandler(handler)
+
+
+def duration(seconds: float) -> str:
+    """Return a time for a person, such as "45 s", "3 min", "2 h 05 min" or "3 d 4 h"."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 def progress_bar(total: int | None, what: str, unit: str) -> tqdm:
     """Return a bar that vanishes at its end, shown in a notebook or if standard error is a terminal.
 
-    Bytes, unit "B", show as MB/s.
+    Bytes, unit "B", show as MB/s. The prefix of this thread's lines is before ``what``.
     """
     hidden = _thread.quiet or (False if NOTEBOOK else None)  # None: tqdm tests for a terminal
     file = sys.stdout if NOTEBOOK else sys.stderr  # a notebook shows standard error as an error
     return tqdm(
         total=total,
-        desc=what,
+        desc=_thread.prefix + what,
         unit=unit,
         unit_scale=unit == "B",
         disable=hidden,

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 import cifar_fast.backends.fused
 from cifar_fast import CNN, Recipe
-from cifar_fast.backends.base import make_sgd
 from cifar_fast.backends.fused import Fused, fastest_deterministic_convolutions
+from cifar_fast.backends.optimizers import make_optimizer
 from cifar_fast.data.augment import draw_epoch
 from cifar_fast.data.tensors import device_data
 from cifar_fast.kernels.launch import interpreted
@@ -61,7 +61,7 @@ def runs(backend, dataset, seeds=(0, 1)):
             draws = draw_epoch(len(dataset.train_images), device=backend.device, recipe=RECIPE, generator=generator)
             for loss, correct in backend.train_epoch(draws):
                 seen += [loss.clone(), correct.clone()]
-            seen += [backend.evaluate().clone(), backend.state.lr.clone(), backend.state.global_step.clone()]
+            seen += [backend.evaluate()[1].clone(), backend.state.lr.clone(), backend.state.global_step.clone()]
             seen += [tensor.clone() for tensor in backend.state_dict().values()]
             seen += [state["momentum_buffer"].clone() for state in backend.optimizer.state.values()]
     return seen
@@ -71,14 +71,16 @@ def runs(backend, dataset, seeds=(0, 1)):
 def fused_sgd(monkeypatch, uncompiled, few_programs):
     """Use the optimizer of a GPU, which reads the learning rate from the device. The CPU's reads it on the host."""
     monkeypatch.setattr(
-        cifar_fast.backends.fused, "make_sgd", lambda *what, fused, **how: make_sgd(*what, fused=True, **how)
+        cifar_fast.backends.fused,
+        "make_optimizer",
+        lambda *what, fused, **how: make_optimizer(*what, fused=True, **how),
     )
 
 
 def recorded(dataset):
     backend = make(dataset)
     backend.seek(0)
-    backend.step_graph, backend.evaluation_graph = Recording(backend.train_step), Recording(backend.eval_step)
+    backend.step_graphs, backend.evaluation_graph = {True: Recording(backend.train_step)}, Recording(backend.eval_step)
     return backend
 
 
@@ -119,6 +121,6 @@ def test_replays_of_a_wrong_step_differ_from_its_calls(fused_sgd, monkeypatch, m
 def test_replayed_graphs_equal_called_runs_bit_for_bit(dtype):
     dataset, device = small_dataset(train=10, test=7), torch.device("cuda", 0)
     replayed, called = make(dataset, device, dtype), make(dataset, device, dtype)
-    called.step_graph = called.evaluation_graph = None
+    called.step_graphs, called.evaluation_graph = {True: None}, None
     with fastest_deterministic_convolutions():
         assert same(runs(replayed, dataset), runs(called, dataset))

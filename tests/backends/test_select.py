@@ -142,16 +142,19 @@ def test_failed_backends_leave_no_trace_in_the_training(small, monkeypatch):
     assert [row.train_loss for row in result.rows] == [row.train_loss for row in alone.rows]
 
 
-def test_out_of_memory_in_the_last_backend_names_the_batch_size_as_an_option(small, monkeypatch):
+def test_out_of_memory_in_the_last_backend_names_what_needs_it(small, monkeypatch):
     def out_of_memory(*given):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    reasons = {
+        "eager": "(out of memory for the weights of the network); choose smaller --widths, or free memory",
+        "compiled": "(out of memory at --batch-size 32); choose a smaller one, or another --backend",
+    }
     monkeypatch.setattr(Eager, "__init__", out_of_memory)
-    with pytest.raises(InputError) as caught:
-        build_backend(config("eager"), RECIPE, device_data(small, CPU))
-    reason = "the eager backend cannot be set up here (out of memory at {} 32); choose another {}"
-    assert str(caught.value) == reason.format("batch_size", "backend")
-    assert with_flags(caught.value.message) == reason.format("--batch-size", "--backend")
+    for name, reason in reasons.items():
+        with pytest.raises(InputError) as caught:
+            build_backend(config(name), RECIPE, device_data(small, CPU))
+        assert with_flags(caught.value.message) == f"the {name} backend cannot be set up here {reason}"
 
 
 def test_each_rank_gets_its_gpu_unless_a_device_was_named(monkeypatch):

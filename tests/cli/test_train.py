@@ -5,20 +5,23 @@ import json
 import logging
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
 import termios
 import time
+from datetime import datetime
 
 import pytest
 import torch
 
-from cifar_fast import Recipe
+from cifar_fast import Recipe, __version__
 from cifar_fast.cli.flags import recipe_of
 from cifar_fast.cli.train import make_parser as train_parser
 from cifar_fast.train import main
 from cifar_fast.utils.progress import LOGGER
+from tests.helpers import ROOT, contents
 
 NARROW = "--widths 4 8 8 8 16 32 32 32 --epochs 2 --batch-size 32 --device cpu"
 
@@ -136,10 +139,13 @@ def test_torchvision_is_needed_only_for_its_data_sets(tmp_path, npz):
 
 
 @pytest.mark.slow  # starts a process
-def test_terminal_shows_a_progress_bar_of_steps(tmp_path, npz):
+def test_terminal_shows_a_progress_bar_of_steps_with_variant_run_and_time_to_go(tmp_path, npz):
+    options = f'dataset = "npz"\ndata_dir = "{npz}"\noutput = "{tmp_path}/out"\nruns = 2\n'
+    recipe = "[recipe]\nwidths = [4, 8]\nepochs = 2\nbatch_size = 32\n[variants.small]\n"
+    (tmp_path / "spec.toml").write_text(options + recipe)
     reader, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    flags = f"-m cifar_fast.train --dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW}"
+    flags = f"-m cifar_fast sweep {tmp_path}/spec.toml"
     with subprocess.Popen([sys.executable, *flags.split()], stdout=subprocess.DEVNULL, stderr=terminal):
         os.close(terminal)
         output = b""
@@ -149,7 +155,7 @@ def test_terminal_shows_a_progress_bar_of_steps(tmp_path, npz):
             except OSError:  # the other end is closed
                 break
     os.close(reader)
-    assert b"epoch 1/2" in output and b"/1 [" in output
+    assert b"small: run 1 of 2, epoch 1/2" in output and b"/1 [" in output and b" to go]" in output
 
 
 @pytest.mark.slow  # whole trainings
@@ -210,7 +216,13 @@ def test_flags_override_the_recipe_file(tmp_path, capsys):
         ("--backend fused --device cuda:98", "--device cuda:98: "),
         ("--batch-size 1 --widths 6 12 24 48 96", "--batch-size must be at least 2 with these widths"),
         ("--recipe none.json", "cannot read the recipe none.json"),
-        ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag; --help lists the flags"),
+        ("--lr 0.1", "unrecognized arguments: --lr 0.1; did you mean --lr-values?"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3; did you mean --epochs?"),
+        ("--batch_size=3", "unrecognized arguments: --batch_size=3; did you mean --batch-size?"),
+        ("--dtype fp16", "; did you mean float16?"),
+        ("--device gpu", "; did you mean cuda?"),
+        ("--dataset cifar-10", "; did you mean cifar10"),
         ("--output {file}/out", "is not a directory"),
         (
             "--dataset synthetic --batch-size 20000 --output out",
@@ -282,3 +294,60 @@ def test_demo_learns_the_synthetic_data_set(tmp_path):
     done = run(f"{flags} --output {tmp_path}/demo")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "demo/summary.json").read_text())["test_accuracy_mean"] > 30  # of ten classes
+
+
+def test_training_is_repeated_like_an_earlier_one_in_another_folder(tmp_path, npz, monkeypatch, no_curves):
+    flags = "--widths 4 8 --epochs 2 --batch-size 16 --device cpu --seed 3 --runs 2 --save-logits --dtype float32"
+    (tmp_path / "data.npz").write_bytes(npz.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert main(f"--dataset npz --data-dir data.npz --output first {flags} --memory-format channels_last".split()) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["--like", "../first", "--output", "again"]) == 0
+    again, first = (contents(folder, "data_source") for folder in (tmp_path / "elsewhere/again", tmp_path / "first"))
+    for values in (*again[2:4], *first[2:4]):
+        del values["auto"]  # the second training is given what the first one chose
+    assert again == first
+    assert main(["--like", "../first", "--output", "more", "--epochs", "1", "--seed", "4"]) == 0
+    summary = json.loads((tmp_path / "elsewhere/more/summary.json").read_text())
+    assert (summary["recipe"]["epochs"], summary["recipe"]["widths"]) == (1, [4, 8])
+    text = (tmp_path / "first/metrics.jsonl").read_text()
+    assert max(map(len, re.findall(r'_(?:loss|accuracy)": ([\d.]+)', text))) <= 11, "float32 has nine digits at most"
+    assert [run["seed"] for run in summary["runs"]] == [4, 5]
+
+
+def test_summary_tells_how_to_repeat_the_training_and_names_no_user(tmp_path, npz, monkeypatch, capsys, no_curves):
+    home = tmp_path / "home/somebody"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    (home / "data.npz").write_bytes(npz.read_bytes())
+    flags = f"--dataset npz --data-dir {home}/data.npz --widths 4 8 --epochs 1 --batch-size 16 --output {home}/out"
+    assert main(f"{flags} --device cpu --momentum 0.85".split()) == 0
+    text = (home / "out/summary.json").read_text()
+    summary = json.loads(text)
+    assert summary["command"].startswith("cifar-fast train --dataset npz --data-dir ~/data.npz --widths 4 8 ")
+    assert abs(time.time() - datetime.fromisoformat(summary["started"]).timestamp()) < 60
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    commit = summary["environment"]["commit"]
+    assert summary["environment"]["cifar_fast"] == __version__
+    assert commit.removesuffix("-dirty") == head.stdout.strip() if head.returncode == 0 else commit is None
+    assert "somebody" not in text
+    capsys.readouterr()
+    assert main(["--recipe", f"{home}/out/summary.json", "--epochs", "3", "--print-recipe"]) == 0
+    recipe = Recipe.from_json(capsys.readouterr().out)
+    assert (recipe.epochs, recipe.momentum, recipe.widths) == (3, 0.85, (4, 8))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--like {tmp}", "--like {tmp}: holds no training.json"),
+        ("--like a --resume b", "give --like or --resume"),
+        ("--recipe {tmp}/r.json", "{tmp}/r.json: the key recipe must hold a JSON object"),
+    ],
+)
+def test_folder_that_cannot_be_repeated_is_one_line(tmp_path, capsys, flags, words):
+    (tmp_path / "r.json").write_text('{"recipe": 3}')
+    assert main(flags.format(tmp=tmp_path).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words.format(tmp=tmp_path)}") and error.count("\n") == 1

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from cifar_fast import InputError, Recipe, fit
+from cifar_fast import InputError, Recipe, fit, load_model
 from cifar_fast.data.eval_sets import EvalSet
 from cifar_fast.train import main
+from cifar_fast.training.results import Result
 from tests.helpers import DEVICE, HOW, NARROW, save_npz, small_dataset
 
 RECIPE = Recipe(epochs=2, batch_size=32, widths=NARROW)
@@ -44,7 +45,7 @@ def test_command_reports_published_test_sets(published, small, capsys):
     shown = capsys.readouterr().out
     assert shown.count("also tested on c/fog, 50 images: ") == 2
     summary = json.loads((root / "out/summary.json").read_text())
-    names = {"one", "two", "c/fog", "c/snow", "folder/cifar10.1_v6"}
+    names = {"one", "two", "c/fog", "c/snow", "c/mean", "folder/cifar10.1_v6"}
     assert {*summary["also_test_mean"]} == names
     for name in names:
         by_run = [run["also_test"][name] for run in summary["runs"]]
@@ -110,7 +111,7 @@ def test_file_with_two_different_test_sets_is_refused(tmp_path, small):
         ("--also-test here", "'here' is not NAME=PATH"),
         ("--also-test a=b --also-test a=c", "two test sets have the same name"),
         ("--dataset synthetic --also-test a=none.npz", "none.npz: cannot be read (No such file or directory)"),
-        ("--dataset synthetic --also-test a=none.txt", "must be a .npz file, a *_data.npy file or a folder"),
+        ("--dataset synthetic --also-test a=none.txt", "must be a .npz, .npy or .mat file, or a folder of .npy files"),
     ],
 )
 def test_wrong_flags_give_one_line(tmp_path, monkeypatch, capfd, flags, words):
@@ -134,3 +135,51 @@ def test_digest_follows_the_content_and_not_the_numbers_of_the_classes(small):
         EvalSet("a", images, np.where(labels == 2, -1, labels)).digest(names),
     ):
         assert other != digest
+
+
+@pytest.mark.parametrize("classes", [(), (1, 2)])
+def test_corruptions_have_an_accuracy_for_each_severity_and_their_mean(tmp_path, small, classes):
+    """The files are like those of CIFAR-10-C: five severities of the same images, one after another."""
+    random = np.random.RandomState(0)
+    labels = random.randint(0, 3, 20).astype(np.uint8)
+    for number, name in enumerate(("fog", "snow", "spatter")):
+        images = small_dataset(test=100, seed=number).test_images
+        np.save(tmp_path / f"{name}.npy", images[random.permutation(100)])
+    np.save(tmp_path / "labels.npy", np.tile(labels, 5))
+    recipe, lines = dataclasses.replace(RECIPE, epochs=1, classes=classes), []
+    result = fit(recipe, small, also_test={"c": tmp_path}, output=tmp_path / "out", **HOW | {"log": lines.append})
+    (run,) = Result.load(tmp_path / "out").runs
+    assert run == result.runs[0]
+    probabilities = {
+        name: load_model(tmp_path / "out").predict(np.load(tmp_path / f"{name}.npy"))
+        for name in ("fog", "snow", "spatter")
+    }
+    expected = {}
+    for name, values in probabilities.items():
+        numbers = np.array(classes or (0, 1, 2))[values.argmax(1).numpy()]
+        chosen = np.isin(labels, classes or (0, 1, 2))
+        expected[name] = [100 * (numbers[k : k + 20] == labels)[chosen].mean() for k in range(0, 100, 20)]
+        assert run.also_test_severities[f"c/{name}"] == pytest.approx(expected[name])
+        assert run.also_test[f"c/{name}"] == pytest.approx(np.mean(expected[name]))
+    means = np.mean([expected["fog"], expected["snow"]], axis=0)  # spatter is one of the four for validation
+    assert [run.also_test[f"c/severity-{k}"] for k in range(1, 6)] == pytest.approx(means.tolist())
+    assert run.also_test["c/mean"] == pytest.approx(means.mean())
+    shown = " ".join(f"{value:.2f}" for value in means)
+    assert f"mean over 2 corruptions of c: {means.mean():.2f} %; severity 1 to 5: {shown}" in lines
+
+
+@pytest.mark.parametrize("cut", ["bytes", "images"])
+def test_truncated_corruption_is_named(tmp_path, small, cut):
+    images = small_dataset(test=50).test_images
+    for name in ("fog", "snow"):
+        np.save(tmp_path / f"{name}.npy", images)
+    np.save(tmp_path / "labels.npy", np.zeros(50, np.uint8))
+    if cut == "bytes":
+        (tmp_path / "snow.npy").write_bytes((tmp_path / "snow.npy").read_bytes()[:-5000])
+    else:
+        np.save(tmp_path / "snow.npy", images[:40])
+    words = (
+        "cannot be read .it is cut off; copy it again" if cut == "bytes" else "holds 40 images, but labels.npy labels"
+    )
+    with pytest.raises(InputError, match=rf"{tmp_path}/snow.npy: {words}"):
+        fit(RECIPE, small, also_test={"c": tmp_path}, **HOW)

@@ -61,8 +61,10 @@ def test_medmnist_of_each_size_is_read_as_published(tmp_path, shape):
     assert lines == [
         f"{path}: train_images: resized 40 of 40 images {how}",
         f"{path}: test_images: resized 12 of 12 images {how}",
-        f"{path}: the 7 images of the split val are left out",
+        f"{path}: val_images: resized 7 of 7 images {how}",
+        f"{path}: the 7 images of the split val are validation images",
     ]
+    assert len(dataset.validation_images) == 7
 
 
 def test_val_is_the_test_split_of_data_without_one(tmp_path):

@@ -28,7 +28,7 @@ NORMS = [
     for direction in ("forward", "backward", "inference")
 ]
 KERNELS = ["augmentation", *NORMS, "loss and record"]
-STEP = ["set-up", "memory", "the same bits again", "time", "against eager", "auto selects"]
+STEP = ["set-up", "memory", "the same bits again", "time", "24 epochs", "against eager", "auto selects"]
 WITHOUT_A_GPU = ["NVIDIA driver", "kernels compile"]
 
 
@@ -66,6 +66,9 @@ def test_every_needed_part_passes_without_a_gpu(tmp_path, narrow, capsys):
         assert f"{'yes' if line['ok'] else 'no'} " in shown.pop(0) and line["needed"] == line["ok"]
     assert all("auto does without" in lines[name]["text"] for name in noes(lines))
     assert lines["auto selects"]["text"].startswith("eager, channels_last, float32: no CUDA GPU is here")
+    assert lines["network"]["text"].startswith("widths 4 8 8 8 16 32 32 32 in place of 16 32 32 32 64 128 128 128, ")
+    assert lines["24 epochs"]["text"].startswith("about ") and "ms/step of 64 images" in lines["24 epochs"]["text"]
+    assert all(" allowed" in lines[name]["text"] for name in NORMS)
 
 
 @without_a_gpu
@@ -104,7 +107,7 @@ def wrong_schedule(function):
 @pytest.mark.parametrize(
     ("kernel", "mistake", "named", "words"),
     [
-        ("batch_norm_act", other_alpha, NORMS, "more than 2 times as large"),
+        ("batch_norm_act", other_alpha, NORMS, "more than 2 times eager's plus 4 in the last place"),
         (
             "batch_norm_act",
             not_a_number,
@@ -179,7 +182,7 @@ def test_backend_that_cannot_be_set_up_fails_and_the_next_one_is_checked(narrow,
     monkeypatch.setattr(torch, "compile", broken)
     config = BackendConfig(("compiled", "eager"), torch.device("cpu"), torch.float32, torch.channels_last, "for a test")
     logged = []
-    found = Check(config, config, Recipe(widths=NARROW, batch_size=8))
+    found = Check(config, config, Recipe(widths=NARROW, batch_size=8), Recipe(widths=NARROW))
     with lines_to(logged.append):
         found.run()
     lines = {result.name: result for result in found.results}

@@ -109,14 +109,14 @@ def with_change(fuse, change):
 
 def in_the_optimizer(**changes):
     def mistake(patch):
-        whole = cifar_fast.backends.fused.make_sgd
+        whole = cifar_fast.backends.fused.make_optimizer
 
         def broken(*model, **how):
             optimizer = whole(*model, **how)
             optimizer.param_groups[0].update(changes)
             return optimizer
 
-        patch.setattr(cifar_fast.backends.fused, "make_sgd", broken)
+        patch.setattr(cifar_fast.backends.fused, "make_optimizer", broken)
 
     return mistake
 

@@ -14,7 +14,9 @@ from cifar_fast.backends.eager import Eager
 from cifar_fast.backends.fused import Fused
 from cifar_fast.data.tensors import device_data
 from cifar_fast.diagnostics.profile import (
+    ACTIVATION,
     AUGMENT,
+    BATCH,
     CONV_BACKWARD,
     CONV_DATA,
     CONV_FORWARD,
@@ -22,11 +24,16 @@ from cifar_fast.diagnostics.profile import (
     CONV_WEIGHT,
     IDLE,
     LAYOUT,
+    LINEAR,
     LINES,
+    LOSS,
     NORM_BACKWARD,
     NORM_FORWARD,
     OPTIMIZER,
     OTHER,
+    PLAIN_NORM_BACKWARD,
+    PLAIN_NORM_FORWARD,
+    POOL,
     classify_kernel,
     classify_operator,
     covered,
@@ -35,7 +42,7 @@ from cifar_fast.diagnostics.profile import (
     table_rows,
 )
 from cifar_fast.utils.progress import lines_to
-from tests.helpers import NARROW, small_dataset
+from tests.helpers import NARROW, compiler, small_dataset
 
 CPU = torch.device("cpu")
 
@@ -153,7 +160,15 @@ def test_our_kernels_have_our_lines():
         (OPTIMIZER, "aten::_fused_sgd_"),
         (OPTIMIZER, "aten::_foreach_add_"),
         (OTHER, "aten::add_"),
-        (OTHER, "aten::native_batch_norm_backward"),
+        (PLAIN_NORM_FORWARD, "aten::native_batch_norm"),
+        (PLAIN_NORM_BACKWARD, "aten::native_batch_norm_backward"),
+        (ACTIVATION, "aten::threshold_backward"),
+        (ACTIVATION, "aten::celu"),
+        (ACTIVATION, "autograd::engine::evaluate_function: GeluBackward0"),
+        (POOL, "aten::max_pool2d_with_indices_backward"),
+        (LOSS, "aten::cross_entropy_loss"),
+        (LOSS, "cifar_fast::cross_entropy"),
+        (LINEAR, "aten::mm"),
         (OTHER, "Torch-Compiled Region: 0/0"),
     ],
 )
@@ -199,10 +214,21 @@ def test_profile_without_a_kernel_is_an_error():
 def test_eager_profile_has_each_line_once_and_sums_to_the_step(tmp_path):
     table = profile(*make(), tmp_path, steps=2)
     launches = {row.line: row.launches for row in table.rows}
-    assert list(launches) == [CONV_FORWARD, CONV_BACKWARD, OPTIMIZER, OTHER, IDLE]
+    named = {BATCH: 1, POOL: 8, PLAIN_NORM_FORWARD: 8, PLAIN_NORM_BACKWARD: 8, ACTIVATION: 16}
+    assert list(launches) == [CONV_FORWARD, CONV_BACKWARD, *named, LINEAR, LOSS, OPTIMIZER, OTHER, IDLE]
+    assert {line: launches[line] for line in named} == named
     assert (launches[CONV_FORWARD], launches[CONV_BACKWARD], launches[OPTIMIZER], launches[IDLE]) == (8, 8, 1, 0)
     assert all(row.milliseconds > 0 for row in table.rows)
     assert_sums_to_the_step(table)
+
+
+@pytest.mark.slow  # starts a process
+def test_command_on_a_cpu_explains_the_step_and_prints_no_line_of_the_profiler(tmp_path):
+    widths = "--widths 16 32 32 32 64 128 128 128 --batch-size 64 --device cpu --dtype float32 --backend eager"
+    done = compiler(*f"-m cifar_fast profile --dataset synthetic {widths} --output {tmp_path}".split())
+    assert done.stderr == ""
+    rows = {row["line"]: row["share"] for row in json.loads((tmp_path / "profile.json").read_text())["rows"]}
+    assert rows[OTHER] < 0.15
 
 
 def test_calls_of_the_optimizer_belong_to_the_optimizer(tmp_path):

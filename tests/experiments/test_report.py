@@ -10,6 +10,8 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from cycler import cycler
+from matplotlib.colors import to_hex
 from PIL import Image
 from scipy import stats
 
@@ -41,13 +43,14 @@ def made_up(accuracies, *, epochs=2, dataset="cifar10", device="A10", also=None,
         rows = []
         for epoch in range(1, epochs + 1):
             left = epochs - epoch
-            numbers = accuracy / 100 * 2**left, accuracy - 1, accuracy - 10 * left
+            numbers = accuracy / 100 * 2**left, accuracy - 1, None, None, accuracy, accuracy - 10 * left
             rows.append(EpochRow(index, epoch, *numbers, epoch, 0.1))
         also_test = {"other": accuracy / 2} if also else {}
         seeds = Seeds(first_seed, *fixed).for_run(index)
         run = Run(index, *dataclasses.astuple(seeds), accuracy, 10.0 + index**2, 1.0, 0.2, also_test)
-        runs.append(RunResult(run, rows, "eager", [{"first_epoch": 1} | environment]))
-    metadata = {"name": dataset, "digest": dataset * 9, "train_images": 9, "test_images": 9}
+        runs.append(RunResult(run, rows, "eager", [{"first_epoch": 1} | environment], [[1]]))
+    metadata = {"name": dataset, "digest": dataset * 9, "train_images": 9, "validation_images": 0, "test_images": 9}
+    metadata["source"] = dataset
     metadata |= {"class_names": ["x"], "also_test": {}}
     weights = {"w": torch.zeros(1)}
     return Result(config, environment, [], metadata, [0.0], [1.0], [], None, 1, {}, runs, weights)
@@ -377,7 +380,8 @@ def test_table_is_printed_even_if_a_file_cannot_be_written(tmp_path, folders, ca
         ("{folder}/a --baseline z", "--baseline 'z' is not a variant; the variants are a"),
         (
             "{folder}/a --metric zzz",
-            "a: --metric 'zzz' does not exist; the choices are test_accuracy, train_accuracy, train_loss, other",
+            "--metric 'zzz' does not exist; the choices are "
+            "test_accuracy, train_accuracy, test_loss, train_loss, other",
         ),
         ("{folder}/none", "none: holds no training.json; choose the folder of a training, or of a sweep"),
         ("{folder}/a {folder}/none", "none: holds no training.json; choose the folder of a training, or of a sweep"),
@@ -429,8 +433,45 @@ def test_figures_show_runs_intervals_and_bands():
     (axes,) = report.curves_figure().axes
     assert [list(line.get_ydata()) for line in axes.lines] == [[81, 91], [70, 80]]
     (band,) = axes.collections
+    assert len(band.get_edgecolor()) and band.get_linewidth()[0] > 0, "an outline tells overlapping bands apart"
     assert set(band.get_paths()[0].vertices[:, 1]) == {80, 82, 90, 92}
     assert dict(matplotlib.rcParams) == before
+
+
+def test_figures_of_many_variants_have_different_colors_and_a_legend_beside_the_axes():
+    report = make_report(
+        {f"variant-{i:02}": made_up([90.0 + i / 8, 91.0 + i / 8], first_seed=9 * i) for i in range(30)}
+    )
+    for figure in (report.variants_figure(), report.curves_figure()):
+        (axes,) = figure.axes
+        drawn = {to_hex(line.get_color()) for line in axes.lines if len(line.get_ydata()) > 1}
+        assert len(drawn) == 30 and axes.get_legend() is None
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 30
+    assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
+    assert figure.bbox.x1 >= legend.get_window_extent().x1 and figure.bbox.y0 <= legend.get_window_extent().y0
+
+
+def test_figures_follow_the_callers_parameters_and_embed_truetype_fonts():
+    report = make_report({"a": made_up([90.0, 92.0]), "b": made_up([80.0])})
+    with matplotlib.rc_context({"axes.facecolor": "black", "axes.prop_cycle": cycler(color=["#ff0000", "#00ff00"])}):
+        for figure in (report.variants_figure(), report.curves_figure()):
+            assert to_hex(figure.axes[0].get_facecolor()) == "#000000"
+            assert to_hex(figure.axes[0].lines[0].get_color()) == "#ff0000"
+            figure.savefig(pdf := io.BytesIO(), format="pdf")
+            assert b"/FontFile2" in pdf.getvalue() and b"/Type3" not in pdf.getvalue()
+
+
+def test_different_seeding_schemes_and_threads_give_a_warning():
+    a, b = made_up([90.0, 92.0]), made_up([80.0, 81.0], fixed=(5,))
+    b = dataclasses.replace(b, config=b.config.replace(init_seed=5))
+    for run in b.run_results:
+        run.environments[0]["threads"] = 4
+    assert make_report({"a": a, "b": b}).warnings == [
+        "different seeding schemes: one stream from the seed of each run (a); init_seed 5 (b)",
+        "different numbers of CPU threads: none (a); 4 (b)",
+    ]
 
 
 def test_curves_include_runs_that_were_stopped_early():

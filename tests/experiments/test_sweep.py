@@ -1,5 +1,6 @@
 """A sweep trains its variants in turn, resumes after an interruption, and refuses wrong specifications."""
 
+import dataclasses
 import io
 import json
 import signal
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 
-from cifar_fast import Recipe, Sweep, fit, fit_sweep
+from cifar_fast import InputError, Recipe, Sweep, fit, fit_sweep
 from cifar_fast.backends.eager import Eager
 from cifar_fast.cli.main import main
 from cifar_fast.utils.progress import lines_to
@@ -40,7 +41,10 @@ RECIPES = {
     "momentum-0.85": Recipe(**vars(BASE) | {"momentum": 0.85}),
 }
 SEEDED = HOW | {"seed": 3}
-NO_MEMORY = "the eager backend cannot be set up here (out of memory at batch_size 16); choose another backend"
+NO_MEMORY = (
+    "the eager backend cannot be set up here (out of memory for the weights of the network); choose smaller widths, "
+    "or free memory"
+)
 
 
 @pytest.fixture
@@ -251,7 +255,7 @@ def test_dry_run_lists_variants_and_the_state_of_each_run(tmp_path, spec, capfd,
     assert (
         lines[2] == "momentum-0.8: eager, contiguous_format, float32; epochs 2, batch_size 16, widths 4 8, momentum 0.8"
     )
-    runs = [f"run {run} of {name}, seed {run + 2}: to do" for run in (1, 2) for name in RECIPES]
+    runs = [f"run {run} of {name}, seed {run + 3}: to do" for run in (0, 1) for name in RECIPES]
     assert lines[4:] == runs and not (tmp_path / "sweep").exists()
 
     def stop(line):
@@ -291,13 +295,13 @@ def test_other_seeds_and_variants_are_trained_beside_a_diverged_run(
     for _ in range(2):  # the second sweep trains nothing
         assert main(["sweep", path]) == 1
         output, error = capfd.readouterr()
-        lines = [f"error: momentum: run {run} of 2, seed {run + 2}: the loss is not finite" for run in (1, 2)]
+        lines = [f"error: momentum: run {run} of 2, seed {run + 3}: the loss is not finite" for run in (0, 1)]
         assert all(map(str.startswith, error.splitlines(), lines)) and error.count("\n") == 2
     assert "epoch  1" not in output
     assert contents(tmp_path / "sweep/baseline", "data_source") == single_trainings["baseline"]
     assert len(json.loads((tmp_path / "sweep/last/summary.json").read_text())["runs"]) == 2
     assert main(["sweep", path, "--dry-run"]) == 0
-    assert "run 2 of momentum, seed 4: diverged at step " in capfd.readouterr().out
+    assert "run 1 of momentum, seed 4: diverged at step " in capfd.readouterr().out
     assert main(["report", str(tmp_path / "sweep")]) == 0
     output = capfd.readouterr().out
     assert "| 0 of 2 |" in output and "Warning: momentum: 0 of 2 runs have finished; diverged: seed 3 at step" in output
@@ -392,3 +396,22 @@ def test_sweep_in_python_prints_nothing_without_a_log(tmp_path, npz, single_trai
     assert list(results) == list(RECIPES) and [len(result.runs) for result in results.values()] == [2, 2, 2]
     assert sweep_contents(tmp_path / "sweep") == single_trainings
     assert sys.stderr.getvalue() == "", "a terminal shows no progress bar"
+
+
+def test_variant_has_its_own_dtype_backend_and_logits_and_the_sweep_a_log(tmp_path, npz):
+    text = SPEC.format(data=npz, output=tmp_path / "sweep").replace("runs = 2", 'runs = 1\nlog = "tensorboard"')
+    text = (
+        text.split("[variants.baseline]")[0] + '[variants.own]\ndtype = ["bfloat16", "float32"]\nsave_logits = true\n'
+    )
+    sweep = Sweep.from_toml(text + "[variants.common]\n", output="out")
+    assert sweep.tensorboard and list(sweep.variants) == ["own-bfloat16", "own-float32", "common"]
+    configs = [sweep.config(name) for name in sweep.variants]
+    assert [config.dtype for config in configs] == ["bfloat16", "float32", "float32"]
+    assert [config.save_logits for config in configs] == [True, True, False]
+    results = fit_sweep(dataclasses.replace(sweep, tensorboard=False), log=None)
+    assert [result.dtype for result in results.values()] == ["bfloat16", "float32", "float32"]
+    assert [len(result.logits) for result in results.values()] == [1, 1, 0]
+    with pytest.raises(InputError, match="log must be none or tensorboard, not 'wandb'"):
+        Sweep.from_toml(text.replace("tensorboard", "wandb"), output="out")
+    with pytest.raises(InputError, match=r"no key 'cutout' in .variants\.own.; did you mean cutout_size"):
+        Sweep.from_toml(text + "cutout = 4\n", output="out")

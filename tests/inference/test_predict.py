@@ -386,6 +386,22 @@ def test_exported_and_traced_classifiers_give_the_same_logits(trained, dataset):
     expected = model(images)
     assert torch.equal(torch.export.export(model, (images,)).module()(images), expected)
     assert torch.allclose(torch.fx.symbolic_trace(model)(images), expected)
+    assert torch.allclose(torch.jit.trace(model, images)(images), expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.jit.script is deprecated
+def test_scripting_is_refused_with_the_ways_that_work(trained):
+    model = load_model(trained)
+    for given in (model, model.model, torch.nn.Sequential(model, torch.nn.Softmax(1))):
+        with pytest.raises(InputError, match=r"use torch.export.export\(model, \(images,\)\) or torch.jit.trace"):
+            torch.jit.script(given)
+
+
+def test_float_images_are_refused_by_every_call(trained, dataset):
+    model, images = load_model(trained), torch.tensor(dataset.test_images[:4]) / 255
+    for call in (model, model.predict, lambda images: torch.jit.trace(model, images)):
+        with pytest.raises(InputError, match="images must be uint8"):
+            call(images)
 
 
 def saved_logits(folder):

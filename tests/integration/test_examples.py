@@ -114,8 +114,8 @@ def test_optuna_prunes_trials():
     pytest.importorskip("optuna", reason="optuna is not installed")
     lines = run_example("prune_with_optuna.py", "--epochs", "2", "--trials", "5", "--images", "320")
     assert [line.split(":")[0] for line in lines] == [*(f"trial {i}" for i in range(5)), "best"]
-    assert all(": test accuracy " in line for line in lines[:3])  # the pruner waits for three trials
-    assert all(": test accuracy " in line or ": stopped early at " in line for line in lines[3:5])
+    assert all(": validation accuracy " in line for line in lines[:3])  # the pruner waits for three trials
+    assert all(": validation accuracy " in line or ": stopped early at " in line for line in lines[3:5])
 
 
 @pytest.mark.slow

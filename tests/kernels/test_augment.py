@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from cifar_fast.kernels.augment import (
     augment,
     augment_op,
     augment_reference,
+    crop_offsets,
     example_launches,
     normalization_table,
 )
@@ -40,8 +42,8 @@ class Images:
         nchw = self.images.permute(0, 3, 1, 2).contiguous()  # sums over this layout have the bits of eager
         self.table = normalization_table(nchw.permute(0, 2, 3, 1), dtype)
 
-    def eager(self, draws, padding=4, cutout_size=8):
-        recipe = Recipe(crop_padding=padding, cutout_size=cutout_size)
+    def eager(self, draws, padding=4, cutout_size=8, both_sides=False):
+        recipe = Recipe(crop_padding=padding, cutout_size=cutout_size, crop_both_sides=both_sides)
         return eager_augment(self.normalized, draws, recipe), self.labels[draws.permutation]
 
     def launch(self, draws, padding=4, cutout_size=8, **options):
@@ -56,9 +58,9 @@ def random_images(n, size=32, channels=3, dtype=torch.float16, seed=0):
     return Images(images, random.randint(0, 10, n), dtype)
 
 
-def random_draws(n, images, size=32, padding=4, cutout_size=8, seed=0):
+def random_draws(n, images, size=32, padding=4, cutout_size=8, seed=0, both_sides=False):
     generator = torch.Generator().manual_seed(seed)
-    options = (images, (padding + 1) ** 2, 2, (size + 1 - cutout_size) ** 2)
+    options = (images, crop_offsets(padding, both_sides) ** 2, 2, (size + 1 - cutout_size) ** 2)
     return Draws(torch.stack([torch.randint(option, (n,), generator=generator) for option in options]).to(DEVICE))
 
 
@@ -90,6 +92,17 @@ def test_every_crop_and_flip_equals_eager(dtype, few_programs):
     assert_same(images.launch(draws), images.eager(draws))
 
 
+def test_crops_to_both_sides_are_the_windows_of_the_padded_image():
+    images = random_images(3, size=6)
+    crop = torch.arange(25, device=DEVICE)
+    draws = with_rows(random_draws(25, 3, size=6, cutout_size=0), crop=crop, flip=torch.ones_like(crop))
+    batch, _ = images.launch(draws, padding=2, cutout_size=0, both_sides=True)
+    padded = F.pad(images.normalized.permute(0, 3, 1, 2)[draws.permutation], (2, 2, 2, 2), mode="reflect")
+    for one, window, place in zip(batch, padded, crop.tolist()):
+        x, y = divmod(place, 5)
+        assert torch.equal(one, window[:, y : y + 6, x : x + 6])
+
+
 @pytest.mark.slow  # the interpreter
 def test_every_cutout_equals_eager(few_programs):
     images, draws = random_images(20), random_draws(625, 20)
@@ -116,6 +129,7 @@ def test_any_size_channels_padding_and_cutout_equals_eager(data):
     options = dict(
         padding=data.draw(st.integers(0, size - 1), "padding"),
         cutout_size=data.draw(st.integers(0, size), "cutout_size"),
+        both_sides=data.draw(st.booleans(), "both_sides"),
     )
     dtype, seed = data.draw(st.sampled_from(DTYPES), "dtype"), data.draw(st.integers(0, 2**31), "seed")
 
@@ -228,7 +242,7 @@ def test_opcheck(optional):
     images, draws = random_images(4), random_draws(2, 4)
     step = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     labels, step = (images.labels, step) if optional else (None, None)
-    torch.library.opcheck(augment_op, (images.images, draws.tensor, images.table, labels, step, 2, 3, 4, 8))
+    torch.library.opcheck(augment_op, (images.images, draws.tensor, images.table, labels, step, 2, 3, 4, 8, False))
 
 
 @pytest.mark.slow  # a compiler
@@ -255,7 +269,7 @@ def test_rows_of_draws_may_lie_apart():
 
 
 def test_launch_has_full_blocks_and_reads_only_the_batch():
-    settings = dict(n=50_000, batch_size=512, size=32, padding=4, cutout_size=8, dtype=torch.float16)
+    settings = dict(n=50_000, batch_size=512, size=32, padding=4, cutout_size=8, both_sides=False, dtype=torch.float16)
     (launch,) = example_launches(out_channels=3, **settings)
     assert launch.grid[0] == 512
     assert launch.grid[1] * launch.constants["BLOCK"] == 32 * 32 * 3

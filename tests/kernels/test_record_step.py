@@ -10,15 +10,15 @@ from tests.helpers import DEVICE
 pytestmark = pytest.mark.usefixtures("engine")
 
 
-def initial_state(size=5, steps=3, dtype=torch.float32, epochs=2):
-    schedule = torch.arange(steps * epochs, dtype=torch.float32, device=DEVICE) * 0.1
+def initial_state(size=5, steps=3, dtype=torch.float32, epochs=2, groups=1):
+    schedule = torch.arange(steps * epochs * groups, dtype=torch.float32, device=DEVICE).view(-1, groups) * 0.1
     return StepState.initial(schedule, steps, size, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("size", "steps"), [(5, 3), (1, 1), (256, 2), (300, 2)])
-def test_equals_plain_torch_over_a_run_and_one_step_more(size, steps, dtype):
-    ours, theirs = initial_state(size, steps, dtype), initial_state(size, steps, dtype)
+@pytest.mark.parametrize(("size", "steps", "groups"), [(5, 3, 1), (1, 1, 4), (256, 2, 1), (300, 2, 3)])
+def test_equals_plain_torch_over_a_run_and_one_step_more(size, steps, groups, dtype):
+    ours, theirs = (initial_state(size, steps, dtype, groups=groups) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     for _ in range(2 * steps + 1):
         loss = torch.randn(size, generator=generator).to(DEVICE, dtype)
@@ -27,7 +27,7 @@ def test_equals_plain_torch_over_a_run_and_one_step_more(size, steps, dtype):
         for name, tensor in ours._asdict().items():
             assert torch.equal(tensor, getattr(theirs, name)), name
     assert ours.global_step.item() == 2 * steps + 1
-    assert torch.equal(ours.losses[0], loss) and ours.lr == ours.schedule[-1]
+    assert torch.equal(ours.losses[0], loss) and torch.equal(ours.lr, ours.schedule[-1])
 
 
 @pytest.mark.parametrize(

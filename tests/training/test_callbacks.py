@@ -52,7 +52,7 @@ def test_stop_training_ends_only_its_run(tmp_path, tiny, whole):
     folder, lines = tmp_path / "out", []
     stop = raise_after(0, 1, StopTraining("no hope"))
     result = fit(RECIPE, tiny, runs=2, output=folder, on_epoch=stop, **HOW | {"log": lines.append})
-    assert "run 1 is stopped after epoch 1: no hope" in lines
+    assert "run 0 is stopped after epoch 1: no hope" in lines
     assert [run.stopped for run in result.runs] == [True, False]
     assert epochs(result.rows) == [(0, 1), (1, 1), (1, 2), (1, 3)]
     assert result.runs[0].test_accuracy == result.rows[0].test_accuracy

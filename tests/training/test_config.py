@@ -26,6 +26,8 @@ CHANGED = dict(
     init_seed=4,
     order_seed=5,
     augment_seed=6,
+    validation=0.25,
+    validation_seed=7,
     runs=2,
     checkpoint_every=7,
     also_test={"again": "test.npz"},
@@ -55,7 +57,7 @@ each_way = pytest.mark.parametrize("default", ["runs", "augment_seed"])
 
 @each_way
 def test_fit_uses_every_argument(tmp_path, tiny, default):
-    recipe = Recipe(epochs=1, batch_size=16, widths=(4, 8))
+    recipe = Recipe(epochs=1, batch_size=8, widths=(4, 8))
     also_test = {"again": str(save_npz(tmp_path / "test.npz", tiny, images=tiny.test_images, labels=tiny.test_labels))}
     options = CHANGED | {"also_test": also_test, default: getattr(DEFAULT, default)}
     assert fit(recipe, tiny, log=None, **options).config == TrainConfig(recipe=recipe, **options)
@@ -72,8 +74,8 @@ def test_each_option_is_a_flag_of_train_with_the_same_default_and_help():
     assert config_from("") == DEFAULT
     flags = (
         "--backend eager --device cpu --dtype float32 --memory-format channels_last --seed 3 --init-seed 4 "
-        "--order-seed 5 --augment-seed 6 --runs 2 --checkpoint-every 7 --also-test again=test.npz --save-logits "
-        "--log tensorboard --threads 1"
+        "--order-seed 5 --augment-seed 6 --validation 0.25 --validation-seed 7 --runs 2 "
+        "--checkpoint-every 7 --also-test again=test.npz --save-logits --log tensorboard --threads 1"
     )
     assert config_from(flags) == TrainConfig(**CHANGED)
     text = "".join(make_parser().format_help().split())
@@ -141,6 +143,9 @@ def test_moved_test_sets_and_another_gpu_are_no_difference():
         ("init_seed", 2**63, f"must lie between 0 and 2^63, not {2**63}"),
         ("order_seed", "5", "must be a whole number, not '5'"),
         ("augment_seed", -1, "must lie between 0 and 2^63, not -1"),
+        ("validation", 1.5, "must be a number of images or a fraction between 0 and 1, not 1.5"),
+        ("validation", -1, "must be a number of images or a fraction between 0 and 1, not -1"),
+        ("validation", True, "must be a number of images or a fraction between 0 and 1, not True"),
     ],
 )
 def test_bad_value_is_an_error_that_names_the_option(name, value, words):

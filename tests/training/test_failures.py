@@ -37,7 +37,7 @@ def test_diverged_run_is_recorded_and_the_others_are_trained(tmp_path, npz, whol
     diverge(monkeypatch, 4)
     out = tmp_path / "out"
     assert main(f"{FLAGS} --data-dir {npz} --runs 3 --output {out}".split()) == 1
-    assert capfd.readouterr().err == f"error: run 2 of 3, seed 4: {AT_STEP_1}\n"
+    assert capfd.readouterr().err == f"error: run 1 of 3, seed 4: {AT_STEP_1}\n"
     record = dict(run=1, seed=4, **NO_SEEDS, step=1, epoch=1)
     summary, run = read(out / "summary.json"), read(out / "run-1/result.json")
     assert (run["run"], run["rows"], run["backend"]) == (record, [], "eager")
@@ -83,8 +83,8 @@ def test_resume_counts_a_diverged_run_as_ended(tmp_path, npz, whole, monkeypatch
     capfd.readouterr()
     assert main(["--resume", str(out)]) == 1
     output, error = capfd.readouterr()
-    assert "run 3 of 3" in output and "run 2 of 3" not in output
-    assert error == f"error: run 2 of 3, seed 4: {AT_STEP_1}\n"
+    assert "run 2 of 3" in output and "run 1 of 3" not in output
+    assert error == f"error: run 1 of 3, seed 4: {AT_STEP_1}\n"
     before = {name: (out / name).read_bytes() for name in files_in(out)}
     assert main(["--resume", str(out)]) == 1, "the code tells that a run is not in the figures"
     output, again = capfd.readouterr()
@@ -120,7 +120,7 @@ def test_training_of_which_all_runs_diverge(tmp_path, tiny, npz, monkeypatch, ca
     diverge(monkeypatch, 3, 4)
     out = tmp_path / "out"
     for where in (dict(output=out), dict(resume=out)):
-        with pytest.raises(Diverged, match=r"run 1 of 2, seed 3: the loss is not finite at step 1"):
+        with pytest.raises(Diverged, match=r"run 0 of 2, seed 3: the loss is not finite at step 1"):
             fit(RECIPE, tiny, runs=2, seed=3, **where, **HOW)
     assert files_in(out) == ["run-0/result.json", "run-1/result.json", "summary.json", "training.json"]
     summary = read(out / "summary.json")
@@ -163,7 +163,7 @@ def test_run_that_fails_costs_no_other_run(tmp_path, npz, whole, monkeypatch, ca
         assert main(f"{FLAGS} --data-dir {npz} --runs 3 --output {out}".split()) == 1
     output, error = capfd.readouterr()
     assert error == "error: out of memory in training at --batch-size 16; try a smaller one\n"
-    assert f"run {failing + 1} failed: out of memory in training at batch_size 16; try a smaller one; the " in output
+    assert f"run {failing} failed: out of memory in training at batch_size 16; try a smaller one; the " in output
     assert f"2 of 3 runs have finished; missing: seed {seed}" in output
     summary = read(out / "summary.json")
     assert [run["seed"] for run in summary["runs"]] == [each for each in (3, 4, 5) if each != seed]

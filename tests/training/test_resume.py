@@ -1,12 +1,15 @@
 """A training that was stopped at any moment resumes, and ends with the bits of an uninterrupted one."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from torch import nn
 
 from cifar_fast import CNN, InputError, Recipe, Result, __version__, draw_epoch, fit, make_report
 from cifar_fast.backends.fused import Fused
-from cifar_fast.cli import profile
+from cifar_fast.cli import flags, profile
 from cifar_fast.cli.flags import interruptible
 from cifar_fast.cli.main import main as command
 from cifar_fast.data import download
@@ -145,7 +148,7 @@ def stopped(tmp_path, original):
 def test_resume_needs_no_other_flags(tmp_path, npz, stopped, capfd):
     assert main(["--resume", str(stopped)]) == 0
     output = capfd.readouterr().out
-    assert "run 2 of 2, seed 4\nresuming after epoch 1\nepoch  2" in output and "run 1 of 2" not in output
+    assert "run 1 of 2, seed 4\nresuming after epoch 1\nepoch  2" in output and "run 0 of 2" not in output
     assert train(npz, f"--backend eager --runs 2 --output {tmp_path}/whole") == 0
     assert contents(stopped) == contents(tmp_path / "whole")
 
@@ -575,6 +578,18 @@ def test_command_restores_signal_handlers(tmp_path, npz):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_first_signal_is_answered_during_a_long_call_of_c_code(monkeypatch):
+    told = []
+    monkeypatch.setattr(flags.os, "write", lambda file, line: told.append((time.monotonic(), line.strip())))
+    with interruptible() as on_step:
+        on_step()
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)
+        ended = time.monotonic()
+    ((at, line),) = told
+    assert at < ended and line == b"finishing this step; to stop at once, press Ctrl-C again"
+
+
 def test_first_signal_waits_for_the_step_and_second_does_not():
     with interruptible() as on_step:
         with pytest.raises(KeyboardInterrupt):
@@ -602,7 +617,9 @@ def test_signal_ends_the_command_after_its_step(tmp_path, npz, number):
             process.send_signal(number)
             break
     _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, f"interrupted; to resume: cifar-fast train --resume {tmp_path}/out\n")
+    answer, hint = error.splitlines()
+    assert answer.startswith("finishing this step") and ("Ctrl-C" in answer) == (number == signal.SIGINT)
+    assert (process.returncode, hint) == (130, f"interrupted; to resume: cifar-fast train --resume {tmp_path}/out")
     rows = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     checkpoint = Checkpoint.load(tmp_path / "out/run-0/checkpoint.pt")
     assert len(checkpoint.rows) == len(rows) >= 2, "no epoch that ended is lost"

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 FLAGS = (
     "--dataset npz --widths 4 8 8 16 --epochs 3 --batch-size 16 --device cpu --dtype float32 --backend eager --seed 3"
 )
-TAGS = {"loss/train": "train_loss", "accuracy/train": "train_accuracy", "accuracy/test": "test_accuracy"}
+TAGS = {f"{what}/{split}": f"{split}_{what}" for split in ("train", "test") for what in ("loss", "accuracy")}
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,15 @@
 import dataclasses
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
-from cifar_fast import CNN, Diverged, InputError, Recipe, draw_epoch, fit
+from cifar_fast import CNN, Dataset, Diverged, InputError, Recipe, draw_epoch, fit
 from cifar_fast.backends.eager import Compiled, Eager
 from cifar_fast.backends.select import BackendConfig
-from cifar_fast.data.tensors import device_data
+from cifar_fast.cli.train import main
+from cifar_fast.data.tensors import Normalization, device_data
 from cifar_fast.utils.device import cpu_has_bfloat16
 from tests.helpers import HOW, NARROW, fit_with, small_dataset
 
@@ -75,7 +77,7 @@ def test_epoch_drops_leftover_images_and_evaluation_does_not():
     backend.reset(CNN(RECIPE, dataset.num_classes))
     scores = list(backend.train_epoch(draw_epoch(100, device="cpu")))
     assert [(loss.shape, correct.shape) for loss, correct in scores] == [((32,), (32,))] * 3
-    assert backend.evaluate().shape == (40,)
+    assert backend.evaluate()[1].shape == (40,)
 
 
 def test_diverged_run_is_an_error_that_names_the_step(small):
@@ -175,16 +177,49 @@ def test_missing_compiler_is_an_error_with_the_reason(monkeypatch, small):
         train(small, backend="compiled")
 
 
-@pytest.mark.parametrize("phase", ["set-up", "training"])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
-def test_out_of_memory_names_the_batch_size(monkeypatch, small, phase, error):
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("can't allocate memory"),
+    RuntimeError("std::bad_alloc"),
+    MemoryError(),
+]
+PHASES = {
+    "data": (Normalization, "of", "out of memory for the images of small.npz, 0 MB and up to twice as much again"),
+    "noise": (Dataset, "for_recipe", "out of memory for the images of small.npz"),
+    "set-up": (Eager, "__init__", r"out of memory for the weights of the network\); choose smaller widths"),
+    "training": (Eager, "train_epoch", "out of memory in training at batch_size 32; try a smaller one"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("error", NO_MEMORY, ids=repr)
+def test_out_of_memory_names_what_needs_it(monkeypatch, small, phase, error):
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(Eager, "__init__" if phase == "set-up" else "train_epoch", fail)
-    with pytest.raises(InputError, match=r"out of memory.* at (--batch-size|batch_size) 32") as caught:
+    place, name, words = PHASES[phase]
+    monkeypatch.setattr(place, name, fail)
+    with pytest.raises(InputError, match=words) as caught:
         train(small)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and (phase == "training") == ("batch_size" in str(caught.value))
+
+
+def test_data_too_large_for_memory_is_not_called_damaged(tmp_path, small, monkeypatch, capfd):
+    small.save(tmp_path / "big.npz")
+
+    def fail(*args, **options):
+        raise MemoryError("Unable to allocate 57.2 GiB for an array")
+
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", fail)
+    assert main(f"--dataset npz --data-dir {tmp_path}/big.npz --device cpu --output {tmp_path}/out".split()) == 2
+    error = capfd.readouterr().err
+    assert error == f"error: {tmp_path}/big.npz: cannot be read (Unable to allocate 57.2 GiB for an array)\n"
+
+
+def test_variants_share_the_images_that_are_left_and_held_out(small):
+    first, second = (small.for_recipe(Recipe(epochs=epochs), 0.25) for epochs in (1, 2))
+    assert first.train_images is second.train_images and first.validation_images is second.validation_images
+    assert small.for_recipe(Recipe(), 0.25, 1).train_images is not first.train_images
 
 
 def test_fallback_reports_the_first_cause_and_logs_the_traceback(monkeypatch, small, caplog):
