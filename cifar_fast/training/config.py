@@ -75,6 +75,10 @@ class TrainConfig:
         "published, or a .npz file with images and labels; can be given several times",
     )
     save_logits: bool = _field(False, "keep the logits of the test images of each run, in logits.npz")
+    tta: bool = _field(
+        False,
+        "also report the test accuracy with test-time augmentation: logits averaged over six views of each image",
+    )
     tensorboard: bool = _field(
         False, "also write loss, accuracies and learning rate for TensorBoard, under tensorboard/", may_change=True
     )
@@ -102,7 +106,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63 - self.runs:
                 raise InputError(f"{option(name)} must lie between 0 and 2^63, not {value}")
-        for name in ("save_logits", "tensorboard"):
+        for name in ("save_logits", "tta", "tensorboard"):
             value = plain(getattr(self, name))
             if not isinstance(value, bool):
                 raise InputError(f"{option(name)} must be true or false, not {value!r}")

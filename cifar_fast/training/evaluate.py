@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from cifar_fast.backends.base import Backend
 from cifar_fast.data.dataset import lacking_classes
@@ -17,10 +19,13 @@ from cifar_fast.utils.progress import LOGGER
 
 
 @torch.no_grad()
-def plain_logits(backend: Backend, images: np.ndarray, indices: np.ndarray | None = None) -> torch.Tensor:
+def plain_logits(
+    backend: Backend, images: np.ndarray, indices: np.ndarray | None = None, tta: bool = False
+) -> torch.Tensor:
     """Return the logits ``[N, classes]`` of uint8 ``images`` ``[N, 32, 32, 3]``, or only of the images at ``indices``.
 
-    The plain model computes them on the device of ``backend``, with its weights and in their dtype.
+    The plain model computes them on the device of ``backend``, with its weights and in their dtype. ``tta`` averages
+    them over the views of :func:`averaged`.
     """
     device, dtype, memory_format = backend.device, parameter_dtype(backend.dtype), backend.memory_format
     model = backend.new_model(torch.Generator()).to(dtype).to(device).to(memory_format=memory_format)
@@ -32,8 +37,24 @@ def plain_logits(backend: Backend, images: np.ndarray, indices: np.ndarray | Non
         batch = images[indices[start : start + backend.recipe.batch_size]]
         pixels = torch.tensor(np.ascontiguousarray(batch), device=device)
         pixels = backend.data.normalization.apply(pixels, dtype).permute(0, 3, 1, 2)
-        logits.append(model(pixels.contiguous(memory_format=memory_format)))
+        pixels = pixels.contiguous(memory_format=memory_format)
+        logits.append(averaged(model, pixels) if tta else model(pixels))
     return torch.cat(logits)
+
+
+def averaged(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return the logits of ``images`` ``[B, C, S, S]``, averaged over six views: test-time augmentation.
+
+    Half of the weight has the image, and a quarter each the image shifted by a pixel up and left, and down and right.
+    Each is averaged with its mirror image. airbench94_muon by Keller Jordan has the same views.
+    """
+
+    def with_mirror(view: torch.Tensor) -> torch.Tensor:
+        return (model(view) + model(view.flip(-1))) / 2
+
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    shifted = with_mirror(padded[:, :, :-2, :-2]) + with_mirror(padded[:, :, 2:, 2:])
+    return with_mirror(images) / 2 + shifted / 4
 
 
 def also_accuracies(

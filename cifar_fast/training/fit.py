@@ -73,6 +73,7 @@ def fit(
     checkpoint_every: int = 1,
     also_test: Mapping[str, str | Path] | None = None,
     save_logits: bool = False,
+    tta: bool = False,
     tensorboard: bool = False,
     threads: int | None = None,
     on_epoch: Callable[[EpochRow], object] | None = None,
@@ -114,6 +115,7 @@ def fit(
         checkpoint_every: epochs between checkpoints. Each run also writes one at its end. 0: only this last one.
         also_test: names and paths of other test sets, see :func:`cifar_fast.data.eval_sets.read_eval_sets`.
         save_logits: keep the logits of the test images in ``Result.logits``, and in logits.npz.
+        tta: also evaluate each run with test-time augmentation, for ``Run.tta_accuracy``.
         tensorboard: also write TensorBoard's files to ``output``.
         threads: CPU threads. None uses those that torch had when this package was imported, whatever
             ``torch.set_num_threads`` set since, because the last bits depend on it.
@@ -144,6 +146,7 @@ def fit(
         checkpoint_every=checkpoint_every,
         also_test=also_test or {},
         save_logits=save_logits,
+        tta=tta,
         tensorboard=tensorboard,
         threads=threads,
     )
@@ -389,6 +392,11 @@ class Training:
             to_go.add(EVALUATED * len(logits))
             confusion = confusion_matrix(self.dataset.test_labels, logits)
             kept = logits if config.save_logits else None
+            tta_accuracy = None
+            if config.tta:
+                views = plain_logits(backend, self.dataset.test_images, tta=True).cpu().argmax(dim=1).numpy()
+                tta_accuracy = 100 * float((views == self.dataset.test_labels).mean())
+                LOGGER.info(f"test accuracy with test-time augmentation (six views): {tta_accuracy:.2f} %")
             last = rows[-1]
             record = Run(
                 run,
@@ -403,6 +411,7 @@ class Training:
                 test_loss=last.test_loss,
                 validation_accuracy=last.validation_accuracy,
                 validation_loss=last.validation_loss,
+                tta_accuracy=tta_accuracy,
             )
             for name, tensor in backend.state_dict().items():
                 result.state_dict[name] = tensor.detach().cpu().clone()

@@ -56,6 +56,7 @@ class Run:
     They and the losses are as in :class:`EpochRow`.
     ``also_test`` has the accuracies on other test sets, by name. ``also_test_severities`` has those for each severity
     of a corruption. ``stopped`` is True if a callback ended the run early, by :class:`cifar_fast.StopTraining`.
+    ``tta_accuracy`` is the test accuracy with test-time augmentation, if it was asked for.
     """
 
     run: int
@@ -73,6 +74,7 @@ class Run:
     test_loss: float | None = None
     validation_accuracy: float | None = None
     validation_loss: float | None = None
+    tta_accuracy: float | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from cifar_fast.data.tensors import device_data
 from cifar_fast.experiments.sweep import Sweep
 from cifar_fast.train import main
 from cifar_fast.training import trainer
+from cifar_fast.training.evaluate import averaged
 from cifar_fast.whitened import Whitened
 
 SMALL = dict(widths=(4, 8), batch_size=16, epochs=4)
@@ -32,8 +33,9 @@ def small():
 
 
 def test_command_trains_predicts_and_names_the_recipe(tmp_path, npz):
-    assert main(f"{FLAGS} --backend eager --data-dir {npz} --output {tmp_path}/out".split()) == 0
+    assert main(f"{FLAGS} --backend eager --tta --data-dir {npz} --output {tmp_path}/out".split()) == 0
     summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert 0 <= summary["runs"][0]["tta_accuracy"] <= 100 and "test_accuracy" in summary["runs"][0]
     assert (summary["recipe"]["network"], summary["recipe"]["optimizer"]) == ("whitened", "muon")
     model = load_model(tmp_path / "out")
     assert isinstance(model.model, Whitened)
@@ -108,6 +110,15 @@ def test_mirroring_is_opposite_in_every_second_epoch(small):
     flips = [torch.empty(40, dtype=torch.int64).scatter_(0, draws.permutation, draws.flip) for draws in epochs]
     assert torch.equal(flips[0], flips[2]) and torch.equal(flips[0], 1 - flips[1]) and 5 < flips[0].sum() < 35
     assert not torch.equal(epochs[0].permutation, epochs[2].permutation)
+
+
+def test_views_of_test_time_augmentation():
+    """A model that reads one pixel shows which pixels are averaged, with which weights."""
+    images = torch.rand(2, 1, 4, 4)
+    seen = averaged(lambda x: x[:, 0, 1, 1:2], images)[:, 0]
+    x = images[:, 0]
+    expected = (x[:, 1, 1] + x[:, 1, 2]) / 4 + (x[:, 0, 0] + x[:, 0, 1] + x[:, 2, 2] + x[:, 2, 3]) / 8
+    torch.testing.assert_close(seen, expected)
 
 
 @pytest.mark.parametrize("shape", [(8, 30), (30, 8)])
