@@ -107,15 +107,6 @@ class Recipe:
         "output channels: with network cnn of each 3x3 convolution, and a 2x2 max-pool follows each one that doubles "
         "the channels; with network whitened of each group of two 3x3 convolutions, the first with a 2x2 max-pool",
     )
-    network: str = _constant(
-        "cnn",
-        "cnn: 3x3 convolutions with batch norm; whitened: groups of two such convolutions, after a fixed 2x2 "
-        "convolution that whitens patches of the training images",
-        NETWORKS,
-    )
-    optimizer: str = _constant(
-        "sgd", "sgd: SGD with momentum; muon: Muon for the filters of the convolutions, SGD for the rest", OPTIMIZERS
-    )
     celu_alpha: float = _constant(0.075, "alpha of CELU; other activations ignore it")
     output_scale: float = _constant(1 / 8, "factor on the logits before the loss")
     label_smoothing: float = _constant(0.2, "label smoothing of the cross entropy")
@@ -124,19 +115,6 @@ class Recipe:
         5e-4,
         "weight decay for a loss averaged over the batch; it is multiplied by the batch size for the optimizer. With "
         "optimizer muon, this is learning rate times weight decay at the start, and filters have none",
-    )
-    muon_lr: float = _constant(0.24, "first learning rate of the filters; all rates fall linearly to 0", only="muon")
-    muon_momentum: float = _constant(0.6, "momentum of the filters", only="muon")
-    bias_lr: float = _constant(
-        0.053, "first learning rate of the biases, for a loss summed over the batch", only="muon"
-    )
-    head_lr: float = _constant(
-        0.67, "first learning rate of the linear layer, for a loss summed over the batch", only="muon"
-    )
-    whitening_bias_epochs: int = _constant(
-        3,
-        "epochs in which the whitening convolution's bias is trained; its learning rate falls to 0 in them",
-        only="whitened",
     )
     lr_knots: tuple[float, ...] = _constant(
         (0.0, 1.0, 5.0),
@@ -155,11 +133,7 @@ class Recipe:
         "reflection padding in pixels for random crops; the offset of a crop is 0 to this number, so crops never "
         "reach the far border; 0: no crop",
     )
-    crop_both_sides: bool = _constant(False, "let the offset of a crop be 0 to twice the padding, up to the far border")
     flip: bool = _constant(True, "mirror each image left to right with probability 1/2")
-    alternate_flip: bool = _constant(
-        False, "draw the mirroring once per image for the first epoch, and do the opposite in every second epoch"
-    )
     cutout_size: int = _constant(8, "side in pixels of the square that is set to the mean color; 0: no cutout")
     activation: str = _constant("celu", "activation after each batch norm", ACTIVATIONS)
     batch_norm: bool = _constant(True, "batch norm after each convolution; without it no layer has a bias", only="cnn")
@@ -188,6 +162,32 @@ class Recipe:
         (),
         "train and test on these classes only, given by name or number and renumbered from 0 in this order",
         item=(0, ""),
+    )
+    network: str = _constant(
+        "cnn",
+        "cnn: 3x3 convolutions with batch norm; whitened: groups of two such convolutions, after a fixed 2x2 "
+        "convolution that whitens patches of the training images",
+        NETWORKS,
+    )
+    optimizer: str = _constant(
+        "sgd", "sgd: SGD with momentum; muon: Muon for the filters of the convolutions, SGD for the rest", OPTIMIZERS
+    )
+    muon_lr: float = _constant(0.24, "first learning rate of the filters; all rates fall linearly to 0", only="muon")
+    muon_momentum: float = _constant(0.6, "momentum of the filters", only="muon")
+    bias_lr: float = _constant(
+        0.053, "first learning rate of the biases, for a loss summed over the batch", only="muon"
+    )
+    head_lr: float = _constant(
+        0.67, "first learning rate of the linear layer, for a loss summed over the batch", only="muon"
+    )
+    whitening_bias_epochs: int = _constant(
+        3,
+        "epochs in which the whitening convolution's bias is trained; its learning rate falls to 0 in them",
+        only="whitened",
+    )
+    crop_both_sides: bool = _constant(False, "let the offset of a crop be 0 to twice the padding, up to the far border")
+    alternate_flip: bool = _constant(
+        False, "draw the mirroring once per image for the first epoch, and do the opposite in every second epoch"
     )
 
     def __post_init__(self) -> None:
@@ -290,7 +290,7 @@ class Recipe:
     def rate_curve(self) -> tuple[list[float], list[float]]:
         """Return epochs, and the learning rates at them of the first of ``groups``; they are linear in between.
 
-        With optimizer sgd they are for a loss averaged over the batch.
+        They are for a loss averaged over the batch, except those of optimizer muon.
         """
         if self.optimizer == "muon":
             return [0.0, float(self.epochs)], [self.muon_lr, 0.0]
@@ -347,7 +347,7 @@ class Recipe:
             return cls.from_json(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise InputError(
-                f"there is no recipe {path}; give a JSON file, or the name of a recipe: {', '.join(names)}"
+                f"cannot read the recipe {path}: No such file; the recipes with a name are {', '.join(names)}"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from None

@@ -35,8 +35,17 @@ ABLATIONS = {
     "label_noise_seed": ("--label-noise 0.25 --label-noise-seed 3", 3),
     "train_subset": ("--train-subset 18", 18),
     "classes": ("--classes 2 0", [2, 0]),
+    "network": ("--network whitened", "whitened"),
+    "optimizer": ("--optimizer muon", "muon"),
+    "muon_lr": ("--optimizer muon --muon-lr 0.1", 0.1),
+    "muon_momentum": ("--optimizer muon --muon-momentum 0.9", 0.9),
+    "bias_lr": ("--optimizer muon --bias-lr 0.01", 0.01),
+    "head_lr": ("--optimizer muon --head-lr 0.1", 0.1),
+    "whitening_bias_epochs": ("--network whitened --optimizer muon --whitening-bias-epochs 0", 0),
+    "crop_both_sides": ("--crop-both-sides", True),
+    "alternate_flip": ("--alternate-flip", True),
 }
-"""Flags that change a constant, and its value in the summary."""
+"""Flags that change a constant, and its value in the summary. Flags before it select what it belongs to."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,8 @@ def run(npz, folder, flags):
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Recipe) if field.name not in PUBLISHED])
 def test_flag_changes_the_training_and_is_in_the_summary(tmp_path, npz, name):
     flags, value = ABLATIONS[name]
-    _, usual = run(npz, tmp_path / "usual", "--label-noise 0.25" if name == "label_noise_seed" else "")
+    flag = "--" + name.replace("_", "-")
+    _, usual = run(npz, tmp_path / "usual", flags[: flags.index(flag)] if flag in flags else "")
     summary, changed = run(npz, tmp_path / "changed", flags)
     assert summary["recipe"][name] == value
     assert changed != usual and np.isfinite(changed)

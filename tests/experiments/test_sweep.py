@@ -192,7 +192,7 @@ def finished(tmp_path_factory, npz, no_curves):
     [
         (("runs = 2", "run = 2"), "there is no key 'run' at the top; did you mean runs"),
         (("epochs = 2", "epoch = 2"), "there is no key 'epoch' in [recipe]; did you mean epochs?"),
-        (("momentum = [", "momentun = ["), "no key 'momentun' in [variants.momentum]; did you mean momentum?"),
+        (("momentum = [", "momentun = ["), "no key 'momentun' in [variants.momentum]; did you mean momentum"),
         (("runs = 2", "zzz = 2"), "there is no key 'zzz' at the top; there are variants, output, dataset, "),
         (("runs = 2", 'runs = "2"'), "runs must be a whole number, not '2'"),
         (("runs = 2", "runs = true"), "runs must be a whole number, not True"),

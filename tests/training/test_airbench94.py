@@ -150,7 +150,7 @@ def test_recipes_can_be_compared_in_a_sweep(tmp_path, npz, small):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--recipe airbench95", "airbench94, reference|reference, airbench94"),
+        ("--recipe airbench95", "the recipes with a name are reference, airbench94"),
         (
             "--recipe airbench94 --lr-values 0 1 0",
             "--lr-values belongs to optimizer sgd; this recipe has optimizer muon",
@@ -163,7 +163,7 @@ def test_recipes_can_be_compared_in_a_sweep(tmp_path, npz, small):
 def test_constants_of_another_recipe_are_refused_by_name(capsys, tmp_path, flags, words):
     assert main(f"{flags} --dataset synthetic --output {tmp_path}/out".split()) == 2
     error = capsys.readouterr().err
-    assert any(word in error for word in words.split("|")) and error.count("\n") == 1
+    assert words in error and error.count("\n") == 1
 
 
 def test_unknown_network_is_an_error():

@@ -32,6 +32,7 @@ CHANGED = dict(
     checkpoint_every=7,
     also_test={"again": "test.npz"},
     save_logits=True,
+    tta=True,
     tensorboard=True,
     threads=1,
 )
