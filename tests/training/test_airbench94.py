@@ -75,6 +75,26 @@ def test_fused_agrees_with_eager(small, tiny, monkeypatch):
     assert torch.equal(*weights)
 
 
+@pytest.mark.gpu
+def test_each_phase_is_captured_and_replayed(small, tiny):
+    """The results are those of the uncaptured step, bit for bit."""
+    data = device_data(tiny, torch.device("cuda"))
+    backend, _ = build_backend(resolve_backend("fused", "cuda", "float16"), small, data)
+    model = backend.new_model(torch.Generator().manual_seed(0))
+    assert sorted(backend.step_graphs) == [False, True] and all(backend.step_graphs.values())
+    weights = []
+    for captured in (True, False):
+        if not captured:
+            backend.step_graphs = dict.fromkeys(backend.step_graphs)
+        backend.reset(model)
+        order = torch.Generator("cuda").manual_seed(0)
+        for epoch in range(small.epochs):
+            draws = draw_epoch(len(tiny.train_images), device="cuda", recipe=small, generator=order, epoch=epoch)
+            list(backend.train_epoch(draws))
+        weights.append({name: tensor.clone() for name, tensor in backend.state_dict().items()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_first_convolution_whitens_patches():
     """Its outputs are uncorrelated and have variance 1, but for directions that the images hardly have."""
     dataset = load_dataset("synthetic", log=None)
