@@ -91,7 +91,7 @@ def make_network(recipe: Recipe, num_classes: int, generator: torch.Generator | 
 
 
 def start_epoch(model: nn.Module, epoch: int) -> bool:
-    """Select what ``model`` trains in an epoch, counted from 0. Return whether that is all that is ever trained."""
+    """Select what ``model`` trains in an epoch, counted from 0. Return whether no parameter is left out of it."""
     inner = getattr(model, "_orig_mod", model)
     return inner.start_epoch(epoch) if isinstance(inner, Whitened) else True
 

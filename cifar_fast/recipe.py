@@ -182,7 +182,7 @@ class Recipe:
     )
     whitening_bias_epochs: int = _constant(
         3,
-        "epochs in which the whitening convolution's bias is trained; its learning rate falls to 0 in them",
+        "epochs in which the whitening convolution's bias is trained; with optimizer muon its rate falls to 0 in them",
         only="whitened",
     )
     crop_both_sides: bool = _constant(False, "let the offset of a crop be 0 to twice the padding, up to the far border")
@@ -279,7 +279,7 @@ class Recipe:
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """Return the optimizer's learning rate at ``step``, which counts from 1, of the first of ``groups``.
 
-        The last step of the training gets the last of ``lr_values``.
+        The last step of a training with optimizer sgd gets the last of ``lr_values``.
         """
         return float(self._learning_rates_at(np.array([step]), steps_per_epoch)[0, 0])
 

@@ -90,7 +90,7 @@ class Whitened(nn.Module):
         self.whiten.weight.copy_(torch.cat((directions, -directions)))
 
     def start_epoch(self, epoch: int) -> bool:
-        """Select what is trained in an epoch, counted from 0. Return whether that is the whitening's bias too."""
+        """Select what is trained in an epoch, counted from 0. Return whether it is all parameters."""
         trains_bias = epoch < self.bias_epochs
         self.whiten.bias.requires_grad_(trains_bias)
         return trains_bias

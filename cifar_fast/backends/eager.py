@@ -82,5 +82,7 @@ class Compiled(Eager):
         self.model.to(memory_format=self.memory_format)
         # A caller's model may need Python between its compiled parts.
         self.loss_fn = compile_loss_fn(self.loss_fn, fullgraph=self.custom_model is None)
-        next(self.train_epoch(warm_up_draws(len(self.data.train_images), self.device)))
+        phases = {start_epoch(self.model, epoch): epoch for epoch in reversed(range(self.recipe.epochs))}
+        for self.epoch in phases.values():
+            next(self.train_epoch(warm_up_draws(len(self.data.train_images), self.device)))
         self.evaluate()

@@ -93,10 +93,10 @@ class Fused(Backend):
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.seek(0)
         self.step_graphs: dict[bool, torch.cuda.CUDAGraph | None] = {}
-        for epoch in range(recipe.epochs):
-            phase = start_epoch(self.model, epoch)
-            if phase not in self.step_graphs:
-                self.step_graphs[phase] = self._capture(self.train_step)
+        phases = {start_epoch(self.model, epoch): epoch for epoch in reversed(range(recipe.epochs))}
+        for phase, epoch in phases.items():
+            start_epoch(self.model, epoch)
+            self.step_graphs[phase] = self._capture(self.train_step)
         self.evaluation_graph = self._capture(self.eval_step)
 
     def reset(self, model: nn.Module) -> None:

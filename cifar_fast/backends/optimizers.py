@@ -90,11 +90,13 @@ class Muon(torch.optim.SGD):
         for parameters in by_shape.values():
             updates = orthogonalize(torch.stack([self._momentum(each, group).flatten(1) for each in parameters]))
             for parameter, update in zip(parameters, updates):
-                parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-                if isinstance(group["lr"], torch.Tensor):  # on the device; torch's alpha would have to be a number
-                    parameter.copy_(parameter - group["lr"] * update.view(parameter.shape).float())
+                norm = parameter.norm()
+                parameter.mul_(torch.where(norm > 0, len(parameter) ** 0.5 / norm, norm))
+                lr = group["lr"]
+                if isinstance(lr, torch.Tensor):  # on the device; torch's alpha would have to be a number
+                    parameter.copy_(parameter - lr * update.view(parameter.shape).to(lr.dtype))
                 else:
-                    parameter.add_(update.view(parameter.shape), alpha=-group["lr"])
+                    parameter.add_(update.view(parameter.shape), alpha=-lr)
 
     def _momentum(self, parameter: nn.Parameter, group: dict[str, Any]) -> torch.Tensor:
         """Update the momentum of ``parameter``, and return the direction of its step."""
@@ -109,10 +111,10 @@ class Muon(torch.optim.SGD):
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Return matrices with the same singular vectors and singular values near 1 (0.5 to 1.5), ``[B, rows, columns]``.
 
-    A Newton-Schulz iteration in bfloat16, from airbench94_muon by Keller Jordan.
+    A Newton-Schulz iteration in bfloat16, from airbench94_muon by Keller Jordan. Matrices in float64 stay float64.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)  # then no singular value is above 1
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x

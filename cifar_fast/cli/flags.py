@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from cifar_fast.data.options import DataOptions
 from cifar_fast.data.sources import DATA_URL, DATASETS, is_dataset
-from cifar_fast.recipe import Recipe
+from cifar_fast.recipe import Recipe, shipped_recipes
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import ReportedOnRank0, World
 from cifar_fast.utils.errors import (
@@ -251,9 +251,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the recipe")
     group.add_argument(
         "--recipe",
-        metavar="FILE",
-        help="recipe to start from, JSON as --print-recipe writes it, or summary.json of a training (default: the "
-        "reference's)",
+        metavar="NAME|FILE",
+        help=f"recipe to start from: {', '.join(shipped_recipes())}; or a file, JSON as --print-recipe writes it, or "
+        "summary.json of a training (default: reference)",
     )
     for field in dataclasses.fields(Recipe):
         add_flag(group, field, None)

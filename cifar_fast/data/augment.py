@@ -65,6 +65,7 @@ def draw_epoch(
     generator: torch.Generator | None = None,
     order: torch.Generator | None = None,
     epoch: int = 0,
+    shuffle: bool = True,
 ) -> Draws:
     """Draw the choices of one epoch of ``n`` images.
 
@@ -77,10 +78,13 @@ def draw_epoch(
         order: generator of the permutation. ``generator`` by default.
         epoch: number of the epoch from 0, for a recipe that alternates the mirroring. Its mirroring in epoch 0 is drawn
             from the first seed of ``generator``, so every epoch of a run knows it.
+        shuffle: False keeps the order of the images. The other draws are the same.
     """
     recipe = recipe or Recipe()
     options: dict[str, Any] = dict(device=device, generator=generator)
     permutation = torch.randperm(n, device=device, generator=generator if order is None else order)
+    if not shuffle:
+        torch.arange(n, out=permutation)
     crop = torch.randint(recipe.crop_offsets**2, (n,), **options)
     if recipe.flip and recipe.alternate_flip:
         seed = torch.initial_seed() if generator is None else generator.initial_seed()

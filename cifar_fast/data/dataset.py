@@ -159,6 +159,11 @@ class Dataset:
         return ARRAYS if self.validation_images is None else (*ARRAYS, *VALIDATION_ARRAYS)
 
     @property
+    def evaluated_count(self) -> int:
+        """Number of images that are not trained on: test images, and validation images if there are any."""
+        return len(self.test_images) + (0 if self.validation_images is None else len(self.validation_images))
+
+    @property
     def num_classes(self) -> int:
         return len(self.class_names)
 

@@ -15,6 +15,7 @@ from cifar_fast.data.options import VALIDATION
 from cifar_fast.data.split import stratified_split
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE
 from cifar_fast.utils.errors import InputError, first_line, type_shown
+from cifar_fast.utils.progress import LOGGER
 
 TEST_FRACTION = 1 / 6
 """Fraction of the images of each class that is held out if there is no test split. It is that of CIFAR-10."""
@@ -73,7 +74,10 @@ def as_whole_dataset(given: Any, split: str) -> Dataset:
 def _splits(given: Any) -> tuple[str, Split, Split | None]:
     """Return the name of ``given``, its training split, and its test split if it has one."""
     if isinstance(given, Mapping) and "train" in given:
-        test = next((given[name] for name in ("test", *VALIDATION) if name in given), None)
+        found = [name for name in ("test", *VALIDATION) if name in given]
+        test = given[found[0]] if found else None
+        for name in found[1:]:
+            LOGGER.info(f"the split {name} is left out; the split {found[0]} is tested on")
         name = _name(given["train"])
         return name, _read(given["train"], name), None if test is None else _read(test, f"{name}, test")
     if isinstance(given, (tuple, list)) and len(given) == 2 and not _is_labels(given[1]):

@@ -45,7 +45,7 @@ class Loader:
         dataset: a :class:`Dataset`, or what :func:`cifar_fast.fit` takes. If it has one split, the split is ``train``.
         split: train or test. Test images are normalized with ``mean`` and ``std`` of the training images.
         augment: True for the reference's crop, mirror and cutout, False for none. A :class:`Recipe` gives its
-            ``crop_padding``, ``flip`` and ``cutout_size``. Default: True for train, False for test.
+            own; one that alternates its mirroring counts the loader's epochs. Default: True for train, False for test.
         normalize: False leaves the pixel values 0..255 as they are, in ``dtype``. The square of the cutout then has the
             mean color, rounded to whole numbers.
         shuffle, drop_last: as in torch's DataLoader. Default: True for train, False for test.
@@ -104,6 +104,7 @@ class Loader:
         self.labels = torch.tensor(getattr(dataset, f"{split}_labels"), device=resolved)
         self.device = self.images.device  # unlike resolved, it has the index of the GPU
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        self._epoch = 0
         normalization = Normalization.of(torch.from_numpy(dataset.train_images).to(self.device))
         self.mean, self.std = normalization.mean, normalization.std
         self._fused = fused_unavailable_reason(self.device) is None
@@ -147,9 +148,9 @@ class Loader:
         self._check()
         images, labels, n = self.images, self.labels, len(self.images)
         rank, world_size = self._share()
-        draws = draw_epoch(n, device=self.device, recipe=self.recipe, generator=self.generator)
-        if not self.shuffle:
-            torch.arange(n, out=draws.permutation)
+        how: dict[str, Any] = dict(recipe=self.recipe, generator=self.generator, shuffle=self.shuffle)
+        draws = draw_epoch(n, device=self.device, epoch=self._epoch, **how)
+        self._epoch += 1
         if world_size > 1:
             end = world_size * self._share_size(world_size)
             draws = Draws(draws.tensor[:, torch.arange(rank, end, world_size, device=self.device) % n])

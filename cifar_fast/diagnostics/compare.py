@@ -177,8 +177,9 @@ def _tensors(side: Backend, loss: torch.Tensor) -> dict[tuple[str, str], torch.T
     tensors = {("loss", "of each image"): loss}
     counts: dict[str, int] = {}
     for module in side.model.modules():
-        parameters = {name: each for name, each in module.named_parameters(recurse=False) if each.requires_grad}
-        if not parameters:
+        every = dict(module.named_parameters(recurse=False))
+        parameters = {name: each for name, each in every.items() if each.requires_grad}
+        if not every:
             continue
         kind = "norm" if hasattr(module, "running_mean") else "conv" if hasattr(module, "kernel_size") else "linear"
         counts[kind] = counts.get(kind, 0) + 1

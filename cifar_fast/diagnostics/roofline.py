@@ -36,8 +36,9 @@ from functools import partial
 
 import torch
 
+from cifar_fast.backends.optimizers import NEWTON_SCHULZ_STEPS
 from cifar_fast.model import parameter_dtype
-from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
+from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, WHITENED_CHANNELS, WHITENING_SIZE, Recipe
 from cifar_fast.utils.device import device_timer
 from cifar_fast.utils.errors import InputError, option
 
@@ -71,16 +72,23 @@ def layer_costs(recipe: Recipe, num_classes: int, dtype: torch.dtype) -> list[Pa
         costs.extend(Pass(layer, name, flop, size) for name in gradients)
 
     image = IMAGE_CHANNELS * IMAGE_SIZE**2
+    trained = 2 if recipe.network == "cnn" else 1  # values of a norm for each channel
     costs.append(Pass("augmentation", "gather", 0, batch * (image * (1 + element) + 6 * 8)))
+    if recipe.network == "whitened":  # its filters are fixed
+        size = IMAGE_SIZE + 1 - WHITENING_SIZE
+        x, y = batch * image, batch * WHITENED_CHANNELS * size**2
+        weights = WHITENED_CHANNELS * IMAGE_CHANNELS * WHITENING_SIZE**2
+        flop = 2 * IMAGE_CHANNELS * WHITENING_SIZE**2 * y
+        costs.append(Pass("whitening", "forward", flop, (x + y) * element + weights * weight_element))
     for block in recipe.blocks():
         x, y = batch * block.c_in * block.size**2, batch * block.c_out * block.size**2
         p, argmax = y // block.pool**2, y // 4 if block.pool == 2 else 0
         name = f"conv{block.index} {block.c_in}->{block.c_out} {block.size}x{block.size}"
         weights = 9 * block.c_in * block.c_out
-        add_product(name, x, y, weights, 18 * block.c_in * y, first=block.index == 1)
+        add_product(name, x, y, weights, 18 * block.c_in * y, first=block.index == 1 and recipe.network == "cnn")
         saved = p * element + argmax if block.pool == 2 else 0
         norm = f"norm{block.index} {block.name}"
-        costs.append(Pass(norm, "forward", 0, (y + 2 * p) * element + saved, 2 * block.c_out))
+        costs.append(Pass(norm, "forward", 0, (y + 2 * p) * element + saved, trained * block.c_out))
         costs.append(Pass(norm, "backward", 0, (4 * p + y) * element + argmax))
 
     channels, size = recipe.widths[-1], recipe.final_size
@@ -91,7 +99,16 @@ def layer_costs(recipe: Recipe, num_classes: int, dtype: torch.dtype) -> list[Pa
     weights = channels * num_classes
     add_product(f"head linear {channels}->{num_classes}", pooled, batch * num_classes, weights, 2 * batch * weights)
     update = 5 * sum(cost.parameters for cost in costs) * weight_element
-    return [*costs, Pass("optimizer", "update", 0, update)]
+    return [*costs, Pass("optimizer", "update", _muon_flop(recipe) if recipe.optimizer == "muon" else 0, update)]
+
+
+def _muon_flop(recipe: Recipe) -> int:
+    """Return the operations of :func:`cifar_fast.backends.optimizers.orthogonalize` in a step."""
+    total = 0
+    for block in recipe.blocks():
+        rows, columns = sorted((block.c_out, 9 * block.c_in))
+        total += NEWTON_SCHULZ_STEPS * (4 * rows**2 * columns + 2 * rows**3)
+    return total
 
 
 def roofline_times(costs: Sequence[Pass], bandwidth: float, flops: float) -> dict[str, float]:

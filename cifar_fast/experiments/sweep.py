@@ -99,6 +99,9 @@ class Sweep(TrainConfig):
         refuse_unknown(spec, [*names, "recipe"], "at the top")
         base, tables = spec.pop("recipe", {}), spec.pop("variants", {})
         data_options = DataOptions(**{name: spec.pop(name) for name in DataOptions.names() if name in spec})
+        start = Recipe()
+        if isinstance(base, str):
+            start, base = Recipe.load(base), {}
         require_type("recipe", base, dict)
         require_type("variants", tables, dict)
         for name, value in spec.items():
@@ -107,13 +110,16 @@ class Sweep(TrainConfig):
             require_type(f"also_test.{name}", value, str)
         fields = list(vars(Recipe()))
         refuse_unknown(base, fields, "in [recipe]")
-        common = changed_recipe("recipe", Recipe(), base)
+        common = changed_recipe("recipe", start, base)
         variants: dict[str, Recipe] = {}
         options: dict[str, dict[str, Any]] = {}
         for name, table in tables.items():
             where = f"variants.{name}"
             require_type(where, table, dict)
-            refuse_unknown(table, [*fields, *PER_VARIANT], f"in [{where}]")
+            refuse_unknown(table, [*fields, *PER_VARIANT, "recipe"], f"in [{where}]")
+            own_start = table.pop("recipe", None)
+            require_type(f"{where}: recipe", own_start or "", str)
+            variant_start = common if own_start is None else Recipe.load(own_start)
             for full_name, values in expand(name, table):
                 if not re.fullmatch(r"\w[\w.+=,-]*", full_name):
                     rule = "use letters, digits and . + = , - _"
@@ -124,7 +130,7 @@ class Sweep(TrainConfig):
                 for key, value in own.items():
                     require_type(f"{where}: {key}", value, types[key])
                 options |= {full_name: own} if own else {}
-                variants[full_name] = changed_recipe(where, common, values)
+                variants[full_name] = changed_recipe(where, variant_start, values)
         if not variants:
             raise InputError("states no variant; add a table [variants.NAME] for each, empty for the recipe as it is")
         whole = {"output": output} | spec

@@ -13,7 +13,7 @@ from torch import nn
 from cifar_fast.backends.base import Backend
 from cifar_fast.data.dataset import lacking_classes
 from cifar_fast.data.eval_sets import EvalSet
-from cifar_fast.model import parameter_dtype
+from cifar_fast.model import build_model, parameter_dtype
 from cifar_fast.training.time_to_go import EVALUATED, TimeToGo
 from cifar_fast.utils.progress import LOGGER
 
@@ -28,7 +28,8 @@ def plain_logits(
     them over the views of :func:`averaged`.
     """
     device, dtype, memory_format = backend.device, parameter_dtype(backend.dtype), backend.memory_format
-    model = backend.new_model(torch.Generator()).to(dtype).to(device).to(memory_format=memory_format)
+    model = build_model(backend.recipe, backend.data.num_classes, device, dtype, backend.custom_model)
+    model.to(memory_format=memory_format)
     model.load_state_dict(backend.state_dict())
     model.eval()
     indices = np.arange(len(images)) if indices is None else indices
@@ -38,19 +39,25 @@ def plain_logits(
         pixels = torch.tensor(np.ascontiguousarray(batch), device=device)
         pixels = backend.data.normalization.apply(pixels, dtype).permute(0, 3, 1, 2)
         pixels = pixels.contiguous(memory_format=memory_format)
-        logits.append(averaged(model, pixels) if tta else model(pixels))
+        logits.append(averaged(model, pixels, memory_format) if tta else model(pixels))
     return torch.cat(logits)
 
 
-def averaged(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+VIEWS = 6
+"""Passes of :func:`averaged` over the images."""
+
+
+def averaged(model: nn.Module, images: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
     """Return the logits of ``images`` ``[B, C, S, S]``, averaged over six views: test-time augmentation.
 
     Half of the weight has the image, and a quarter each the image shifted by a pixel up and left, and down and right.
-    Each is averaged with its mirror image. airbench94_muon by Keller Jordan has the same views.
+    Each is averaged with its mirror image. airbench94_muon by Keller Jordan has the same views. The model gets a copy
+    of each in ``memory_format``, since it may write into its input.
     """
 
     def with_mirror(view: torch.Tensor) -> torch.Tensor:
-        return (model(view) + model(view.flip(-1))) / 2
+        view, mirror = (one.clone(memory_format=memory_format) for one in (view, view.flip(-1)))
+        return (model(view) + model(mirror)) / 2
 
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     shifted = with_mirror(padded[:, :, :-2, :-2]) + with_mirror(padded[:, :, 2:, 2:])

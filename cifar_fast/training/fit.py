@@ -23,7 +23,7 @@ from cifar_fast.model import CustomModel, Model
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.evaluate import also_accuracies, confusion_matrix, plain_logits
+from cifar_fast.training.evaluate import VIEWS, also_accuracies, confusion_matrix, plain_logits
 from cifar_fast.training.metrics import DivergedRun, EpochRow, Run
 from cifar_fast.training.results import DivergedResult, Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
@@ -312,11 +312,12 @@ class Training:
     def epoch_work(self) -> float:
         """Return the work of an epoch and its evaluation, as :class:`TimeToGo` counts it."""
         size = self.config.recipe.batch_size
-        return self.dataset.steps_per_epoch(size) * size + EVALUATED * len(self.dataset.test_images)
+        return self.dataset.steps_per_epoch(size) * size + EVALUATED * self.dataset.evaluated_count
 
     def run_work(self) -> float:
         """Return the work of a run."""
-        last = [len(self.dataset.test_images), *(len(one.indices) for one in self.eval_sets)]
+        views = 1 + VIEWS * self.config.tta
+        last = [views * len(self.dataset.test_images), *(len(one.indices) for one in self.eval_sets)]
         return self.config.recipe.epochs * self.epoch_work() + EVALUATED * sum(last)
 
     def train(self, run: int, on_step: Callable[[], None], to_go: TimeToGo) -> None:
@@ -361,7 +362,7 @@ class Training:
             to_go.skip(after.epoch * self.epoch_work())
             try:
                 for row in train(backend, order, augmentation, clock, after=after, on_step=on_step, to_go=to_go):
-                    to_go.add(EVALUATED * len(self.dataset.test_images))
+                    to_go.add(EVALUATED * self.dataset.evaluated_count)
                     rows.append(row)
                     if folder:
                         folder.add_row(row)
@@ -395,6 +396,7 @@ class Training:
             tta_accuracy = None
             if config.tta:
                 views = plain_logits(backend, self.dataset.test_images, tta=True).cpu().argmax(dim=1).numpy()
+                to_go.add(EVALUATED * VIEWS * len(views))
                 tta_accuracy = 100 * float((views == self.dataset.test_labels).mean())
                 LOGGER.info(f"test accuracy with test-time augmentation (six views): {tta_accuracy:.2f} %")
             last = rows[-1]
@@ -633,7 +635,7 @@ def train_all(
                     if failed is not None or training.config.runs > 1:
                         others = "left out" if number in left_out else "trained"
                         LOGGER.info(f"run {run} failed: {error}; the other runs are {others}")
-                    LOGGER.debug("run %d failed", run + 1, exc_info=error)
+                    LOGGER.debug("run %d failed", run, exc_info=error)
                     free_frames(error)
                     errors.setdefault(number, error)
                 finally:

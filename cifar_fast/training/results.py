@@ -188,7 +188,7 @@ class Result:
 
     @property
     def logits(self) -> list[torch.Tensor]:
-        """Logits of the test images, float16 ``[N, classes]`` for each run that kept them."""
+        """Logits of the test images ``[N, classes]``, in the dtype of the weights, for each run that kept them."""
         return [result.logits for result in self.run_results if result.logits is not None]
 
     @property
@@ -267,7 +267,10 @@ class Result:
         devices = " and ".join(self.environment_values("device_name"))
         name = self.dataset["name"]
         data = f"{name} {Path(self.dataset['source']).name}" if name in ("npz", "folder") else name
-        network = self.model or f"network {' '.join(map(str, self.recipe.widths))}"
+        recipe = self.recipe
+        widths = " ".join(map(str, recipe.widths))
+        network = self.model or ("network " if recipe.network == "cnn" else f"network {recipe.network} ") + widths
+        network += "" if recipe.optimizer == "sgd" else f", {recipe.optimizer}"
         return f"{data}, {network}, {self.backend} backend, {self.dtype}, {devices}, {runs}"
 
     def environment_values(self, name: str) -> list[str]:

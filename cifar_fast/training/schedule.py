@@ -17,7 +17,7 @@ def schedule_notes(recipe: Recipe, dataset: Dataset) -> list[str]:
     """
     n, size = len(dataset.train_images), recipe.batch_size
     rates = recipe.learning_rates(dataset.steps_per_epoch(size)).astype(np.float32)  # as the backends round them
-    left, zero, total = n % size, int((rates == 0).sum()), len(rates)
+    left, zero, total = n % size, int((rates == 0).all(axis=1).sum()), len(rates)
     if zero == total and any(recipe.lr_values):  # otherwise this is intended
         steps = f"all {total} steps have" if total > 1 else "the only step has"
         raise InputError(

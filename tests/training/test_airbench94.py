@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from benchmarks.airbench94 import compare
-from cifar_fast import InputError, Recipe, fit, fit_sweep, load_dataset, load_model
-from cifar_fast.backends.optimizers import orthogonalize
+from cifar_fast import InputError, Loader, Recipe, fit, fit_sweep, load_dataset, load_model
+from cifar_fast.backends.optimizers import make_optimizer, orthogonalize
 from cifar_fast.backends.select import build_backend, resolve_backend
+from cifar_fast.compare import main as compare_backends
 from cifar_fast.data.augment import draw_epoch
 from cifar_fast.data.dataset import ARRAYS
 from cifar_fast.data.tensors import device_data
@@ -21,6 +23,7 @@ from cifar_fast.experiments.sweep import Sweep
 from cifar_fast.train import main
 from cifar_fast.training import trainer
 from cifar_fast.training.evaluate import averaged
+from cifar_fast.training.schedule import schedule_notes
 from cifar_fast.whitened import Whitened
 
 SMALL = dict(widths=(4, 8), batch_size=16, epochs=4)
@@ -124,6 +127,36 @@ def test_bias_of_the_whitening_is_trained_for_three_epochs(small, tiny):
     assert changes == [False, False, True]
 
 
+def test_no_step_counts_as_untrained_because_one_group_rests(small, tiny):
+    assert not [line for line in schedule_notes(small, tiny) if "learning rate" in line]
+
+
+def test_command_compares_the_backends(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    flags = (
+        "--recipe airbench94 --dataset synthetic --device cpu --dtype float32 --widths 4 8 --steps 2 --batch-size 32"
+    )
+    assert compare_backends(flags.split()) == 0
+    assert "conv 5" in capsys.readouterr().out
+
+
+def test_loader_alternates_the_mirroring(tiny, small):
+    recipe = dataclasses.replace(small, crop_padding=0)
+    loader = Loader(tiny, 8, augment=recipe, shuffle=False, drop_last=False, device="cpu")
+    first, second = (torch.cat([batch for batch, _ in loader]) for _ in range(2))
+    assert torch.equal(first.flip(3), second)
+
+
+def test_filter_of_zeros_stays_finite_in_a_muon_step():
+    convolution = nn.Conv2d(3, 4, 3, bias=False)
+    nn.init.zeros_(convolution.weight)
+    optimizer = make_optimizer(convolution, Recipe(optimizer="muon"))
+    convolution(torch.rand(2, 3, 5, 5)).sum().backward()
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert convolution.weight.isfinite().all() and convolution.weight.any()
+
+
 def test_mirroring_is_opposite_in_every_second_epoch(small):
     order = torch.Generator().manual_seed(1)
     epochs = [draw_epoch(40, device="cpu", recipe=small, generator=order, epoch=epoch) for epoch in range(3)]
@@ -135,7 +168,7 @@ def test_mirroring_is_opposite_in_every_second_epoch(small):
 def test_views_of_test_time_augmentation():
     """A model that reads one pixel shows which pixels are averaged, with which weights."""
     images = torch.rand(2, 1, 4, 4)
-    seen = averaged(lambda x: x[:, 0, 1, 1:2], images)[:, 0]
+    seen = averaged(lambda x: x[:, 0, 1, 1:2], images, torch.contiguous_format)[:, 0]
     x = images[:, 0]
     expected = (x[:, 1, 1] + x[:, 1, 2]) / 4 + (x[:, 0, 0] + x[:, 0, 1] + x[:, 2, 2] + x[:, 2, 3]) / 8
     torch.testing.assert_close(seen, expected)
@@ -165,6 +198,13 @@ def test_recipes_can_be_compared_in_a_sweep(tmp_path, npz, small):
     )
     results = fit_sweep(sweep, log=None)
     assert [result.recipe.network for result in results.values()] == ["cnn", "whitened"]
+
+
+def test_variant_of_a_sweep_starts_from_a_recipe_with_a_name():
+    text = '[recipe]\nepochs = 2\n[variants.a]\n[variants.b]\nrecipe = "airbench94"\nepochs = 3'
+    sweep = Sweep.from_toml(text, output="out")
+    assert sweep.variants == {"a": Recipe(epochs=2), "b": dataclasses.replace(Recipe.load("airbench94"), epochs=3)}
+    assert Sweep.from_toml('recipe = "airbench94"\n[variants.a]', output="out").variants["a"].network == "whitened"
 
 
 @pytest.mark.parametrize(

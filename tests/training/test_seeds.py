@@ -39,10 +39,7 @@ def drawn(tmp_path, npz, monkeypatch, no_curves):
             patch.setattr(cifar_fast.training.trainer, "draw_epoch", epoch)
             assert main(f"{FLAGS} --data-dir {npz} --output {tmp_path}/out --overwrite {flags}".split()) == 0
         pairs = [torch.stack([draws.tensor for draws in epochs[i : i + 2]]) for i in range(0, len(epochs), 2)]
-        trained = models[::2]  # the others classify the test images after each run
-        return [
-            dict(weights=weights, **dict(zip(SOURCES[1:], pair.unbind(1)))) for weights, pair in zip(trained, pairs)
-        ]
+        return [dict(weights=weights, **dict(zip(SOURCES[1:], pair.unbind(1)))) for weights, pair in zip(models, pairs)]
 
     return draw
 
