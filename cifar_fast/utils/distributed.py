@@ -107,6 +107,9 @@ class World:
 
     @staticmethod
     def _join() -> None:
+        # Imported later, this module's default arguments hold the group beyond destroy_process_group. Its threads go on,
+        # and one that frees a tensor while Python ends aborts the process.
+        import torch.distributed.nn  # noqa: F401
         from torch import distributed
 
         store, rank, size = next(distributed.rendezvous("env://"))
