@@ -107,7 +107,7 @@ class World:
 
     @staticmethod
     def _join() -> None:
-        # Imported later, this module's default arguments hold the group beyond destroy_process_group. Its threads go on,
+        # Imported later, this module keeps the group in default arguments, beyond destroy_process_group: threads go on,
         # and one that frees a tensor while Python ends aborts the process.
         import torch.distributed.nn  # noqa: F401
         from torch import distributed
