@@ -104,8 +104,9 @@ class World:
             stack.callback(distributed.destroy_process_group)
             try:
                 yield self
-            except (KeyboardInterrupt, SystemExit):
-                stack.pop_all()  # to destroy the group is to wait for a rank that is still at work
+            except BaseException as error:
+                if not isinstance(error, Exception):  # an interrupt; destroying waits for ranks that still work
+                    stack.pop_all()
                 raise
 
     @staticmethod
