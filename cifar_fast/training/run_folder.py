@@ -41,6 +41,7 @@ from cifar_fast.utils.files import (
     CURVES,
     LOGITS,
     MODEL,
+    MODEL_SAFETENSORS,
     ROWS,
     RUN_RESULT,
     SUMMARY,
@@ -56,7 +57,7 @@ from cifar_fast.utils.files import (
 )
 from cifar_fast.utils.progress import LOGGER
 
-FILES = (TRAINING, SUMMARY, ROWS, MODEL, LOGITS, CURVES, CONFUSION)
+FILES = (TRAINING, SUMMARY, ROWS, MODEL, MODEL_SAFETENSORS, LOGITS, CURVES, CONFUSION)
 
 
 class RunFolder(RunReader):
