@@ -63,7 +63,8 @@ def format_of(path: Path, to: str | None) -> str:
     if to is None:
         to = next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix), None)
         if to is None:
-            raise InputError(f"{path}: must end in {', '.join(SUFFIXES.values())}, which gives the format")
+            *most, last = SUFFIXES.values()
+            raise InputError(f"{path}: must end in {', '.join(most)} or {last}, which gives the format")
     if to not in SUFFIXES:
         hint = did_you_mean(to, SUFFIXES)
         raise InputError(f"unknown format {to!r} of {option('to')}; there are {', '.join(SUFFIXES)}{hint}")
@@ -79,20 +80,18 @@ def check_output(path: Path) -> None:
     check_writable(path.parent, str(path), "choose another file")
 
 
-def metadata(classifier: Classifier) -> str:
-    """Return what the network was trained on and how, as JSON."""
+def metadata(classifier: Classifier) -> dict[str, Any]:
+    """Return what ``model.pt`` holds besides the weights, and the version of cifar_fast."""
     model = classifier.model
-    return json.dumps(
-        {
-            "format": FORMAT,
-            "version": __version__,
-            "model": None if type(model) in NETWORKS.values() else type(model).__name__,
-            "recipe": dataclasses.asdict(classifier.recipe),
-            "class_names": list(classifier.class_names),
-            "mean": classifier.mean.tolist(),
-            "std": classifier.std.tolist(),
-        }
-    )
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "model": None if type(model) in NETWORKS.values() else type(model).__name__,
+        "recipe": dataclasses.asdict(classifier.recipe),
+        "class_names": list(classifier.class_names),
+        "mean": classifier.mean.tolist(),
+        "std": classifier.std.tolist(),
+    }
 
 
 @contextlib.contextmanager
@@ -121,7 +120,7 @@ def as_torch_export(classifier: Classifier) -> bytes:
     buffer = io.BytesIO()
     with needs("torch-export", "torch"):
         program = torch.export.export(classifier, **_example())
-        torch.export.save(program, buffer, extra_files={f"{KEY}.json": metadata(classifier)})
+        torch.export.save(program, buffer, extra_files={f"{KEY}.json": json.dumps(metadata(classifier))})
     return buffer.getvalue()
 
 
@@ -133,7 +132,7 @@ def as_onnx(classifier: Classifier) -> bytes:
 
         names = dict(input_names=["images"], output_names=["logits"])
         program: Any = torch.onnx.export(classifier, **_example(), **names, dynamo=True, verbose=False)
-        program.model.metadata_props[KEY] = metadata(classifier)
+        program.model.metadata_props[KEY] = json.dumps(metadata(classifier))
         return program.model_proto.SerializeToString()
 
 

@@ -1,7 +1,7 @@
 """``model.safetensors``: what ``model.pt`` holds, in a format that other programs read and that can execute nothing.
 
-The weights are contiguous, under the names of the plain model. The header has two texts beside them: ``cifar_fast``,
-the rest as JSON, and ``sha256``, a sum over both, because the format itself has none.
+The weights are contiguous, under the names of the plain model. The header has a text under ``cifar_fast``: the rest as
+JSON, with a sum over all, ``sha256``, because the format itself has none.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ KEY = "cifar_fast"
 SUFFIX = ".safetensors"
 
 
-def to_bytes(state_dict: Mapping[str, torch.Tensor], metadata: str) -> bytes:
-    """Return the file with ``state_dict`` and the JSON text ``metadata``.
+def to_bytes(state_dict: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> bytes:
+    """Return the file with ``state_dict`` and ``metadata``, which JSON can hold.
 
     Raises:
         ImportError: the package safetensors is not installed.
@@ -33,7 +33,7 @@ def to_bytes(state_dict: Mapping[str, torch.Tensor], metadata: str) -> bytes:
     weights = {  # a copy of each, because the package refuses tensors that share memory
         name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state_dict.items()
     }
-    return save(weights, {KEY: metadata, "sha256": _digest(weights, metadata)})
+    return save(weights, {KEY: json.dumps(metadata | {"sha256": _digest(weights, metadata)})})
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -53,13 +53,14 @@ def read(path: Path) -> dict[str, Any]:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     if KEY not in texts:
         return {}
-    if texts.get("sha256") != _digest(weights, texts[KEY]):
+    metadata = json.loads(texts[KEY])
+    if metadata.pop("sha256", None) != _digest(weights, metadata):
         raise InputError(f"{path}: has changed since it was written; copy or export it again")
-    return json.loads(texts[KEY]) | {"state_dict": weights}
+    return metadata | {"state_dict": weights}
 
 
-def _digest(weights: Mapping[str, torch.Tensor], metadata: str) -> str:
-    digest = hashlib.sha256(metadata.encode())
+def _digest(weights: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata).encode())
     for name, tensor in sorted(weights.items()):
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
