@@ -116,8 +116,8 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
     """Load a trained network on the CPU, in float32 and eval mode, whatever backend and dtype trained it.
 
     Args:
-        path: ``model.pt``, a file of ``cifar-fast export --to safetensors``, or the folder of a finished training. In
-            a folder without ``model.pt``, ``model.safetensors`` is read.
+        path: ``model.pt``, its export as safetensors, or the folder of a finished training. In a folder without
+            ``model.pt``, ``model.safetensors`` is read.
         model: an instance of the custom model that was trained. It gets the weights, and is taken out of a wrapper such
             as torch.compile's. None for the recipe's network.
 

@@ -130,7 +130,7 @@ def as_onnx(classifier: Classifier) -> bytes:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
 
-        names = dict(input_names=["images"], output_names=["logits"])
+        names: dict[str, Any] = dict(input_names=["images"], output_names=["logits"])
         program: Any = torch.onnx.export(classifier, **_example(), **names, dynamo=True, verbose=False)
         program.model.metadata_props[KEY] = json.dumps(metadata(classifier))
         return program.model_proto.SerializeToString()
