@@ -5,18 +5,16 @@ The stand-ins let the kernels' modules be imported. The operators then run on CP
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
 MISSING: str | None = None
 """Why Triton cannot be imported, or None if it can."""
 
-triton: Any
-tl: Any
-
 try:
-    import triton
-    import triton.language as tl
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
 except ImportError as error:
     MISSING = f"Triton cannot be imported: {error}"
     triton = SimpleNamespace(jit=lambda function: function)
