@@ -52,7 +52,7 @@ EXAMPLES = """
     cifar-fast train --init-seed 5 --runs 10                      # the same initial weights in ten orders
     cifar-fast train --save-logits --log tensorboard              # keep the test logits; curves for TensorBoard
     cifar-fast predict runs/short photos cat.jpg --top 3          # the three likeliest classes of each image
-    cifar-fast export runs/short --output model.onnx              # the network with its normalization, as one file
+    cifar-fast export runs/short --output model.pt2               # the network with its normalization, as one file
     cifar-fast train --print-recipe > recipe.json                 # a file for --recipe
     cifar-fast train --backend eager --device cpu --dtype float32 # the reference's numbers, bit for bit
     cifar-fast sweep spec.toml                                    # train the variants in the file, or resume them
