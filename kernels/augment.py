@@ -26,12 +26,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import cpu
 from .launch import Launch, empty_channels_last, operator, parameters, require, require_tensor
+from .optional_triton import tl, triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_CHANNELS = 8

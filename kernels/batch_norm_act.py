@@ -44,13 +44,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import cpu
 from .launch import Launch, convert, empty_channels_last, native, operator, parameters, require, require_tensor
+from .optional_triton import tl, triton
 
 ACTIVATIONS = ("none", "celu", "relu", "gelu", "gelu_tanh", "silu")  # in the order of cpu.cpp
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

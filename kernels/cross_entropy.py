@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, convert, operator, require, require_tensor
+from .optional_triton import tl, triton
 
 ROWS = 16  # rows per program
 

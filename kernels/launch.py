@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+
+from .optional_triton import MISSING, tl, triton
 
 TABLE = Path(__file__).with_name("launch.json")
 
@@ -89,6 +89,8 @@ def run(
     launches: Iterable[Launch], device: torch.device, on_compiled: Callable[[Launch, Any], None] | None = None
 ) -> None:
     """Run ``launches`` in order on ``device``. After each, call ``on_compiled`` with it and its compiled kernel."""
+    if MISSING:
+        raise RuntimeError(f"the operators need Triton on {device} ({MISSING})")
     if device.type not in ("cuda", "meta") and not interpreted():
         raise RuntimeError(
             f"Triton kernels need tensors on a GPU, not on {device}; "
@@ -110,7 +112,7 @@ def compile_only(launches: Iterable[Launch], device: torch.device) -> None:
 
 def interpreted() -> bool:
     """Return whether TRITON_INTERPRET=1 is set: Triton then interprets kernels, on tensors of any device."""
-    return triton.knobs.runtime.interpret
+    return not MISSING and triton.knobs.runtime.interpret
 
 
 @torch.compiler.assume_constant_result

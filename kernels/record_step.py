@@ -13,11 +13,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, operator, require, require_tensor
+from .optional_triton import tl, triton
 
 BLOCK = 256
 

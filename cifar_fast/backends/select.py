@@ -177,7 +177,7 @@ def _reason(error: BaseException, name: str, batch_size: int) -> tuple[str, str]
 
 
 def backend_class(name: str) -> type[Backend]:
-    """Return the class of the backend ``name``. The fused backend imports Triton, which not every machine has."""
+    """Return the class of the backend ``name``. Only the fused backend imports the kernels."""
     if name == "fused":
         from cifar_fast.backends.fused import Fused
 

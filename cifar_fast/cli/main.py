@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 
 from cifar_fast import __version__
-from cifar_fast.cli import check, compare, predict, profile, report, sweep, train
+from cifar_fast.cli import check, compare, export, predict, profile, report, sweep, train
 from cifar_fast.utils.errors import did_you_mean
 
 COMMANDS = {
     "train": train,
     "predict": predict,
+    "export": export,
     "sweep": sweep,
     "report": report,
     "compare": compare,

@@ -20,7 +20,9 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's flags."""
     parser = command_parser("predict", SUMMARY)
-    parser.add_argument("model", metavar="MODEL", help="model.pt of a training, or the folder of the training")
+    parser.add_argument(
+        "model", metavar="MODEL", help="model.pt of a training, its safetensors export, or the folder of the training"
+    )
     parser.add_argument(
         "images",
         metavar="IMAGES",

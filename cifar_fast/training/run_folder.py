@@ -58,6 +58,7 @@ from cifar_fast.utils.files import (
     CURVES,
     LOGITS,
     MODEL,
+    MODEL_SAFETENSORS,
     PREVIOUS_CHECKPOINT,
     ROWS,
     RUN_RESULT,
@@ -76,7 +77,7 @@ from cifar_fast.utils.files import (
 )
 from cifar_fast.utils.progress import LOGGER
 
-FILES = (TRAINING, SUMMARY, ROWS, MODEL, LOGITS, CURVES, CONFUSION)
+FILES = (TRAINING, SUMMARY, ROWS, MODEL, MODEL_SAFETENSORS, LOGITS, CURVES, CONFUSION)
 
 CHECKPOINTS = (PREVIOUS_CHECKPOINT, CHECKPOINT)
 

@@ -70,12 +70,12 @@ def default_dtype(device: torch.device) -> tuple[str, str]:
 
 def fused_unavailable_reason(device: torch.device) -> str | None:
     """Return why the fused backend cannot run on ``device``, or None if nothing is known to prevent it."""
-    try:
-        from cifar_fast.kernels.launch import interpreted
-    except ImportError as error:
-        return f"its kernels cannot be imported: {error}"
+    from cifar_fast.kernels.launch import MISSING, interpreted
+
     if device.type == "cpu":
         return None  # compiled C++, Triton's interpreter or plain torch
+    if MISSING:
+        return MISSING
     if interpreted():
         return "TRITON_INTERPRET=1 is set, and a CUDA graph cannot hold interpreted kernels"
     if torch.version.hip:
