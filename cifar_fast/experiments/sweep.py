@@ -19,7 +19,7 @@ from cifar_fast.data.sources import check_named, place_of, read_dataset
 from cifar_fast.experiments.ranking import default_metric, ranking_line
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.fit import Training, train_all
+from cifar_fast.training.fit import Training, settle_backend, train_all
 from cifar_fast.training.results import Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.distributed import World
@@ -32,7 +32,6 @@ from cifar_fast.utils.files import (
     locked,
     made_folder,
     os_error_as_input_error,
-    remove_temporary,
 )
 from cifar_fast.utils.progress import LOGGER, LogFn, heartbeat, lines_to, print_line
 
@@ -288,9 +287,14 @@ def trainings_of(
             raise InputError(f"{folder.name}: dataset was {folder.earlier.dataset['name']}, not {sweep.dataset}")
         if begun and not folder.earlier:  # so that new variants are trained as the others were
             config = config.resuming(begun.config)
-        trainings.append(Training(config, folder, backends=backends, command=command, world=world))
+        training = Training(config, folder, backends=backends, command=command, world=world)
         if begun and not folder.earlier:
-            trainings[-1].paths = dict(begun.paths)
+            training.paths = dict(begun.paths)
+            training.auto = begun.auto
+            if name in sweep.options:  # it may have other reasons than the variants without options
+                found = settle_backend(sweep.config(name))
+                training.auto = [found.reason] if str(found) == str(training.backend_config) else None
+        trainings.append(training)
     return trainings
 
 
@@ -315,8 +319,8 @@ def run_state(training: Training, run: int) -> str:
     assert training.folder is not None
     if ended := training.folder.run_result(run, logits=False):
         return "has ended" if isinstance(ended, RunResult) else f"diverged at step {ended.run.step}"
-    checkpoint = training.folder.checkpoint(run)
-    return f"will resume after epoch {checkpoint.rows[-1].epoch}" if checkpoint else "to do"
+    unfinished = training.folder.unfinished(run)
+    return f"will resume after epoch {unfinished.checkpoint.epoch}" if unfinished else "to do"
 
 
 def has_training(folder: Path) -> bool:
@@ -345,7 +349,6 @@ def sweep_lock(sweep: Sweep) -> Iterator[None]:
         with os_error_as_input_error(what):
             stack.enter_context(made_folder(folder))
             stack.enter_context(locked(folder, refuse))
-            remove_temporary(folder / SWEEP)
             with atomic_write(folder / SWEEP) as temporary:
                 temporary.write_text(json.dumps(dataclasses.asdict(sweep), indent=2, default=str) + "\n")
         try:

@@ -17,7 +17,7 @@ from cifar_fast.model import cannot_be_scripted, load_weights, make_network, unw
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
 from cifar_fast.training.results import FORMAT, Result
 from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
-from cifar_fast.utils.files import MODEL, TRAINING, as_path
+from cifar_fast.utils.files import MODEL, TRAINING, as_path, load_tensors
 
 
 class Classifier(nn.Module):
@@ -129,7 +129,7 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
         path = path / MODEL
     hint = f"choose the {MODEL} of a finished training, or its folder"
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_tensors(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)}); {hint}") from None
     except Exception as error:  # a damaged file raises many types of errors, with torch's advice to trust the file

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +38,10 @@ class EpochRow:
         """Return the row of epoch 0, after which a run begins."""
         return cls(run, 0, 0.0, 0.0, None, None, 0.0, 0.0, 0.0, 0.0)
 
+    def to_json(self) -> str:
+        """Return the line of ``metrics.jsonl``."""
+        return json.dumps(dataclasses.asdict(self)) + "\n"
+
     def __str__(self) -> str:
         def loss(value: float | None) -> str:
             return "not finite" if value is None else f"{value:.3f}"
@@ -46,6 +54,13 @@ class EpochRow:
             f"  test loss {loss(self.test_loss)}  test acc {self.test_accuracy:.2f}"
             f"  training time {self.train_seconds:.2f}"
         )
+
+
+def rows_digest(rows: Iterable[EpochRow], before: str = "") -> str:
+    """Return the SHA-256 of a chain of rows. ``before`` is the digest of the rows before these, if there are any."""
+    for row in rows:
+        before = hashlib.sha256((before + row.to_json()).encode()).hexdigest()
+    return before
 
 
 @dataclass(frozen=True)

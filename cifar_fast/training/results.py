@@ -18,13 +18,27 @@ import numpy as np
 import torch
 
 from cifar_fast.recipe import Recipe
-from cifar_fast.training.checkpoint import Checkpoint
+from cifar_fast.training.checkpoint import Checkpoint, Unfinished
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, confidence_interval_95
+from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, confidence_interval_95, rows_digest
 from cifar_fast.training.plots import confusion_figure, curves_figure, draw_curves
 from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
-from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING, as_path
+from cifar_fast.utils.files import (
+    CHECKPOINT,
+    CONFUSION,
+    CURVES,
+    LOGITS,
+    MODEL,
+    PREVIOUS_CHECKPOINT,
+    ROWS,
+    RUN_RESULT,
+    SUMMARY,
+    TRAINING,
+    as_path,
+    load_tensors,
+)
+from cifar_fast.utils.progress import LOGGER
 from cifar_fast.utils.provenance import without_names
 
 if TYPE_CHECKING:
@@ -400,12 +414,18 @@ def shortened(items: list[str], most: int = 6) -> str:
     return ", ".join(items if more < 2 else [*items[: most - 1], f"{more} more"])
 
 
+def again(run: int) -> str:
+    """Return what a person can do about a damaged file of a run."""
+    return f"restore it, or move the folder run-{run} away to train that run again"
+
+
 class RunReader:
     """Reader of the folder of a training. Errors call the folder ``name``."""
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
         self.path = as_path(path, "folder")
         self.name = name or str(path)
+        self._told: set[str] = set()
 
     def of_run(self, run: int) -> Path:
         """Return the folder of the run with that index."""
@@ -422,8 +442,8 @@ class RunReader:
             ) from None
         except Exception as error:  # a damaged file may raise any exception
             raise InputError(
-                f"{self.name}: {TRAINING} cannot be read ({first_line(error)}); start again with {option('output')} "
-                f"and {option('overwrite')}"
+                f"{self.name}: {TRAINING} cannot be read ({first_line(error)}); restore it, or train into another "
+                f"folder with {option('output')}"
             ) from None
 
     def run_result(self, run: int, logits: bool = True) -> RunResult | DivergedResult | None:
@@ -431,35 +451,67 @@ class RunReader:
         if not self.has_result(run):
             return None
         path = self.of_run(run) / RUN_RESULT
-        with self._readable(path):
+        with self._readable(path, again(run)):
             values = json.loads(path.read_text())
             if "step" in values["run"]:
                 return DivergedResult.from_dict(values)
             result = RunResult.from_dict(values)
-            if logits and (file := path.with_name(LOGITS)).exists():
-                with np.load(file) as arrays:
-                    result = dataclasses.replace(result, logits=torch.from_numpy(arrays["logits"]))
+        if logits and (file := path.with_name(LOGITS)).exists():
+            with self._readable(file, again(run)), np.load(file) as arrays:
+                result = dataclasses.replace(result, logits=torch.from_numpy(arrays["logits"]))
         return result
 
-    def checkpoint(self, run: int) -> Checkpoint | None:
-        """Return the checkpoint of an unfinished run, or None if there is none."""
-        path = self.of_run(run) / CHECKPOINT
-        if not path.exists():
-            return None
-        with self._readable(path):
-            return Checkpoint.load(path)
+    def unfinished(self, run: int) -> Unfinished | None:
+        """Return the newest checkpoint of an unfinished run that can be read, or None if the run has none.
+
+        A line tells that the newest one cannot be read.
+        """
+        problems = []
+        for name in (CHECKPOINT, PREVIOUS_CHECKPOINT):
+            path = self.of_run(run) / name
+            try:
+                checkpoint = Checkpoint.load(path)
+                found = Unfinished(checkpoint, self._rows(run, checkpoint), name)
+            except FileNotFoundError:  # also if the process was killed between the two renames
+                continue
+            except Exception as error:  # a damaged file may raise any exception
+                if out_of_memory(error):
+                    raise
+                problems.append(f"{path.relative_to(self.path)} cannot be read ({first_line(error)})")
+                continue
+            for problem in {*problems} - self._told:
+                self._told.add(problem)
+                LOGGER.info(
+                    f"{problem}; the run continues from the checkpoint before it, after epoch {checkpoint.epoch}"
+                )
+            return found
+        if problems:
+            raise InputError(f"{self.name}: {problems[0]}; {again(run)}")
+        return None
+
+    def _rows(self, run: int, checkpoint: Checkpoint) -> list[EpochRow]:
+        """Return the rows in ``metrics.jsonl`` that ``checkpoint`` continues."""
+        by_epoch: dict[int, EpochRow] = {}
+        with contextlib.suppress(FileNotFoundError), open(self.path / ROWS, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, TypeError):  # a process was killed while it wrote the line
+                    row = EpochRow(**json.loads(line))
+                    if row.run == run:
+                        by_epoch[row.epoch] = row
+        rows = [by_epoch[epoch] for epoch in range(1, checkpoint.epoch + 1) if epoch in by_epoch]
+        if rows_digest(rows) != checkpoint.rows_digest:
+            raise ValueError(f"{ROWS} lacks rows of its epochs, or they were changed")
+        return rows
 
     @contextlib.contextmanager
-    def _readable(self, path: Path) -> Iterator[None]:
+    def _readable(self, path: Path, hint: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # a damaged file may raise any exception
             if out_of_memory(error):
                 raise
             name = path.relative_to(self.path)
-            raise InputError(
-                f"{self.name}: {name} cannot be read ({first_line(error)}); remove that file to train the run again"
-            ) from None
+            raise InputError(f"{self.name}: {name} cannot be read ({first_line(error)}); {hint}") from None
 
     def has_result(self, run: int) -> bool:
         """Return whether a run has finished or diverged."""
@@ -470,20 +522,25 @@ class RunReader:
         return [run for run in range(runs) if not self.has_result(run)]
 
     def all_written(self, runs: int) -> bool:
-        """Return whether all ``runs`` have ended and the files made from them are there."""
+        """Return whether all ``runs`` have ended, and the files made from them are there and of these runs."""
         if self.missing(runs):
             return False
-        try:  # a process may have been killed before it counted a run that was added
+        results = (self.run_result(run, logits=False) for run in range(runs))
+        ended = self.training().with_runs(result for result in results if result)
+        records = [list(map(dataclasses.asdict, found)) for found in (ended.runs, ended.diverged)]
+        files = [MODEL, CURVES, CONFUSION, *([LOGITS] if ended.config.save_logits else [])] if ended.runs else []
+        try:
             summary = json.loads((self.path / SUMMARY).read_text())
-            finished, diverged = len(summary["runs"]), len(summary["diverged"])
+            return [summary["runs"], summary["diverged"]] == records and all(
+                (self.path / one).exists() for one in files
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        return finished + diverged == runs and (not finished or (self.path / MODEL).exists())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the weights in ``model.pt``."""
-        with self._readable(self.path / MODEL):
-            return torch.load(self.path / MODEL, map_location="cpu", weights_only=True)["state_dict"]
+        with self._readable(self.path / MODEL, f"move it away, and {option('resume')} writes it again"):
+            return load_tensors(self.path / MODEL)["state_dict"]
 
     def result(self, weights: bool = True) -> Result:
         """Return the result as :meth:`Result.load` does."""
