@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -216,8 +217,12 @@ class Harness:
 
     def contents(self) -> dict[str, Any]:
         """Return all that the working folder holds, without times, command lines and drafts."""
-        files = (path for path in sorted(self.work.rglob("*")) if path.is_file() and not path.name.startswith("."))
+        files = (path for path in sorted(self.work.rglob("*")) if path.is_file() and not self.hidden(path))
         return {str(path.relative_to(self.work)): content(path) for path in files}
+
+    def hidden(self, path: Path) -> bool:
+        """Return whether ``path`` is a draft, or lies in a folder of earlier results that are being replaced."""
+        return any(part.startswith(".") for part in path.relative_to(self.work).parts)
 
     def losses(self) -> dict[int, float]:
         """Return the test losses of the runs that a reader of the results finds."""
@@ -260,7 +265,7 @@ class Harness:
         seen: dict[Any, dict[str, Any]] = {}
         for rank, stop, half in points[:: max(1, len(points) // sample)] if sample else points:
             operation = processes[rank][stop - 1]
-            name = f"{'half of ' * half}{operation.kind} {without_pid(operation.path).relative_to(self.base)}"
+            name = f"{'half of ' * half}{operation.kind} {not_unique(operation.path).relative_to(self.base)}"
             for faults in [["kill", *POWER]] if scenario.processes == 1 else [["kill"], list(POWER)]:
                 self.fault(scenario, stop, rank, half, power=faults == list(POWER))
                 before, log = self.trained(), Operation.read(self.base / "log")
@@ -277,7 +282,7 @@ class Harness:
     def names_and_sizes(self) -> tuple[tuple[str, int], ...]:
         """Return the files of the working folder. The size of a draft, which nothing reads, is left out."""
         sizes = ((path, path.stat().st_size) for path in self.work.rglob("*"))
-        return tuple(sorted((str(without_pid(path)), 0 if path.name.startswith(".") else size) for path, size in sizes))
+        return tuple(sorted((str(not_unique(path)), 0 if path.name.startswith(".") else size) for path, size in sizes))
 
     def classify(self, scenario: Scenario, before: int) -> dict[str, Any]:
         """Do what a user does next, after ``before`` epochs, and return the fields of :class:`Outcome`."""
@@ -294,7 +299,7 @@ class Harness:
             if "there is nothing to resume" not in lines[0]:
                 refusal = refusal or lines[0]
         repeated = max(0, before + self.trained() - scenario.epochs)
-        found = dict(repeated=repeated, drafts=sum(path.name.startswith(".") for path in self.work.rglob("*")))
+        found = dict(repeated=repeated, drafts=sum(map(self.hidden, self.work.rglob("*"))))
         contents = self.contents()
         if refusal or code:
             return found | dict(found="refused", detail=refusal or lines[0])
@@ -305,9 +310,9 @@ class Harness:
         return found | dict(found="same bits")
 
 
-def without_pid(path: Path) -> Path:
-    """Return ``path``; for a draft, without what makes its name unique."""
-    return path.with_name(".".join(path.name.split(".")[:3])) if path.name.startswith(".") else path
+def not_unique(path: Path) -> Path:
+    """Return ``path`` without what makes the name of a draft or of a hidden folder unique."""
+    return Path(re.sub(r"(/\.replaced-|/\.[a-z-]+\.[a-z]+\.)[^/]+", r"\1", str(path)))
 
 
 def content(path: Path) -> Any:

@@ -15,6 +15,7 @@ from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.metrics import EpochRow
 from cifar_fast.training.results import RunResult
 from cifar_fast.training.run_folder import RunFolder
+from cifar_fast.utils.errors import UserError
 from tests.helpers import HOW, ROOT, cells, contents, stop_after, untimed
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings
@@ -71,12 +72,16 @@ RESTORED = {
 }
 """Functions of a checkpoint, the state of a run at its start, and its generators. They return a changed checkpoint."""
 
-LOADED = {
-    "epoch": dict(rows=lambda rows: [EpochRow.before_first(0)]),
-    "rows of earlier epochs": dict(rows=lambda rows: rows[-1:]),
-    "environments of earlier epochs": dict(environments=lambda found: [found[-1] | {"first_epoch": 3}]),
+READ = {
+    "epoch": lambda found: found._replace(rows=[EpochRow.before_first(1)]),
+    "rows of earlier epochs": lambda found: found._replace(rows=found.rows[-1:]),
+    "environments of earlier epochs": lambda found: found._replace(
+        checkpoint=dataclasses.replace(
+            found.checkpoint, environments=[found.checkpoint.environments[-1] | {"first_epoch": 3}]
+        )
+    ),
 }
-"""Functions of the fields of a checkpoint that a restore leaves something out of."""
+"""Functions of the checkpoint and the rows of an unfinished run, for a restore that leaves something of them out."""
 
 OF_RUNS = {
     "scores of extra test sets": lambda found: dataclasses.replace(
@@ -115,14 +120,14 @@ def trained(tmp_path_factory, tiny, no_curves):
 
 @pytest.fixture
 def is_noticed(tmp_path, tiny, trained):
-    """Return a function that resumes the stopped training, and tells whether the results differ from the whole."""
+    """Return a function that resumes the stopped training, and tells whether it fails or differs from the whole."""
 
     def resume():
         test_set, parts, whole = trained
         folder = shutil.copytree(parts, tmp_path / "parts")
         try:
             return train(folder, tiny, test_set, resume=True) != whole
-        except json.JSONDecodeError:
+        except (UserError, json.JSONDecodeError):
             return True
 
     return resume
@@ -143,16 +148,15 @@ def test_state_that_is_not_restored_is_noticed(is_noticed, monkeypatch, kind):
     assert is_noticed()
 
 
-@pytest.mark.parametrize("kind", LOADED)
-def test_part_of_a_checkpoint_that_is_not_loaded_is_noticed(is_noticed, monkeypatch, kind):
-    load = Checkpoint.load
+@pytest.mark.parametrize("kind", READ)
+def test_part_of_an_unfinished_run_that_is_not_read_is_noticed(is_noticed, monkeypatch, kind):
+    read = RunFolder.unfinished
 
-    def partial(path):
-        whole = load(path)
-        changes = {name: change(getattr(whole, name)) for name, change in LOADED[kind].items()}
-        return dataclasses.replace(whole, **changes)
+    def partial(folder, run):
+        found = read(folder, run)
+        return found and READ[kind](found)
 
-    monkeypatch.setattr(Checkpoint, "load", partial)
+    monkeypatch.setattr(RunFolder, "unfinished", partial)
     assert is_noticed()
 
 
@@ -202,4 +206,4 @@ def test_page_names_every_kind_of_state():
     page = (ROOT / "docs/reliability.md").read_text().split("## State that a resume restores")[1].split("\n## ")[0]
     kinds = [row[0] for row in cells(page.splitlines())[2:]]
     others = ["tail of `metrics.jsonl`", "seeds"]
-    assert sorted(kinds) == sorted([*RESTORED, *LOADED, *OF_RUNS, *others])
+    assert sorted(kinds) == sorted([*RESTORED, *READ, *OF_RUNS, *others])
