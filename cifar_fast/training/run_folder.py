@@ -17,8 +17,9 @@ moment. Each file is written to a draft, synced, and renamed, and its folder is 
 begins. Rows are appended and synced.
 
     first epoch      training.json
-    with overwrite   at the first row: training.json, then the other earlier files, move into a hidden folder; the new
-                     training.json is written; then the hidden folder is deleted
+    with overwrite   at the first row, or at the start of several processes, training.json and then the other earlier
+                     files move into a hidden folder; the new training.json is written; after the row the hidden folder
+                     is deleted
     epoch            its row is appended to metrics.jsonl; the new checkpoint is written to a draft; checkpoint.pt is
                      renamed to checkpoint-previous.pt, and the draft to checkpoint.pt
     end of a run     model.pt, logits.npz, then result.json, which makes the run count; then the checkpoints are deleted
@@ -109,6 +110,7 @@ class RunFolder(RunReader):
         self._result: Result | None = None
         self._pending: list[str] = []  # rows that could not be written yet
         self._replaced: list[Path] = []  # earlier results, to be replaced
+        self._hidden: list[Path] = []  # folders with those that were replaced
         self._diverged: list[tuple[Result, DivergedResult]] = []  # runs that diverged before that
         self._good: set[int] = set()  # runs whose checkpoint.pt this process has read or written
         self.earlier = self.training() if resume else None
@@ -148,6 +150,7 @@ class RunFolder(RunReader):
                 self._resume(self.earlier.config.runs)
             else:
                 self._refuse_results()  # another command may have written some
+                self._stack.callback(self._restore_replaced)
                 self._stack.callback(self._forget_start)
         except BaseException:
             self.__exit__()
@@ -197,16 +200,19 @@ class RunFolder(RunReader):
         self._write_rows(rows)
 
     def _restore_replaced(self) -> None:
-        """Finish or undo the replacing of earlier results in which a process was killed."""
+        """Delete the results that were replaced, or move them back if no new training has begun."""
         for hidden in self.path.glob(f"{REPLACED}*"):
             if hidden.is_symlink() or not hidden.is_dir():
                 continue
-            if not (self.path / TRAINING).exists():  # the new training has not begun
+            if not (self.path / TRAINING).exists():
                 with os_error_as_input_error(self.name):
                     for path in sorted(hidden.iterdir(), key=lambda path: path.name == TRAINING):
                         os.replace(path, self.path / path.name)
-                    sync_folder(self.path)
-            shutil.rmtree(hidden, ignore_errors=True)
+            self._delete(hidden)
+
+    def _delete(self, hidden: Path) -> None:
+        shutil.rmtree(hidden, ignore_errors=True)
+        sync_folder(self.path)
 
     def has_result(self, run: int) -> bool:
         return not self._replaced and super().has_result(run)
@@ -228,11 +234,12 @@ class RunFolder(RunReader):
             self._write_json(self.path / TRAINING, self._result.to_dict)
 
     def replace_earlier(self) -> None:
-        """Replace the earlier results, if there are any, by the new ``training.json``. The module states the order."""
+        """Move the earlier results away, if there are any, and write the new ``training.json``."""
         if not self._replaced:
             return
         with os_error_as_input_error(self.name):
             hidden = Path(tempfile.mkdtemp(prefix=REPLACED, dir=self.path))
+            self._hidden.append(hidden)
             while self._replaced:
                 path = self._replaced[0]
                 os.replace(path, hidden / path.name)
@@ -241,8 +248,6 @@ class RunFolder(RunReader):
             sync_folder(self.path)
         self._try(FOLDER, lambda: remove_events(self.path))
         self._write_training()
-        shutil.rmtree(hidden, ignore_errors=True)
-        sync_folder(self.path)
         for result, run in self._diverged:
             self.finish_run(result, run)
 
@@ -262,6 +267,8 @@ class RunFolder(RunReader):
         self.replace_earlier()
         self._pending.append(row.to_json())
         self._try(ROWS, self._append_rows)
+        if self._hidden and not self.failures:
+            self._delete(self._hidden.pop())
         if tensorboard := self.tensorboard:
             self._try(FOLDER, lambda: tensorboard.add(self.path, row))
 

@@ -125,6 +125,26 @@ def test_overwriting_never_mixes_two_trainings(tmp_path, tiny, stopped, monkeypa
     assert files_in(stopped) == ["metrics.jsonl", "training.json"]
 
 
+def test_results_replaced_before_the_first_row_come_back_if_there_is_none(tmp_path, whole):
+    """Several processes replace earlier results at their start."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    with RunFolder(out, overwrite=True) as folder:
+        folder.replace_earlier()
+        assert files_in(out) == [name for name in files_in(out) if name.startswith(REPLACED)]
+    assert {name: (out / name).read_bytes() for name in files_in(out)} == {
+        name: (whole / name).read_bytes() for name in files_in(whole)
+    }
+
+
+def test_several_processes_keep_the_points_of_a_training_that_they_resume(stopped):
+    points = stopped / "tensorboard/run-0/events.out.tfevents.1"
+    points.parent.mkdir(parents=True)
+    points.touch()
+    with RunFolder(stopped, resume=True) as folder:
+        folder.replace_earlier()
+    assert points.exists()
+
+
 def test_link_in_place_of_replaced_results_is_not_followed(tmp_path, whole):
     other = shutil.copytree(whole, tmp_path / "other")
     (tmp_path / "out").mkdir()
