@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 def faults(*arguments):
     """Run ``python -m tests.faults`` and return the rows of its table."""
-    command = [sys.executable, "-m", "tests.faults", "--list", *arguments]
+    command = [sys.executable, "-m", "tests.faults", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return cells(done.stdout.splitlines())[2:]
