@@ -23,7 +23,7 @@ def faults(*arguments):
 
 @pytest.mark.slow  # starts processes
 def test_some_kills_and_power_cuts_change_no_bit():
-    rows = faults("--sample", "3", "--only", "train", "overwrite finished")
+    rows = faults("--sample", "3", "--only", "train")
     assert {row[1] for row in rows} == {"kill", "kept", "undone", "mixed"}
 
 
