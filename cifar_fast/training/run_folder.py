@@ -174,6 +174,7 @@ class RunFolder(RunReader):
             try:
                 self.path.mkdir()
                 self._stack.callback(remove_empty, [self.path])
+                sync_folder(self.path.parent)
                 return
             except FileExistsError:
                 if not self.new:
