@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from cifar_fast.backends.base import Backend
-from cifar_fast.training.metrics import EpochRow
-from cifar_fast.utils.errors import InputError
+from cifar_fast.training.metrics import EpochRow, rows_of
+from cifar_fast.utils.device import AFFECTS_FIGURES
+from cifar_fast.utils.errors import InputError, first_line
+from cifar_fast.utils.files import CHECKPOINT
+from cifar_fast.utils.typed import check_types, check_values
 
 FORMAT = 1
 """Version of the format of ``checkpoint.pt``, increased when the meaning of its contents changes."""
@@ -41,19 +44,36 @@ class Checkpoint:
     def load(cls, path: Path) -> Checkpoint:
         """Read a checkpoint from the file ``path``. A damaged file may raise any exception."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved.pop("format") != FORMAT:
+        if type(found := saved.pop("format")) is not int or found != FORMAT:
             raise ValueError("of another format")
-        return cls(**saved | {"rows": [EpochRow(**row) for row in saved["rows"]]})
+        rows = saved["rows"]
+        checkpoint = cls(**saved | {"rows": rows_of(rows[0]["run"], rows)})
+        check_types(checkpoint)
+        check_values(checkpoint.environments[-1], dict.fromkeys(AFFECTS_FIGURES, Any))
+        if checkpoint.state["epoch"] != checkpoint.rows[-1].epoch:
+            raise ValueError("the state is not that of its last epoch")
+        return checkpoint
 
     def restore(self, backend: Backend, generators: Iterable[torch.Generator]) -> None:
         """Load the state into ``backend``, which was reset before, and into ``generators``.
 
         Raises:
-            InputError: the weights do not fit the model of ``backend``.
+            InputError: the state does not fit ``backend``.
         """
         try:
             backend.load_training_state(self.state)
         except InputError as error:
             raise InputError(f"{error.message}; resume with the model that was trained") from error
-        for generator, state in zip(generators, self.generators):
-            generator.set_state(state)
+        except Exception as error:  # a damaged file may raise any exception
+            raise self._misfit(error) from error
+        try:
+            for generator, state in zip(generators, self.generators, strict=True):
+                generator.set_state(state)
+        except Exception as error:
+            raise self._misfit(error) from error
+
+    def _misfit(self, error: Exception) -> InputError:
+        run = self.rows[0].run
+        return InputError(
+            f"run {run}: its {CHECKPOINT} does not fit ({first_line(error)}); remove that file to train the run again"
+        )

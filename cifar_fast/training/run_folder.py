@@ -227,7 +227,7 @@ class RunFolder(RunReader):
         text, path = "".join(map(_line, rows)), self.path / ROWS
         if not text:
             path.unlink(missing_ok=True)
-        elif not (path.exists() and path.read_text() == text):
+        elif not (path.is_file() and path.read_bytes() == text.encode()):
             self._write(path, lambda temporary: temporary.write_text(text))
 
     def save_checkpoint(self, run: int, checkpoint: Checkpoint) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +31,18 @@ def as_path(value: Any, name: str) -> Path:
     """Return ``value``, an argument called ``name``, as a path. "~" is the home folder."""
     require_instance(name, value, (str, os.PathLike), "a path")
     return Path(value).expanduser()
+
+
+def regular(path: Path) -> Path:
+    """Return ``path`` unless it is a pipe or a device, which could be waited for or read for ever.
+
+    Raises:
+        OSError: it is one, or nothing is there.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    return path
 
 
 def absolute_paths(given: Iterable[str | Path]) -> dict[str, str]:

@@ -117,7 +117,7 @@ def download_from(tmp_path, *urls, data=DATA):
     """Download from ``urls``, check that only the file is left, and return the log lines."""
     lines = []
     with lines_to(lines.append):
-        download(urls, tmp_path / "archive", hashlib.md5(data).hexdigest())
+        download(urls, tmp_path / "archive", hashlib.md5(data).hexdigest(), len(data))
     assert (tmp_path / "archive").read_bytes() == data
     assert sorted(os.listdir(tmp_path)) == ["archive"]
     return lines
@@ -244,9 +244,13 @@ def test_unpacking_that_was_killed_is_repeated(cifar10, tmp_path):
         "    number[0] < 4 or os._exit(9)\n"
         "    rename(*paths)\n"
         "rename, os.replace = os.replace, replace\n"
-        "sources._unpack(*map(Path, sys.argv[1:]))"
+        "sources._unpack(*map(Path, sys.argv[1:3]), sys.argv[3:])"
     )
-    done = subprocess.run([sys.executable, "-c", code, archive, cifar10], env=os.environ | {"PYTHONPATH": os.getcwd()})
+    with tarfile.open(archive) as tar:
+        names = [name for name in tar.getnames() if "/" in name]
+    done = subprocess.run(
+        [sys.executable, "-c", code, archive, cifar10, *names], env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
     assert done.returncode == 9 and len(os.listdir(cifar10 / "cifar-10-batches-py")) == 3
     assert len(load_dataset("cifar10", cifar10, log=None).train_images) == 100
     assert sorted(os.listdir(cifar10)) == ["cifar-10-batches-py", archive.name]
@@ -308,7 +312,7 @@ def test_next_source_replaces_a_wrong_one(tmp_path, serve, wrong, reason):
 def test_source_may_be_a_file(tmp_path, form):
     (tmp_path / "source").write_bytes(DATA)
     (tmp_path / "archive.part").write_bytes(DATA[:1000])
-    download([form(tmp_path / "source")], tmp_path / "archive", hashlib.md5(DATA).hexdigest())
+    download([form(tmp_path / "source")], tmp_path / "archive", hashlib.md5(DATA).hexdigest(), len(DATA))
     assert (tmp_path / "archive").read_bytes() == DATA
 
 
@@ -363,7 +367,7 @@ folder, url, md5 = sys.argv[1:]
 path = Path(folder, "archive")
 with locked(path.parent, lambda: print("busy")):
     if not path.exists():
-        download([url], path, md5)
+        download([url], path, md5, 1 << 20)
 """
 
 
