@@ -23,9 +23,9 @@ DTYPE, BYTES, CLASS = "numpy dtype", "_codecs encode", "numpy ndarray"
 EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-VALUES = ("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES") + (
-    "SHORT_BINBYTES",
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "BINFLOAT"),
+VALUES = (
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES"),
+    *("SHORT_BINBYTES", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT"),
 )
 """Instructions that put their argument on the stack."""
 
@@ -74,6 +74,12 @@ def _execute(name: str, argument: Any, stack: list[Any], marks: list[int], memo:
         marks.append(len(stack))
     elif name == "TUPLE":
         stack.append(tuple(since_mark()))
+    elif name == "LIST":
+        stack.append(since_mark())
+    elif name == "DICT":
+        items = since_mark()
+        stack.append({})
+        _set_items(stack[-1], items)
     elif name in TUPLES:
         stack[-TUPLES[name] :] = [tuple(stack[-TUPLES[name] :])]
     elif name in ("APPENDS", "APPEND"):
@@ -135,7 +141,7 @@ def _finished(value: Any) -> Any:
 
 
 def read_batches(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images ``[N, 32, 32, 3]`` and the labels ``[N]`` in pickles of CIFAR-10, or of CIFAR-100's fine labels.
+    """Return images ``[N, 32, 32, 3]`` and labels ``[N]`` in pickles of CIFAR, for CIFAR-100 its fine labels.
 
     Raises:
         InputError: a file holds something else.

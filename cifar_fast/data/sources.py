@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import os
 import re
@@ -297,18 +296,17 @@ def _unpack(archive: Path, root: Path, names: Collection[str]) -> None:
     prefix = f".{archive.name}."
     for left in root.glob(f"{prefix}*"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=root) as temporary:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                if member.offset_data + member.size > UNPACKED_BYTES:
-                    raise ValueError(f"it unpacks to more than {UNPACKED_BYTES:,} bytes")
-                content = tar.extractfile(member) if member.name in names else None
-                if content:  # None for a folder
-                    path, place = Path(temporary, "file"), root / member.name
-                    with open(path, "wb") as file:
-                        shutil.copyfileobj(content, file)
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(path, place)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=root) as temporary, tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            if member.offset_data + member.size > UNPACKED_BYTES:
+                raise ValueError(f"it unpacks to more than {UNPACKED_BYTES:,} bytes")
+            if member.name in names and member.isfile():
+                content, path, place = tar.extractfile(member), Path(temporary, "file"), root / member.name
+                assert content is not None
+                with open(path, "wb") as file:
+                    shutil.copyfileobj(content, file)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
 
 
 def _read_npz(path: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class TensorBoard:
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time_ns() // 1000}.{os.getpid()}"
-        self._writer = self._make_writer(open(folder / name, "xb"))
+        self._writer = self._make_writer(open(folder / name, "xb"))  # noqa: SIM115  (closed with the writer)
         self._write(file_version="brain.Event:2")
         # After a resume this epoch and later ones are trained again. TensorBoard's readers drop the older points of
         # these epochs if a session starts there.

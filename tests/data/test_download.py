@@ -50,10 +50,12 @@ class Server(http.server.ThreadingHTTPServer):
         content_type="application/gzip",
         ranges=True,
         moved=None,
+        endless=False,
     ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.data, self.rate, self.cut, self.stall, self.status = data, rate, cut, stall, status
         self.content_type, self.ranges, self.moved, self.asked = content_type, ranges, moved, []
+        self.endless = endless
         self.url = f"http://127.0.0.1:{self.server_port}/archive"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -76,7 +78,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(206 if start else 200)
         body = server.data[start:]
-        self.send_header("Content-Length", str(len(body)))
+        if not server.endless:
+            self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", server.content_type)
         self.end_headers()
         body = body[: server.cut]
@@ -85,6 +88,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(body[i : i + 4000])
                 if server.rate:
                     time.sleep(4000 / server.rate)
+            while server.endless:
+                self.wfile.write(body)
         time.sleep(server.stall)
 
     def log_message(self, *args):
@@ -435,3 +440,28 @@ def test_lock_is_released(tmp_path):
     for _ in range(2):
         with locked(tmp_path, lambda: pytest.fail("busy")):
             pass
+
+
+def test_next_source_replaces_one_that_never_ends(tmp_path, serve):
+    endless, good = serve(DATA, endless=True), serve(DATA)
+    lines = download_from(tmp_path, endless.url, good.url)
+    assert f"{endless.url}: sends more than the 400,000 bytes of the published file, trying the next source" in lines
+    assert good.asked == [None]
+
+
+def test_no_line_and_no_error_shows_the_token_of_a_url(tmp_path, serve):
+    good, bad = serve(DATA), serve(DATA, status=403)
+    tokens = "?sig=s3cret&other=s3cret#s3cret"
+    with_user = good.url.replace("://", "://me:s3cret@") + tokens  # urllib sends no password in a URL
+    lines = download_from(tmp_path, with_user, bad.url + tokens, f"{good.url} x{tokens}", good.url + tokens)
+    assert "s3cret" not in "\n".join(lines) and f"{good.url}?..." in lines[-1]
+    (tmp_path / "archive").unlink()
+    with pytest.raises(OSError, match=r"archive\?\.\.\.: HTTP Error 403") as error:
+        download_from(tmp_path, bad.url + tokens, with_user)
+    assert "s3cret" not in str(error.value)
+
+
+def test_a_pipe_as_a_source_is_refused(cifar10, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: not a file"):
+        load_dataset("cifar10", tmp_path / "none", data_url=f"{tmp_path}/pipe", log=None)

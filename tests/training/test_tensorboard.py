@@ -1,6 +1,7 @@
 """``--log tensorboard``: the event files, read with TensorBoard's own reader."""
 
 import json
+import socket
 import sys
 
 import pytest
@@ -58,6 +59,13 @@ def test_event_files_hold_the_rows_of_each_run(tmp_path, npz, reader):
     assert train(npz, f"--runs 2 --output {tmp_path}/out --log tensorboard") == 0
     by_run = points(reader, tmp_path / "out")
     assert by_run == expected(tmp_path / "out") and [*by_run] == ["run-0", "run-1"]
+
+
+def test_no_event_file_names_the_host(tmp_path, npz, reader, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "somebodys-machine")
+    assert train(npz, f"--output {tmp_path}/out --log tensorboard") == 0
+    (file,) = (tmp_path / "out/tensorboard/run-0").iterdir()
+    assert "somebody" not in file.name and b"somebody" not in file.read_bytes()
 
 
 def test_resumed_training_continues_the_points_without_duplicates(tmp_path, npz, reader, monkeypatch):
