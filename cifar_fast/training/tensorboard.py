@@ -31,7 +31,8 @@ class TensorBoard:
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
             hint = "pip install 'cifar_fast[tensorboard]'"
-            raise InputError(f"{option('log')} tensorboard needs {error.name}: {hint}") from None
+            package = (error.name or "").partition(".")[0]
+            raise InputError(f"{option('log')} tensorboard needs {package}: {hint}") from None
         self.recipe = recipe
         self._event, self._summary, self._make_writer = event_pb2, summary_pb2, RecordWriter
         self._run: int | None = None
