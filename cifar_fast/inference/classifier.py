@@ -143,6 +143,8 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
     if type(saved["format"]) is not int or saved["format"] != FORMAT:
         raise InputError(f"{path}: has format {saved['format']}, not {FORMAT}; use the version that wrote it")
     class_name = saved.get("model")
+    if not (class_name is None or isinstance(class_name, str)):
+        raise InputError(f"{path}: holds no name of a model but {type(class_name).__name__}; {hint}")
     if class_name and model is None:
         raise InputError(f"{path}: holds the weights of the custom model {class_name}; call load_model(path, model)")
     if model is not None and not class_name:
