@@ -169,6 +169,8 @@ def main() -> int:
             found, detail, seconds = worker(name, folder)
             slowest = max(slowest, seconds)
             counts[name][found] += 1
+            if number % 500 == 499:
+                print(f"{number + 1} inputs, {time.monotonic() - start:.0f} s", flush=True)
             if found in FAILURES:
                 print(f"input {number}: {name}, {file}: {found}: {visible(detail)}", flush=True)
                 if args.keep:
