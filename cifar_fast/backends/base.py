@@ -146,6 +146,8 @@ class Backend(ABC):
         for parameter, momentum in zip(self.model.parameters(), state["momentum"], strict=True):
             if momentum is None:
                 continue
+            if momentum.shape != parameter.shape:
+                raise ValueError(f"a momentum is {tuple(momentum.shape)}, not {tuple(parameter.shape)}")
             own = self.optimizer.state[parameter]
             if "momentum_buffer" in own:
                 own["momentum_buffer"].copy_(momentum)  # a CUDA graph may have captured the address

@@ -29,6 +29,7 @@ from cifar_fast.utils.errors import (
     did_you_mean,
     first_line,
     out_of_memory,
+    visible,
     with_flags,
 )
 from cifar_fast.utils.files import check_writable
@@ -92,10 +93,10 @@ def run_command(
             raise
         if show_traceback:
             traceback.print_exc()
-        print(f"error: out of memory ({first_line(error)}); free memory, or use less data", file=sys.stderr)
+        print_error(f"out of memory ({first_line(error)}); free memory, or use less data")
         return 2
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or on_interrupt, file=sys.stderr)
+        print(visible(str(interrupt)) or on_interrupt, file=sys.stderr)
         return 130
 
 
@@ -200,16 +201,23 @@ def interruptible(quiet: bool = False) -> Iterator[Callable[[], None]]:
         yield on_step
 
 
-def print_line(line: str) -> None:
-    """Print ``line``. End the command quietly if the reader of its output is gone, as after ``| head -1``.
+def print_line(text: str) -> None:
+    """Print ``text``, one line or several, without other control characters.
+
+    End the command quietly if the reader of its output is gone, as after ``| head -1``.
 
     Raise SystemExit and not the OSError: callers turn an OSError into an error about a file that they write.
     """
     try:
-        print(line, flush=True)
+        print("\n".join(map(visible, text.split("\n"))), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def print_error(message: str) -> None:
+    """Print ``message`` on standard error, with marked options as flags."""
+    print(f"error: {visible(with_flags(message))}", file=sys.stderr)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from cifar_fast.cli.flags import add_traceback_flag, command_parser, print_line, run_command
-from cifar_fast.utils.errors import option, plain, with_flags
+from cifar_fast.cli.flags import add_traceback_flag, command_parser, print_error, print_line, run_command
+from cifar_fast.utils.errors import option, plain, visible
 from cifar_fast.utils.files import check_writable
 
 SUMMARY = "compare trainings: means, confidence intervals, differences"
@@ -51,8 +51,10 @@ def run(args: argparse.Namespace) -> int:
     found = read_results(args.folders)
     left_out = [*found.unfinished, *map(plain, found.unreadable)]
     report = make_report(found.results, baseline=args.baseline, metric=args.metric, left_out=left_out)
-    for line in (*found.repeated, *found.unfinished, *(f"error: {with_flags(line)}" for line in found.unreadable)):
-        print(line, file=sys.stderr)
+    for line in (*found.repeated, *found.unfinished):
+        print(visible(line), file=sys.stderr)
+    for line in found.unreadable:
+        print_error(line)
     print_line(report.markdown().rstrip())
     if args.output:
         report.write(args.output)

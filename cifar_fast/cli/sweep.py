@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from typing import TYPE_CHECKING
 
-from cifar_fast.cli.flags import add_traceback_flag, command_parser, interruptible, joined, print_line, run_command
+from cifar_fast.cli.flags import (
+    add_traceback_flag,
+    command_parser,
+    interruptible,
+    joined,
+    print_error,
+    print_line,
+    run_command,
+)
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import plain
 from cifar_fast.utils.progress import LOGGER
@@ -69,6 +76,6 @@ def train_in(world: World, args: argparse.Namespace, sweep: Sweep) -> int:
     problems = [f"{name}: {message}" for name, message in failed.items()]
     problems += [f"{name}: {plain(line)}" for name, result in results.items() for line in result.problems()]
     for line in problems:
-        print(f"error: {line}", file=sys.stderr)
+        print_error(line)
     LOGGER.info(f"written to {sweep.output}; to see it: {shlex.join(['cifar-fast', 'report', sweep.output])}")
     return 1 if problems else 0

@@ -19,6 +19,7 @@ from cifar_fast.cli.flags import (
     interruptible,
     joined,
     name_and_path,
+    print_error,
     print_line,
     recipe_of,
     run_command,
@@ -26,7 +27,7 @@ from cifar_fast.cli.flags import (
 from cifar_fast.data.sources import check_named, place_of, read_dataset
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import World
-from cifar_fast.utils.errors import InputError, with_flags
+from cifar_fast.utils.errors import InputError
 from cifar_fast.utils.progress import LOGGER, heartbeat, lines_to
 from cifar_fast.utils.provenance import command_line
 
@@ -192,7 +193,7 @@ def exit_code(result: Result | None, world: World) -> int:
     """Return 1 if a run diverged or a file could not be written, with a line for each, else 0, as on other ranks."""
     problems = result.problems() if result and world.rank == 0 else []
     for line in problems:
-        print(f"error: {with_flags(line)}", file=sys.stderr)
+        print_error(line)
     return 1 if problems else 0
 
 

@@ -29,7 +29,7 @@ from cifar_fast.training.metrics import Run, confidence_interval_95
 from cifar_fast.training.plots import new_figure
 from cifar_fast.training.results import Result, RunReader, RunResult
 from cifar_fast.utils.device import AFFECTS_FIGURES
-from cifar_fast.utils.errors import InputError, option, require_instance
+from cifar_fast.utils.errors import InputError, option, require_instance, visible
 from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error, write_json
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Report:
                 _number(variant.train_seconds_median, 2),
             ]
             lines.append([variant.name, variant.changes or "-", variant.count, *numbers])
-        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        cells = [[visible(cell).replace("|", "\\|") for cell in line] for line in lines]
         widths = [max(2, *map(len, column)) for column in zip(*cells)]  # "-:" below the header takes 2
         aligned = [[f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(line)] for line in cells]
         rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -127,7 +127,7 @@ class Report:
         )
         lines_below = [note, *(f"Counted once: {line}" for line in self.repeated)]
         lines_below += [f"Warning: {line}" for line in self.warnings]
-        return "\n".join([*table, "", *lines_below]) + "\n"
+        return "\n".join([*table, "", *map(visible, lines_below)]) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``report.json``."""
@@ -519,4 +519,8 @@ def _read_training(reader: RunReader, unreadable: list[str]) -> Result | None:
             unreadable.append(error.message)
         else:
             ended += [result] if result else []
-    return training.with_runs(ended) if ended else None
+    try:
+        return training.with_runs(ended) if ended else None
+    except InputError as error:
+        unreadable.append(f"{reader.name}: {error.message}")
+        return None

@@ -32,14 +32,18 @@ from cifar_fast.utils.files import (
     locked,
     made_folder,
     os_error_as_input_error,
+    regular,
 )
 from cifar_fast.utils.progress import LOGGER, LogFn, heartbeat, lines_to, print_line
+from cifar_fast.utils.provenance import without_secrets
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+VARIANT = re.compile(r"\w[\w.+=,-]*")
+"""Name of a variant, and of its folder in that of the sweep."""
 PER_VARIANT = ("backend", "dtype", "memory_format", "save_logits")
 """Options of a training that a variant may change."""
 
@@ -120,7 +124,7 @@ class Sweep(TrainConfig):
             require_type(f"{where}: recipe", own_start or "", str)
             variant_start = common if own_start is None else Recipe.load(own_start)
             for full_name, values in expand(name, table):
-                if not re.fullmatch(r"\w[\w.+=,-]*", full_name):
+                if not VARIANT.fullmatch(full_name):
                     rule = "use letters, digits and . + = , - _"
                     raise InputError(f"{where}: {full_name!r} cannot name a folder; {rule}")
                 if full_name in variants:
@@ -331,7 +335,10 @@ def has_training(folder: Path) -> bool:
 def variants_in(folder: Path) -> list[str]:
     """Return the names of the variants of the sweep in ``folder``, in their order."""
     try:
-        return list(json.loads((folder / SWEEP).read_text())["variants"])
+        names = list(json.loads(regular(folder / SWEEP).read_text())["variants"])
+        if wrong := [name for name in names if not (isinstance(name, str) and VARIANT.fullmatch(name))]:
+            raise ValueError(f"{wrong[0]!r} is no name of a variant")
+        return names
     except Exception as error:  # damage raises as many kinds of errors as there are bytes
         what = f"{folder / SWEEP}: cannot be read ({first_line(error)})"
         raise InputError(f"{what}; remove it, and sweep again") from None
@@ -350,7 +357,10 @@ def sweep_lock(sweep: Sweep) -> Iterator[None]:
             stack.enter_context(made_folder(folder))
             stack.enter_context(locked(folder, refuse))
             with atomic_write(folder / SWEEP) as temporary:
-                temporary.write_text(json.dumps(dataclasses.asdict(sweep), indent=2, default=str) + "\n")
+                values = dataclasses.asdict(sweep)
+                if sweep.data_url:
+                    values["data_url"] = without_secrets(sweep.data_url)
+                temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
         try:
             yield
         finally:

@@ -11,8 +11,10 @@ import torch
 
 from cifar_fast.backends.base import Backend
 from cifar_fast.training.metrics import EpochRow
-from cifar_fast.utils.errors import InputError
+from cifar_fast.utils.device import AFFECTS_FIGURES
+from cifar_fast.utils.errors import InputError, first_line
 from cifar_fast.utils.files import load_tensors
+from cifar_fast.utils.typed import check_types, check_values
 
 FORMAT = 2
 """Version of the format of ``checkpoint.pt``, increased when the meaning of its contents changes."""
@@ -48,22 +50,35 @@ class Checkpoint:
     def load(cls, path: Path) -> Checkpoint:
         """Read a checkpoint from the file ``path``. A damaged file may raise any exception."""
         saved = load_tensors(path)
-        if saved.pop("format") != FORMAT:
+        if type(found := saved.pop("format")) is not int or found != FORMAT:
             raise ValueError("of another format")
-        return cls(**saved)
+        checkpoint = cls(**saved)
+        check_types(checkpoint)
+        check_values(checkpoint.environments[-1], dict.fromkeys(AFFECTS_FIGURES, Any))
+        return checkpoint
 
     def restore(self, backend: Backend, generators: Iterable[torch.Generator]) -> None:
         """Load the state into ``backend``, which was reset before, and into ``generators``.
 
         Raises:
-            InputError: the weights do not fit the model of ``backend``.
+            InputError: the state does not fit ``backend``.
         """
         try:
             backend.load_training_state(self.state)
         except InputError as error:
             raise InputError(f"{error.message}; resume with the model that was trained") from error
-        for generator, state in zip(generators, self.generators):
-            generator.set_state(state)
+        except Exception as error:  # a damaged file may raise any exception
+            raise _misfit(error) from error
+        try:
+            for generator, state in zip(generators, self.generators, strict=True):
+                generator.set_state(state)
+        except Exception as error:
+            raise _misfit(error) from error
+
+
+def _misfit(error: Exception) -> InputError:
+    hint = "move the folder of that run away to train it again"
+    return InputError(f"the checkpoint of an unfinished run does not fit ({first_line(error)}); {hint}")
 
 
 class Unfinished(NamedTuple):

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from cifar_fast.recipe import BACKENDS, DTYPES, MEMORY_FORMATS, Recipe, plain
 from cifar_fast.utils.errors import InputError, option, require_instance
 
+MAX_RUNS = 1_000_000
+
 Config = TypeVar("Config", bound="TrainConfig")
 
 
@@ -102,6 +104,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise InputError(f"{option(name)} must be at least {lowest}, not {value}")
+        if self.runs > MAX_RUNS:
+            raise InputError(f"{option('runs')} must be at most {MAX_RUNS}, not {self.runs}")
         for name in seeds:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63 - self.runs:

@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from cifar_fast.utils.errors import Diverged
+from cifar_fast.utils.typed import check_types
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,20 @@ def rows_digest(rows: Iterable[EpochRow], before: str = "") -> str:
     for row in rows:
         before = hashlib.sha256((before + row.to_json()).encode()).hexdigest()
     return before
+
+
+def rows_of(run: int, values: Sequence[Mapping[str, Any]]) -> list[EpochRow]:
+    """Return the rows of a file.
+
+    Raises:
+        ValueError, TypeError: they are not those of the epochs 1, 2, ... of the run with that index.
+    """
+    rows = [EpochRow(**one) for one in values]
+    for row in rows:
+        check_types(row)
+    if [(row.run, row.epoch) for row in rows] != [(run, epoch) for epoch in range(1, len(rows) + 1)]:
+        raise ValueError(f"its rows are not the epochs of run {run}")
+    return rows
 
 
 @dataclass(frozen=True)

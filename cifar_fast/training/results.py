@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cifar_fast.recipe import Recipe
+from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
 from cifar_fast.training.checkpoint import Checkpoint, Unfinished
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, confidence_interval_95, rows_digest
+from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, confidence_interval_95, rows_digest, rows_of
 from cifar_fast.training.plots import confusion_figure, curves_figure, draw_curves
 from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
@@ -37,12 +37,21 @@ from cifar_fast.utils.files import (
     TRAINING,
     as_path,
     load_tensors,
+    regular,
 )
 from cifar_fast.utils.progress import LOGGER
 from cifar_fast.utils.provenance import without_names
+from cifar_fast.utils.typed import are_finite, check_types, check_values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+DATASET = {
+    **dict.fromkeys(("name", "digest", "source"), str),
+    **dict.fromkeys(("train_images", "validation_images", "test_images"), int),
+    **{"class_names": list[str], "options": dict[str, Any], "also_test": dict[str, dict[str, Any]]},
+}
+"""Types of the description of the data set, by key."""
 
 FORMAT = 1
 """Version of the format of ``model.pt``, increased when the meaning of its contents changes."""
@@ -75,8 +84,14 @@ class RunResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunResult:
         """Return the run that :meth:`to_dict` stored, without logits."""
-        rows = [EpochRow(**row) for row in values["rows"]]
-        return cls(Run(**values["run"]), rows, values["backend"], values["environments"], values["confusion"])
+        run = Run(**values["run"])
+        found = cls(
+            run, rows_of(run.run, values["rows"]), values["backend"], values["environments"], values["confusion"]
+        )
+        check_run(found)
+        if not found.rows:
+            raise ValueError("it has no epoch")
+        return found
 
 
 @dataclass(frozen=True)
@@ -95,8 +110,16 @@ class DivergedResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DivergedResult:
         """Return the run that :meth:`to_dict` stored."""
-        rows = [EpochRow(**row) for row in values["rows"]]
-        return cls(DivergedRun(**values["run"]), rows, values["backend"], values["environments"])
+        run = DivergedRun(**values["run"])
+        found = cls(run, rows_of(run.run, values["rows"]), values["backend"], values["environments"])
+        check_run(found)
+        return found
+
+
+def check_run(result: RunResult | DivergedResult) -> None:
+    """Raise ValueError if a value of ``result``, which was read from a file, has a wrong type."""
+    check_types(result)
+    check_types(result.run)
 
 
 @dataclass(frozen=True)
@@ -218,7 +241,27 @@ class Result:
         return {name: 100 * row[k] / sum(row) if sum(row) else None for k, (name, row) in enumerate(rows)}
 
     def with_runs(self, ended: Iterable[RunResult | DivergedResult]) -> Result:
-        """Return the training with these runs in place of its own."""
+        """Return the training with these runs in place of its own.
+
+        Raises:
+            InputError: a run is of another training.
+        """
+        ended = list(ended)
+        classes, sets = len(self.dataset["class_names"]), None
+        for one in ended:
+            if not isinstance(one, RunResult):
+                continue
+            logits = (self.dataset["test_images"], classes)
+            sets = list(one.run.also_test) if sets is None else sets
+            if (
+                [len(row) for row in one.confusion] != [classes] * classes
+                or (one.logits is not None and tuple(one.logits.shape) != logits)
+                or list(one.run.also_test) != sets
+            ):
+                raise InputError(
+                    f"run {one.run.run} has other classes, test images or extra test sets than this training; "
+                    f"remove its {RUN_RESULT} to train it again"
+                )
         finished: list[RunResult] = []
         diverged: list[DivergedResult] = []
         for result in ended:
@@ -239,7 +282,16 @@ class Result:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Result:
         """Return the result that :meth:`to_dict` stored, without runs."""
-        return cls(**values | {"config": TrainConfig.from_dict(values["config"])})
+        result = cls(**values | {"config": TrainConfig.from_dict(values["config"])})
+        check_types(result)
+        check_types(result.config)
+        check_values(result.dataset, DATASET)
+        check_values(result.environment, dict.fromkeys(AFFECTS_FIGURES, Any))
+        if not (are_finite(result.mean, IMAGE_CHANNELS) and are_finite(result.std, IMAGE_CHANNELS)):
+            raise ValueError("mean or std is no list of three numbers")
+        for one in result.dataset["also_test"].values():
+            check_values(one, {"digest": str, "images": int})
+        return result
 
     def __repr__(self) -> str:
         return f"<Result: {self.title()}, {self._accuracy()}>"
@@ -435,7 +487,7 @@ class RunReader:
         """Return the result in ``training.json``, without runs and weights."""
         path = self.path / TRAINING
         try:
-            return Result.from_dict(json.loads(path.read_text()))
+            return Result.from_dict(json.loads(regular(path).read_text()))
         except FileNotFoundError:
             raise InputError(
                 f"{self.name}: holds no {TRAINING}; there is nothing to resume or repeat, start with {option('output')}"
@@ -452,12 +504,14 @@ class RunReader:
             return None
         path = self.of_run(run) / RUN_RESULT
         with self._readable(path, again(run)):
-            values = json.loads(path.read_text())
+            values = json.loads(regular(path).read_text())
+            if values["run"]["run"] != run:
+                raise ValueError(f"it is of run {values['run']['run']}")
             if "step" in values["run"]:
                 return DivergedResult.from_dict(values)
             result = RunResult.from_dict(values)
         if logits and (file := path.with_name(LOGITS)).exists():
-            with self._readable(file, again(run)), np.load(file) as arrays:
+            with self._readable(file, again(run)), np.load(regular(file)) as arrays:
                 result = dataclasses.replace(result, logits=torch.from_numpy(arrays["logits"]))
         return result
 
@@ -530,11 +584,11 @@ class RunReader:
         records = [list(map(dataclasses.asdict, found)) for found in (ended.runs, ended.diverged)]
         files = [MODEL, CURVES, CONFUSION, *([LOGITS] if ended.config.save_logits else [])] if ended.runs else []
         try:
-            summary = json.loads((self.path / SUMMARY).read_text())
+            summary = json.loads(regular(self.path / SUMMARY).read_text())
             return [summary["runs"], summary["diverged"]] == records and all(
                 (self.path / one).exists() for one in files
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -281,7 +281,7 @@ class RunFolder(RunReader):
         text, path = "".join(row.to_json() for row in rows), self.path / ROWS
         if not text:
             path.unlink(missing_ok=True)
-        elif not (path.exists() and path.read_text() == text):
+        elif not (path.is_file() and path.read_bytes() == text.encode()):
             self._write(path, lambda temporary: temporary.write_text(text))
 
     def save_checkpoint(self, run: int, checkpoint: Checkpoint) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
 import secrets
+import stat
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,6 +44,18 @@ def as_path(value: Any, name: str) -> Path:
     """Return ``value``, an argument called ``name``, as a path. "~" is the home folder."""
     require_instance(name, value, (str, os.PathLike), "a path")
     return Path(value).expanduser()
+
+
+def regular(path: Path) -> Path:
+    """Return ``path`` unless it is a pipe or a device, which could be waited for or read for ever.
+
+    Raises:
+        OSError: it is one, or nothing is there.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    return path
 
 
 def absolute_paths(given: Iterable[str | Path]) -> dict[str, str]:
@@ -170,7 +184,7 @@ def load_tensors(path: Path) -> Any:
     """
     import torch  # late, because commands that do not train start faster without it
 
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         with zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
             if size > os.fstat(file.fileno()).st_size:  # torch compresses nothing

@@ -10,6 +10,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 
+from cifar_fast.utils.errors import visible
+
 with warnings.catch_warnings():
     # In a notebook, tqdm warns that it guesses the front end and that ipywidgets is missing.
     warnings.simplefilter("ignore")
@@ -56,7 +58,7 @@ class _LineHandler(logging.Handler):
         return (_thread.speaks_for or record.thread) == self.thread
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = _thread.prefix + self.format(record)
+        line = visible(_thread.prefix + self.format(record))
         try:
             self.log(line)
         except UnicodeEncodeError:  # a path may hold letters that the output's encoding lacks

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -252,6 +253,16 @@ def test_missing_specification_and_missing_variants_are_refused(tmp_path, capfd)
     assert "states no variant; add a table [variants.NAME]" in capfd.readouterr().err
     assert main(["sweep", f"{tmp_path}/none.toml"]) == 2
     assert capfd.readouterr().err == f"error: cannot read the sweep {tmp_path}/none.toml: No such file or directory\n"
+
+
+def test_no_file_of_a_sweep_holds_the_token_of_a_url(tmp_path, spec, capfd):
+    path = Path(spec())
+    path.write_text('data_url = "https://me:s3cret@example.org/a.gz?sig=s3cret"\n' + path.read_text())
+    assert main(["sweep", str(path)]) == 0
+    found = json.loads((tmp_path / "sweep/sweep.json").read_text())["data_url"]
+    assert found == "https://example.org/a.gz?..."
+    assert not [path for path in tmp_path.rglob("*.json*") if "s3cret" in path.read_text()]
+    assert "s3cret" not in "".join(capfd.readouterr())
 
 
 def test_each_combination_of_listed_values_is_a_variant():

@@ -1,6 +1,7 @@
 """``--log tensorboard``: the event files, read with TensorBoard's own reader."""
 
 import json
+import socket
 import sys
 
 import pytest
@@ -60,6 +61,13 @@ def test_event_files_hold_the_rows_of_each_run(tmp_path, npz, reader):
     assert by_run == expected(tmp_path / "out") and [*by_run] == ["run-0", "run-1"]
 
 
+def test_no_event_file_names_the_host(tmp_path, npz, reader, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "somebodys-machine")
+    assert train(npz, f"--output {tmp_path}/out --log tensorboard") == 0
+    (file,) = (tmp_path / "out/tensorboard/run-0").iterdir()
+    assert "somebody" not in file.name and b"somebody" not in file.read_bytes()
+
+
 def test_resumed_training_continues_the_points_without_duplicates(tmp_path, npz, reader, monkeypatch):
     with lines_to(stop_after((1, 2))):
         assert train(npz, f"--runs 2 --output {tmp_path}/out --log tensorboard") == 130
@@ -95,9 +103,10 @@ def test_no_event_files_without_the_flag(tmp_path, npz):
 
 
 def test_missing_tensorboard_is_reported_before_the_training(tmp_path, npz, monkeypatch, capfd):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+    for name in [name for name in sys.modules if name.startswith("tensorboard.")]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert train(npz, f"--output {tmp_path}/out --log tensorboard") == 2
     shown = capfd.readouterr()
     assert shown.err == "error: --log tensorboard needs tensorboard: pip install 'cifar_fast[tensorboard]'\n"
