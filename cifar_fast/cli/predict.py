@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from cifar_fast.cli.flags import add_device_flags, check_json, command_parser, print_line, run_command
+from cifar_fast.cli.flags import add_device_flags, check_json, command_parser, print_error, print_line, run_command
 from cifar_fast.utils.errors import InputError, with_flags
 
 SUMMARY = "classify images with a trained network: one line per image, with class and probability"
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     def on_unreadable(image: object, reason: str) -> None:
         unreadable[str(image)] = with_flags(reason)
-        print(f"error: {with_flags(reason)}", file=sys.stderr)
+        print_error(reason)
 
     images = find_images(args.images, model, on_unreadable)
     predictions: list[Prediction] = []

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_fast.utils.errors import InputError, first_line
-from cifar_fast.utils.files import os_error_as_input_error
+from cifar_fast.utils.files import expand_home, os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER, progress_bar
 
 TIMEOUT = 10.0
@@ -131,7 +131,7 @@ def _fetch(url: str, part: Path, has_alternative: bool) -> None:
 
 
 def _as_url(source: str) -> str:
-    return source if "://" in source else Path(source).expanduser().absolute().as_uri()
+    return source if "://" in source else expand_home(source).absolute().as_uri()
 
 
 def _size(path: Path) -> int:

@@ -24,7 +24,7 @@ from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, confidence_i
 from cifar_fast.training.plots import confusion_figure, curves_figure, draw_curves
 from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
-from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING, as_path
+from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, ROWS, RUN_RESULT, SUMMARY, TRAINING, as_path
 from cifar_fast.utils.provenance import without_names
 
 if TYPE_CHECKING:
@@ -478,7 +478,8 @@ class RunReader:
             finished, diverged = len(summary["runs"]), len(summary["diverged"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        return finished + diverged == runs and (not finished or (self.path / MODEL).exists())
+        is_there = all((self.path / name).exists() for name in (MODEL, ROWS))
+        return finished + diverged == runs and (not finished or is_there)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the weights in ``model.pt``."""

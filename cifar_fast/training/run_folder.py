@@ -34,7 +34,7 @@ from cifar_fast.training.metrics import EpochRow
 from cifar_fast.training.plots import draw_confusion, draw_curves
 from cifar_fast.training.results import DivergedResult, Result, RunReader, RunResult
 from cifar_fast.training.tensorboard import FOLDER, TensorBoard, remove_events
-from cifar_fast.utils.errors import InputError, first_line, option
+from cifar_fast.utils.errors import InputError, option, write_reason
 from cifar_fast.utils.files import (
     CHECKPOINT,
     CONFUSION,
@@ -160,7 +160,8 @@ class RunFolder(RunReader):
     def _forget_start(self) -> None:
         begun = (self.path / ROWS).exists() or any(self.path.glob(f"run-*/{RUN_RESULT}"))
         if not self._replaced and not begun:
-            (self.path / TRAINING).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder may be gone
+                (self.path / TRAINING).unlink(missing_ok=True)
 
     def has_result(self, run: int) -> bool:
         return not self._replaced and super().has_result(run)
@@ -177,6 +178,17 @@ class RunFolder(RunReader):
     def _write_training(self) -> None:
         if self._result:
             self._write_json(self.path / TRAINING, self._result.to_dict)
+
+    def _restore_start(self) -> None:
+        """Write ``training.json`` if it is gone or could not be written, because all other files need it.
+
+        A folder that was removed is made again: the results of hours are worth more than a folder too many.
+        """
+        if self._result and not (self.path / TRAINING).exists():
+            if not self.path.exists():
+                LOGGER.info(f"{self.path} was removed during the training; it is made again, without its earlier files")
+            self._try(TRAINING, lambda: self.path.mkdir(parents=True, exist_ok=True))
+            self._write_training()
 
     def replace_earlier(self) -> None:
         """Delete the earlier results, ``training.json`` first because it describes the others."""
@@ -206,6 +218,7 @@ class RunFolder(RunReader):
         """Append a row to ``metrics.jsonl``. The first one replaces earlier results."""
         if self._replaced:
             self.replace_earlier()
+        self._restore_start()
         self._pending.append(_line(row))
         self._try(ROWS, self._append_rows)
         if tensorboard := self.tensorboard:
@@ -242,6 +255,7 @@ class RunFolder(RunReader):
         if self._replaced and isinstance(run, DivergedResult):
             self._diverged.append((result, run))
             return
+        self._restore_start()
         folder = self.of_run(run.run.run)
         written = isinstance(run, DivergedResult) or self._write_finished(folder, result, run)
         if written and self._write_json(folder / RUN_RESULT, run.to_dict):
@@ -311,7 +325,7 @@ class RunFolder(RunReader):
             self.failures.pop(name, None)
         except Exception as error:  # a full disk is a RuntimeError in torch.save, and matplotlib has its own errors
             if name not in self.failures:
-                self.failures[name] = f"{self.path / name} could not be written ({first_line(error)})"
+                self.failures[name] = f"{self.path / name} could not be written ({write_reason(error)})"
                 LOGGER.info(self.failures[name])
         return name not in self.failures
 
