@@ -36,6 +36,7 @@ class Backend(ABC):
 
     Attributes:
         name: eager, compiled or fused.
+        compiles: whether a compiler makes its set-up take minutes.
         model: the network in training. Its modules may differ from those of the plain model.
         optimizer: updates the parameters of ``model``.
         epoch: number of epochs trained in this run.
@@ -43,6 +44,7 @@ class Backend(ABC):
     """
 
     name: str
+    compiles = True
     model: nn.Module
     optimizer: torch.optim.SGD
     notes: Sequence[str] = ()

@@ -26,6 +26,7 @@ class Eager(Backend):
     """
 
     name = "eager"
+    compiles = False
 
     def _set_up(self) -> None:
         recipe, device = self.recipe, self.device
@@ -76,6 +77,7 @@ class Compiled(Eager):
     """
 
     name = "compiled"
+    compiles = True
 
     def _set_up(self) -> None:
         super()._set_up()

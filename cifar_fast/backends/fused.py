@@ -53,6 +53,7 @@ class Fused(Backend):
         self.steps = n // size
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.native = native(device)
+        self.compiles = not self.native
         self.channels = IMAGE_CHANNELS if custom_model or self.native else PADDED_CHANNELS
         self.table = data.normalization.table(dtype)
         self.evaluated_images = None

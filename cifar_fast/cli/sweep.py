@@ -7,12 +7,14 @@ import shlex
 from typing import TYPE_CHECKING
 
 from cifar_fast.cli.flags import (
+    READER_GONE,
     add_traceback_flag,
     command_parser,
     interruptible,
     joined,
     print_error,
     print_line,
+    print_to_stderr,
     run_command,
 )
 from cifar_fast.utils.distributed import World
@@ -68,9 +70,12 @@ def train_in(world: World, args: argparse.Namespace, sweep: Sweep) -> int:
     with interruptible(quiet=world.rank > 0) as on_step:
         try:
             results = train_sweep(sweep, world, on_step, failed, command_line("sweep", [args.spec]))
-        except KeyboardInterrupt:
-            command = shlex.join(["cifar-fast", "sweep", args.spec])
-            raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
+        except (KeyboardInterrupt, SystemExit) as stop:
+            resume = f"to resume: {shlex.join(['cifar-fast', 'sweep', args.spec])}"
+            if isinstance(stop, SystemExit):
+                print_to_stderr(f"{READER_GONE}; {resume}")
+                raise
+            raise KeyboardInterrupt(f"interrupted; {resume}") from None
     if world.rank:
         return 0
     problems = [f"{name}: {message}" for name, message in failed.items()]

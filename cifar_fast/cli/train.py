@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_fast.cli import profile
 from cifar_fast.cli.flags import (
+    READER_GONE,
     add_config_flags,
     add_run_flags,
     command_parser,
@@ -21,6 +22,7 @@ from cifar_fast.cli.flags import (
     name_and_path,
     print_error,
     print_line,
+    print_to_stderr,
     recipe_of,
     run_command,
 )
@@ -179,11 +181,14 @@ def train_in(
                 if finished := training.finished():
                     return exit_code(finished, world)
             results = train_all([training], world, on_step=on_step)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as stop:
             if not folder.resumable:
                 raise
-            command = shlex.join(["cifar-fast", "train", "--resume", str(folder.path)])
-            raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
+            resume = f"to resume: {shlex.join(['cifar-fast', 'train', '--resume', str(folder.path)])}"
+            if isinstance(stop, SystemExit):
+                print_to_stderr(f"{READER_GONE}; {resume}")
+                raise
+            raise KeyboardInterrupt(f"interrupted; {resume}") from None
     if folder.resumable:  # something was trained
         LOGGER.info(f"written to {folder.path}")
     return exit_code(results[0] if results else None, world)

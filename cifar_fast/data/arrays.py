@@ -14,7 +14,7 @@ import numpy as np
 
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.utils.errors import InputError, first_line, option, plain
-from cifar_fast.utils.files import regular
+from cifar_fast.utils.files import expand_home, regular
 from cifar_fast.utils.progress import LOGGER
 
 KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels"))
@@ -226,11 +226,11 @@ def replaced_labels(given: str, name: str, labels: np.ndarray, classes: int) -> 
 
 def split_key(given: str) -> tuple[Path, str]:
     """Return the path and the name of the array in ``given``, PATH or PATH:NAME."""
-    path = Path(given).expanduser()
+    path = expand_home(given)
     if path.exists() or ":" not in given:
         return path, ""
     file, _, key = given.rpartition(":")
-    return Path(file).expanduser(), key
+    return expand_home(file), key
 
 
 def _load_pt(path: Path) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_fast.utils.errors import InputError, first_line
-from cifar_fast.utils.files import os_error_as_input_error
+from cifar_fast.utils.files import expand_home, os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER, progress_bar
 from cifar_fast.utils.provenance import without_secrets
 
@@ -154,7 +154,7 @@ def _as_url(source: str) -> str:
     """Return a URL. A pipe is refused, because opening it would wait for a writer."""
     if "://" in source:
         return source
-    path = Path(source).expanduser().absolute()
+    path = expand_home(source).absolute()
     if path.exists() and not path.is_file():
         raise OSError(f"{path}: not a file")
     return path.as_uri()

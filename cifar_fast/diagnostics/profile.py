@@ -36,7 +36,7 @@ from cifar_fast.backends.base import Backend
 from cifar_fast.data.augment import Draws
 from cifar_fast.utils.device import device_guard, environment, short_name
 from cifar_fast.utils.errors import InputError, option
-from cifar_fast.utils.files import atomic_write, check_writable, os_error_as_input_error, write_json
+from cifar_fast.utils.files import atomic_write, check_writable, expand_home, os_error_as_input_error, write_json
 from cifar_fast.utils.progress import LOGGER
 from cifar_fast.utils.torch_defaults import torch_defaults
 
@@ -158,7 +158,7 @@ def profile(backend: Backend, draws: Draws, directory: str | Path, steps: int = 
     Raises:
         InputError: the directory cannot be written to, or the profiler sees no kernel on the GPU.
     """
-    directory = Path(directory).expanduser()
+    directory = expand_home(directory)
     what = f"{option('output')} {directory}"
     with os_error_as_input_error(what):
         directory.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from cifar_fast.utils.files import (
     as_path,
     atomic_write,
     check_writable,
+    expand_home,
     locked,
     made_folder,
     os_error_as_input_error,
@@ -148,7 +149,7 @@ class Sweep(TrainConfig):
     @property
     def path(self) -> Path:
         """The folder of the sweep."""
-        return Path(self.output).expanduser()
+        return expand_home(self.output)
 
     def config(self, name: str) -> TrainConfig:
         """Return the config of the variant ``name``."""
@@ -352,17 +353,22 @@ def sweep_lock(sweep: Sweep) -> Iterator[None]:
     def refuse() -> None:
         raise InputError(f"{what}: another sweep is at work there; choose another folder")
 
+    def write() -> None:
+        with os_error_as_input_error(what), atomic_write(folder / SWEEP) as temporary:
+            values = dataclasses.asdict(sweep)
+            if sweep.data_url:
+                values["data_url"] = without_secrets(sweep.data_url)
+            temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
+
     with contextlib.ExitStack() as stack:
         with os_error_as_input_error(what):
             stack.enter_context(made_folder(folder))
             stack.enter_context(locked(folder, refuse))
-            with atomic_write(folder / SWEEP) as temporary:
-                values = dataclasses.asdict(sweep)
-                if sweep.data_url:
-                    values["data_url"] = without_secrets(sweep.data_url)
-                temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
+            write()
         try:
             yield
         finally:
-            if not any(has_training(folder / name) for name in variants_in(folder)):
-                (folder / SWEEP).unlink()
+            if not any(has_training(folder / name) for name in sweep.variants):
+                (folder / SWEEP).unlink(missing_ok=True)
+            elif not (folder / SWEEP).exists():  # the folder was removed, and the trainings made it again
+                write()

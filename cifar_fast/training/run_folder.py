@@ -51,7 +51,7 @@ from cifar_fast.training.metrics import EpochRow
 from cifar_fast.training.plots import draw_confusion, draw_curves
 from cifar_fast.training.results import DivergedResult, Result, RunReader, RunResult
 from cifar_fast.training.tensorboard import FOLDER, TensorBoard, remove_events
-from cifar_fast.utils.errors import InputError, first_line, option
+from cifar_fast.utils.errors import InputError, option, write_reason
 from cifar_fast.utils.files import (
     CHECKPOINT,
     CONFUSION,
@@ -187,7 +187,8 @@ class RunFolder(RunReader):
     def _forget_start(self) -> None:
         begun = (self.path / ROWS).exists() or any(self.path.glob(f"run-*/{RUN_RESULT}"))
         if not self._replaced and not begun:
-            (self.path / TRAINING).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder may be gone
+                (self.path / TRAINING).unlink(missing_ok=True)
 
     def _resume(self, runs: int) -> None:
         """Remove what a killed process left: rows later than their checkpoint, and checkpoints of runs that ended."""
@@ -234,6 +235,17 @@ class RunFolder(RunReader):
         if self._result:
             self._write_json(self.path / TRAINING, self._result.to_dict)
 
+    def _restore_start(self) -> None:
+        """Write ``training.json`` if it is gone or could not be written, because all other files need it.
+
+        A folder that was removed is made again: the results of hours are worth more than a folder too many.
+        """
+        if self._result and not (self.path / TRAINING).exists():
+            if not self.path.exists():
+                LOGGER.info(f"{self.path} was removed during the training; it is made again, without its earlier files")
+            self._try(TRAINING, lambda: self.path.mkdir(parents=True, exist_ok=True))
+            self._write_training()
+
     def replace_earlier(self) -> None:
         """Move the earlier results away, if there are any, and write the new ``training.json``."""
         if not self._replaced:
@@ -266,6 +278,7 @@ class RunFolder(RunReader):
     def add_row(self, row: EpochRow) -> None:
         """Append a row to ``metrics.jsonl``. The first one replaces earlier results."""
         self.replace_earlier()
+        self._restore_start()
         self._pending.append(row.to_json())
         self._try(ROWS, self._append_rows)
         if self._hidden and not self.failures:
@@ -310,6 +323,7 @@ class RunFolder(RunReader):
         if self._replaced and isinstance(run, DivergedResult):
             self._diverged.append((result, run))
             return
+        self._restore_start()
         folder = self.of_run(run.run.run)
         written = isinstance(run, DivergedResult) or self._write_finished(folder, result, run)
         if written and self._write_json(folder / RUN_RESULT, run.to_dict):
@@ -385,7 +399,7 @@ class RunFolder(RunReader):
             self.failures.pop(name, None)
         except Exception as error:  # a full disk is a RuntimeError in torch.save, and matplotlib has its own errors
             if name not in self.failures:
-                self.failures[name] = f"{self.path / name} could not be written ({first_line(error)})"
+                self.failures[name] = f"{self.path / name} could not be written ({write_reason(error)})"
                 LOGGER.info(self.failures[name])
         return name not in self.failures
 

@@ -100,13 +100,10 @@ class World:
             )
         except (RuntimeError, ValueError) as error:
             raise InputError(f"rank {self.rank}: cannot join the others at {where} ({first_line(error)})") from error
-        with contextlib.ExitStack() as stack:
-            stack.callback(distributed.destroy_process_group)
-            try:
-                yield self
-            except (KeyboardInterrupt, SystemExit):
-                stack.pop_all()  # to destroy the group is to wait for a rank that is still at work
-                raise
+        try:
+            yield self
+        finally:
+            distributed.destroy_process_group()
 
     @staticmethod
     def _join() -> None:

@@ -148,6 +148,15 @@ def oom_hint(what: str, hint: str) -> Iterator[None]:
         raise InputError(f"out of memory {what}; {hint}") from error
 
 
+def write_reason(error: BaseException) -> str:
+    """Return why a file could not be written, for a person: without error numbers, and without paths."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if "inline_container" in str(error):  # torch.save, which does not say why
+        return "not all bytes could be written; the disk may be full"
+    return first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of the message of ``error``, or its type if there is no message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -43,7 +43,19 @@ NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 def as_path(value: Any, name: str) -> Path:
     """Return ``value``, an argument called ``name``, as a path. "~" is the home folder."""
     require_instance(name, value, (str, os.PathLike), "a path")
-    return Path(value).expanduser()
+    return expand_home(value)
+
+
+def expand_home(path: str | Path) -> Path:
+    """Return ``path`` with the home folder in place of "~".
+
+    Raises:
+        InputError: nobody knows the home folder, as in a container without $HOME.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"{path}: the home folder is unknown; write the path in full, or set $HOME") from None
 
 
 def regular(path: Path) -> Path:
@@ -60,7 +72,7 @@ def regular(path: Path) -> Path:
 
 def absolute_paths(given: Iterable[str | Path]) -> dict[str, str]:
     """Return the absolute path of each path that exists, by the path that was given."""
-    paths = [Path(path).expanduser() for path in given]
+    paths = list(map(expand_home, given))
     return {str(path): str(path.absolute()) for path in paths if path.exists()}
 
 
@@ -75,7 +87,7 @@ def known_path(
     Raises:
         InputError: nothing is at either path.
     """
-    path = str(Path(given).expanduser())
+    path = str(expand_home(given))
     absolute = known.get(path)
     if absolute is None:
         return path

@@ -1,8 +1,10 @@
 """``--log tensorboard``: the event files, read with TensorBoard's own reader."""
 
+import itertools
 import json
 import socket
 import sys
+import time
 
 import pytest
 
@@ -75,6 +77,17 @@ def test_resumed_training_continues_the_points_without_duplicates(tmp_path, npz,
     assert main(["--resume", f"{tmp_path}/out"]) == 0  # trains epoch 2 again, because it had no checkpoint
     assert len(list((tmp_path / "out/tensorboard/run-1").iterdir())) == 2
     assert points(reader, tmp_path / "out") == expected(tmp_path / "out")
+
+
+def test_clock_that_jumps_back_loses_no_points_and_changes_no_seconds(tmp_path, npz, reader, monkeypatch):
+    with lines_to(stop_after((0, 2))):
+        assert train(npz, f"--output {tmp_path}/out --log tensorboard") == 130
+    hours = itertools.count(time.time() / 3600, -1)  # an hour back at each look at the clock
+    monkeypatch.setattr(time, "time", lambda: 3600 * next(hours))
+    assert main(["--resume", f"{tmp_path}/out"]) == 0
+    assert points(reader, tmp_path / "out") == expected(tmp_path / "out")
+    seconds = [json.loads(line)["train_seconds"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < 3600
 
 
 def test_points_are_readable_during_the_training(tmp_path, npz, reader, monkeypatch):
