@@ -1,0 +1,85 @@
+"""--verify-every: a step that gives other bits when it is repeated is told; one that does not changes nothing."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from cifar_fast import InputError, Recipe, fit
+from cifar_fast.backends.base import Backend
+from cifar_fast.backends.fused import Fused
+from cifar_fast.train import main
+from cifar_fast.utils.errors import MissingRuns
+from tests.helpers import HOW, contents
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings
+
+FLAGS = "--dataset npz --widths 4 8 --epochs 2 --batch-size 8 --device cpu --dtype float32"
+RECIPE = Recipe(epochs=2, batch_size=8, widths=(4, 8))
+WHITENED = dataclasses.replace(Recipe.load("airbench94"), widths=(4, 8), batch_size=8, epochs=2)
+
+
+@pytest.fixture(autouse=True)
+def native(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def flip_a_bit(monkeypatch, repetition):
+    """Flip the lowest bit of a weight, as faulty memory would, before a step is repeated that often."""
+    done = []
+
+    def faulty(rewind):
+        def rewind_and_flip(backend, step):
+            rewind(backend, step)
+            done.append(step)
+            if len(done) == repetition:
+                bits = next(backend.model.parameters()).data.view(torch.int32)
+                bits[(0,) * bits.dim()] ^= 1
+
+        return rewind_and_flip
+
+    for kind in (Backend, Fused):
+        monkeypatch.setattr(kind, "rewind", faulty(kind.rewind))
+
+
+@pytest.mark.parametrize("recipe", ["reference", "airbench94"])
+@pytest.mark.parametrize("backend", ["eager", "compiled", "fused"])
+def test_a_flipped_bit_ends_the_run_and_names_the_step(tmp_path, npz, monkeypatch, capfd, uncompiled, backend, recipe):
+    flip_a_bit(monkeypatch, 2)
+    flags = f"{FLAGS} --recipe {recipe} --backend {backend} --data-dir {npz} --output {tmp_path}/out"
+    assert main(f"{flags} --verify-every 3".split()) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: step 6 (epoch 2) of run 0: other bits when it was repeated, in ")
+    assert error.count("\n") == 1 and " more; the memory or the processor may be faulty" in error
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, WHITENED], ids=["reference", "airbench94"])
+@pytest.mark.parametrize("backend", ["eager", "compiled", "fused"])
+def test_verification_changes_no_bit(tmp_path, tiny, uncompiled, backend, recipe):
+    options = HOW | dict(backend=backend)
+    fit(recipe, tiny, output=tmp_path / "plain", **options)
+    fit(recipe, tiny, output=tmp_path / "verified", verify_every=1, **options)
+    assert contents(tmp_path / "verified", "verify_every") == contents(tmp_path / "plain", "verify_every")
+
+
+def test_a_step_that_draws_random_numbers_is_repeated_with_the_same_ones(tiny):
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 3))
+    plain, verified = (fit(RECIPE, tiny, model=model, verify_every=every, **HOW) for every in (0, 1))
+    assert all(torch.equal(verified.state_dict[name], tensor) for name, tensor in plain.state_dict.items())
+
+
+def test_other_runs_are_trained_and_the_faulty_one_resumes_from_its_checkpoint(tmp_path, tiny, monkeypatch):
+    fit(RECIPE, tiny, output=tmp_path / "whole", runs=2, **HOW)
+    with monkeypatch.context() as patch, pytest.raises(MissingRuns, match=r"step 6 \(epoch 2\) of run 0"):
+        flip_a_bit(patch, 2)
+        fit(RECIPE, tiny, output=tmp_path / "out", runs=2, verify_every=3, **HOW)
+    result = fit(RECIPE, tiny, resume=tmp_path / "out", runs=2, verify_every=2, **HOW)
+    assert [run.run for run in result.runs] == [0, 1]
+    assert contents(tmp_path / "out", "verify_every") == contents(tmp_path / "whole", "verify_every")
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "often"])
+def test_refuses_a_number_of_steps_that_is_none(tiny, wrong):
+    with pytest.raises(InputError, match="verify_every must be"):
+        fit(RECIPE, tiny, verify_every=wrong, **HOW)
