@@ -1,4 +1,4 @@
-"""Repeat a training step from the same state and compare the bits: ``--verify-every``."""
+"""Repeat a training step from the same state, and compare the bits."""
 
 from __future__ import annotations
 

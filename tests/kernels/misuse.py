@@ -60,7 +60,7 @@ def dense(tensor):
 
 
 def spoil(draw, value, others):
-    """Return another value in the place of the argument ``value``; ``others`` are the tensors of the call."""
+    """Return another value for the argument ``value``; ``others`` are the tensors of the call."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return draw(st.sampled_from(NUMBERS))
     change, t = draw(st.sampled_from(CHANGES)), value.detach()

@@ -1,4 +1,4 @@
-"""--verify-every: a step that gives other bits when it is repeated is told; one that does not changes nothing."""
+"""A repeated step that gives other bits ends the run. One that gives the same bits changes nothing."""
 
 import dataclasses
 
