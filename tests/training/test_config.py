@@ -30,6 +30,7 @@ CHANGED = dict(
     validation_seed=7,
     runs=2,
     checkpoint_every=7,
+    verify_every=2,
     also_test={"again": "test.npz"},
     save_logits=True,
     tta=True,
@@ -37,7 +38,7 @@ CHANGED = dict(
     threads=1,
 )
 """A value other than the default for each option."""
-MAY_CHANGE = {"runs", "checkpoint_every", "tensorboard", "threads"}
+MAY_CHANGE = {"runs", "checkpoint_every", "verify_every", "tensorboard", "threads"}
 
 
 def test_these_tests_change_every_option():
