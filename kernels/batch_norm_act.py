@@ -1063,6 +1063,9 @@ def _check(
         named |= dict(running_mean=running_mean, running_var=running_var)
     for name, tensor in named.items():
         require_tensor(name, tensor, DTYPES, (channels,), ("x", x))
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        differentiable = tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+        require(not differentiable, ValueError, f"{name} must not require a gradient, which batch norm does not have")
 
 
 def _check_updates(x: Tensor, momentum, num_batches_tracked) -> None:

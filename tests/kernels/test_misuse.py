@@ -103,3 +103,13 @@ def test_none_and_a_list_are_refused_by_the_name_of_the_argument(operator, argum
     function, given, _ = CALLS[operator]
     with pytest.raises((TypeError, ValueError), match=f"^(each row of )?{argument} must be .* not (None|list)"):
         function(**given | {argument: wrong})
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_running_statistics_that_require_a_gradient_are_refused_as_by_torch(name):
+    given = dict(weight=None, bias=None, running_mean=torch.zeros(3), running_var=torch.ones(3), training=False)
+    given[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} must not require a gradient"):
+        batch_norm_act(NORM_INPUT, **given)
+    with torch.no_grad():
+        batch_norm_act(NORM_INPUT, **given)
