@@ -166,9 +166,9 @@ def record(loss: Tensor, correct: Tensor, state: StepState) -> None:
     require_is_tensor("loss", loss)
     require(isinstance(state, StepState), TypeError, f"state must be a StepState, not {shown(state)}")
     losses, schedule = state.losses, state.schedule
-    for name, tensor, shape in (("losses", losses, "[steps, B]"), ("schedule", schedule, "[n, G]")):
+    for name, tensor, form in (("losses", losses, "[steps, B]"), ("schedule", schedule, "[n, G]")):
         require_is_tensor(f"state.{name}", tensor)
-        message = f"state.{name} must have the shape {shape} with at least one row, not {list(tensor.shape)}"
+        message = f"state.{name} must have the shape {form} with at least one row, not {list(tensor.shape)}"
         require(tensor.dim() == 2 and len(tensor) > 0, ValueError, message)
     size = losses.shape[1]
     like = ("loss", loss)
