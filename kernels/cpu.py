@@ -59,7 +59,7 @@ class Shape(ctypes.Structure):
         return self.n * (self.h // self.pool) * (self.w // self.pool)
 
 
-def call(function: str, dtype: torch.dtype, *arguments: Any) -> int:
+def call(function: str, dtype: torch.dtype, *arguments: Any) -> None:
     """Call ``function`` of the library for ``dtype``.
 
     Pass tensors as pointers, ints as int64, floats as double, and a :class:`Shape` by reference.
@@ -71,8 +71,8 @@ def call(function: str, dtype: torch.dtype, *arguments: Any) -> int:
     if library is None:
         raise RuntimeError(f"the operators need a C++ compiler on a CPU ({reason})")
     entry = getattr(library, function)
-    entry.restype = ctypes.c_int64
-    return entry(*(_as_c(argument) for argument in arguments))
+    entry.restype = None
+    entry(*(_as_c(argument) for argument in arguments))
 
 
 @torch.compiler.assume_constant_result

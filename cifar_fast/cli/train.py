@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="train as in that folder, from the start: its flags are the defaults, also of data, device and threads",
     )
-    add_config_flags(group, ("checkpoint_every", "save_logits", "tta"))
+    add_config_flags(group, ("checkpoint_every", "verify_every", "save_logits", "tta"))
     group.add_argument(
         "--log",
         choices=("none", "tensorboard"),

@@ -71,6 +71,7 @@ def fit(
     overwrite: bool = False,
     resume: str | Path | None = None,
     checkpoint_every: int = 1,
+    verify_every: int = 0,
     also_test: Mapping[str, str | Path] | None = None,
     save_logits: bool = False,
     tta: bool = False,
@@ -113,6 +114,8 @@ def fit(
             training continues from its checkpoints and ends with the same bits. ``runs`` may grow. ``auto`` keeps its
             meaning. A finished training is read.
         checkpoint_every: epochs between checkpoints. Each run also writes one at its end. 0: only this last one.
+        verify_every: steps between checks that train a step twice from the same state and compare weights, statistics,
+            momentum and losses. Other bits end the run. 0: no check.
         also_test: names and paths of other test sets, see :func:`cifar_fast.data.eval_sets.read_eval_sets`.
         save_logits: keep the logits of the test images in ``Result.logits``, and in logits.npz.
         tta: also evaluate each run with test-time augmentation, for ``Run.tta_accuracy``.
@@ -127,6 +130,7 @@ def fit(
     Raises:
         InputError: an argument cannot work here.
         Diverged: all runs have diverged. If only some have, the others are returned, and ``Result.diverged`` has these.
+        MissingRuns: a run has failed, such as by ``verify_every``. The results of the others are written.
 
     A file that cannot be written does not stop the training: see ``Result.unwritten``.
     """
@@ -144,6 +148,7 @@ def fit(
         validation_seed=validation_seed,
         runs=runs,
         checkpoint_every=checkpoint_every,
+        verify_every=verify_every,
         also_test=also_test or {},
         save_logits=save_logits,
         tta=tta,
@@ -364,7 +369,8 @@ class Training:
                 environments = [*environments, {"first_epoch": after.epoch + 1} | facts]
             to_go.skip(after.epoch * self.epoch_work())
             try:
-                for row in train(backend, order, augmentation, clock, after=after, on_step=on_step, to_go=to_go):
+                options: dict[str, Any] = dict(on_step=on_step, to_go=to_go, verify_every=config.verify_every)
+                for row in train(backend, order, augmentation, clock, after=after, **options):
                     to_go.add(EVALUATED * self.dataset.evaluated_count)
                     rows.append(row)
                     digest = rows_digest([row], digest)

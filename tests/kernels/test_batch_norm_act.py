@@ -680,7 +680,7 @@ def call(**changes):
         (dict(x=torch.zeros(1, 4, 1, 1)), ValueError, "Expected more than 1 value per channel when training"),
         (dict(x=torch.zeros(1, 4, 3, 3), pool=2), ValueError, "Expected more than 1 value per channel when training"),
         (dict(pool=3), ValueError, "pool must be 1 or 2, not 3"),
-        (dict(alpha=0.0), ValueError, "alpha and eps must be above 0"),
+        (dict(alpha=0.0), ValueError, "alpha must be above 0 and finite, not 0.0"),
         (
             dict(activation="tanh"),
             ValueError,
