@@ -100,10 +100,14 @@ class World:
             )
         except (RuntimeError, ValueError) as error:
             raise InputError(f"rank {self.rank}: cannot join the others at {where} ({first_line(error)})") from error
-        try:
-            yield self
-        finally:
-            distributed.destroy_process_group()
+        with contextlib.ExitStack() as stack:
+            stack.callback(distributed.destroy_process_group)
+            try:
+                yield self
+            except BaseException as error:
+                if not isinstance(error, Exception):  # an interrupt; destroying waits for ranks that still work
+                    stack.pop_all()
+                raise
 
     @staticmethod
     def _join() -> None:

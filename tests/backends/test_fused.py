@@ -335,8 +335,11 @@ def test_failed_backend_is_freed_before_the_next_one_is_built(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("where", "backend"), [("setting up", "auto"), ("training", "eager")])
-def test_gpu_out_of_memory_is_one_error_line_with_the_batch_size(tmp_path, capsys, monkeypatch, where, backend):
+@pytest.mark.parametrize(
+    ("where", "backend", "cure"),
+    [("setting up", "auto", "train on fewer, by --train-subset"), ("training", "eager", "--batch-size 1000")],
+)
+def test_gpu_out_of_memory_is_one_error_line_with_its_cure(tmp_path, capsys, monkeypatch, where, backend, cure):
     npz = save_npz(tmp_path / "small.npz", small_dataset(train=2000, test=600))
 
     begin_epoch = Eager.begin_epoch
@@ -360,7 +363,7 @@ def test_gpu_out_of_memory_is_one_error_line_with_the_batch_size(tmp_path, capsy
         torch.cuda.set_per_process_memory_fraction(1.0)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "out of memory" in error and error.count("\n") == 1
-    assert "--batch-size 1000" in error and not (tmp_path / "out").exists()
+    assert cure in error and not (tmp_path / "out").exists()
 
 
 @pytest.mark.gpu
