@@ -582,7 +582,7 @@ class RunReader:
         results = (self.run_result(run, logits=False) for run in range(runs))
         ended = self.training().with_runs(result for result in results if result)
         records = [list(map(dataclasses.asdict, found)) for found in (ended.runs, ended.diverged)]
-        files = [MODEL, CURVES, CONFUSION, *([LOGITS] if ended.config.save_logits else [])] if ended.runs else []
+        files = [ROWS, MODEL, CURVES, CONFUSION, *([LOGITS] if ended.config.save_logits else [])] if ended.runs else []
         try:
             summary = json.loads(regular(self.path / SUMMARY).read_text())
             return [summary["runs"], summary["diverged"]] == records and all(

@@ -36,7 +36,8 @@ class TensorBoard:
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
             hint = "pip install 'cifar_fast[tensorboard]'"
-            raise InputError(f"{option('log')} tensorboard needs {error.name}: {hint}") from None
+            package = (error.name or "").partition(".")[0]
+            raise InputError(f"{option('log')} tensorboard needs {package}: {hint}") from None
         self.recipe = recipe
         self._scalar, self._event, self._session_log, self._make_writer = scalar, Event, SessionLog, RecordWriter
         self._run: int | None = None

@@ -93,7 +93,7 @@ def test_each_file_of_a_training_may_fail_and_a_resume_completes_it(tmp_path, tr
     told = [] if "checkpoint" in name else [f"error: {file} could not be written ({reason})"]  # it was replaced
     assert (code, capfd.readouterr().err.splitlines()) == (len(told), told)
     lost = {str(file.relative_to(out))} | ({"model.pt", "run-1/result.json"} if name == "run-1/model.pt" else set())
-    kept = {"run-1/checkpoint.pt"} if name.startswith("run-1") else set()
+    kept = {"run-1/checkpoint.pt", "run-1/checkpoint-previous.pt"} if name.startswith("run-1") else set()
     assert {*files_in(out)} == ({*files_of(2)} - lost) | kept
     if name in ("training.json", "curves.png"):  # the first cannot be resumed without, and the others can
         return
