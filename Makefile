@@ -2,10 +2,12 @@
 # make test            every test but the nightly ones
 # make test-fast       the tests that take no seconds of their own
 # make test-nightly    the tests that take minutes
+# make test-oldest     make test with the lowest versions of .github/lowest-versions.txt, in .venv-oldest
+# make test-newest     make test with the newest versions that the package index has, in .venv-newest
 # make test-stand-in   the tests marked gpu in a GPU simulator, if $(STAND_IN) and gcc exist
 # make lint            formatting, lint, types, layers
 # make docs            write docs/cli.md from the commands' flags
-# TESTS="FILE ..." limits test, test-fast and test-nightly to these files.
+# TESTS="FILE ..." limits test, test-fast, test-nightly, test-oldest and test-newest to these files.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +15,7 @@ IN := $(VENV)/bin/python
 STAND_IN ?= ../shared/gpu_stand_in
 PYTEST := $(IN) -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-fast test-nightly test-stand-in test-stand-in-kernels test-stand-in-steps lint docs
+.PHONY: demo test test-fast test-nightly test-oldest test-newest test-stand-in test-stand-in-kernels test-stand-in-steps lint docs
 
 demo: $(VENV)/installed
 	$(IN) -m cifar_fast.train --dataset synthetic --widths 16 32 32 32 64 128 128 128 --epochs 6 --batch-size 128 --output runs/demo --overwrite
@@ -26,6 +28,15 @@ test-fast: $(VENV)/installed
 
 test-nightly: $(VENV)/installed
 	$(PYTEST) -m nightly $(TESTS)
+
+test-oldest:
+	PIP_CONSTRAINT=$(CURDIR)/.github/lowest-versions.txt $(MAKE) test VENV=.venv-oldest
+
+# A later call installs what has been released since.
+test-newest:
+	$(MAKE) .venv-newest/installed VENV=.venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev,export]'
+	$(MAKE) test VENV=.venv-newest
 
 # The first command builds the simulator. Two jobs then run at a time, each with its own compiler cache and log. The
 # ignored files test times and profiles, which the simulator does not have.

@@ -7,6 +7,7 @@ HERE = Path(__file__).parent
 TENSORBOARD = ["tensorboard>=2.15"]
 HF = ["huggingface_hub>=0.30", "pyarrow>=15"]
 REPORT = ["scipy>=1.13"]
+SAFETENSORS = ["safetensors"]
 
 setup(
     name="cifar_fast",
@@ -49,10 +50,12 @@ setup(
         "hf": HF,
         "tensorboard": TENSORBOARD,
         "report": REPORT,
+        "export": [*SAFETENSORS, "onnx", "onnxscript", "onnxruntime"],
         "dev": [
             *HF,
             *TENSORBOARD,
             *REPORT,
+            *SAFETENSORS,
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",

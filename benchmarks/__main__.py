@@ -1,5 +1,5 @@
 """Measure, predict and count: python -m benchmarks run | report | tune | compile | instructions | inductor | floors
-| launches
+| launches | growth
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import triton
 
 from benchmarks import compile as compiling
-from benchmarks import instructions, launches
+from benchmarks import growth, instructions, launches
 from benchmarks.parts import PARTS, Bench
 from benchmarks.report import RESULTS, pivot, write_report
 from benchmarks.rows import floor_rows, floor_table
@@ -109,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     floors.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     floors.add_argument("--bandwidth", type=rate, metavar="X", help="bytes/s of a copy, reads and writes together")
     floors.add_argument("--flops", type=rate, metavar="Y", help="FLOP/s of a matrix product in the dtype")
+
+    many = add(_growth, "measure whether the cost of a run, a row or a result depends on how many came before")
+    many.add_argument("--share", type=rate, default=1.0, metavar="X", help="share of the repetitions (default: 1)")
 
     logs = add(_launches, "list the launches of a captured step and of an evaluation")
     what = "log that a GPU simulator wrote during a training with the fused backend (default: profile this GPU)"
@@ -208,6 +211,11 @@ def _floors(args: argparse.Namespace) -> int:
     print(f"{bandwidth / 1e9:,.1f} GB/s, {flops / 1e9:,.1f} GFLOP/s, {short_name(dtype)}, batch {recipe.batch_size}:")
     print("floors, which are computed; nothing of the recipe is timed\n")
     print(floor_table(costs, bandwidth, flops), pivot(floor_rows(costs, steps, bandwidth, flops)), sep="\n\n")
+    return 0
+
+
+def _growth(args: argparse.Namespace) -> int:
+    print(growth.table(args.share))
     return 0
 
 

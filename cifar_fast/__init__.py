@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cifar_fast.experiments.report import make_report, welch
     from cifar_fast.experiments.sweep import Sweep, fit_sweep
     from cifar_fast.inference.classifier import Classifier, load_model
+    from cifar_fast.inference.export import export_model
     from cifar_fast.model import CNN
     from cifar_fast.recipe import Recipe
     from cifar_fast.training.fit import fit
@@ -40,6 +41,7 @@ _MODULE_OF = {
     "Sweep": "experiments.sweep",
     "confidence_interval_95": "training.metrics",
     "draw_epoch": "data.augment",
+    "export_model": "inference.export",
     "fit": "training.fit",
     "fit_sweep": "experiments.sweep",
     "load_dataset": "data.sources",

@@ -266,6 +266,10 @@ class Recipe:
             c_in, size = c_out, block.out_size
         return tuple(blocks)
 
+    def weights(self, classes: int) -> int:
+        """Return the number of weights of the 3x3 convolutions and the linear layer, for that number of classes."""
+        return sum(9 * block.c_in * block.c_out for block in self.blocks()) + self.widths[-1] * classes
+
     @property
     def final_size(self) -> int:
         """Height and width of the last feature map in pixels; the head pools it to one pixel."""

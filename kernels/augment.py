@@ -26,12 +26,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import cpu
-from .launch import Launch, empty_channels_last, operator, parameters, require, require_tensor
+from .launch import (
+    Launch,
+    empty_channels_last,
+    operator,
+    parameters,
+    require,
+    require_is_tensor,
+    require_number,
+    require_tensor,
+    shown,
+)
+from .optional_triton import tl, triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_CHANNELS = 8
@@ -46,6 +55,7 @@ def normalization_table(images: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         TypeError, ValueError: a dtype or the shape is not as above, or a channel has the same value everywhere.
     """
+    require_is_tensor("images", images)
     require(images.dtype == torch.uint8, TypeError, f"images must be uint8, not {images.dtype}")
     require(images.ndim == 4, ValueError, f"images must have the shape [N, S, S, C], not {list(images.shape)}")
     require(dtype in DTYPES, TypeError, f"dtype must be float16, bfloat16 or float32, not {dtype}")
@@ -192,24 +202,38 @@ def augment_on_cpu(
     images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size, both_sides, out, out_labels
 ) -> None:
     """Fill ``out`` and ``out_labels`` by compiled C++, or by plain torch if no compiler works."""
-    start = 0 if step is None else int(step) * batch_size
-    columns, (n, size, _, channels) = draws.shape[1], images.shape
-    message = f"step {start // batch_size} of {batch_size} images is outside the {columns} columns of draws"
-    require(0 <= start <= columns - batch_size, IndexError, message)
+    start, (size, channels) = _first_column(step, batch_size), images.shape[2:]
     draws = draws[:, start : start + batch_size]
     if cpu.unavailable_reason(table.dtype):
         options = dict(padding=padding, cutout_size=cutout_size, both_sides=both_sides)
         out.copy_(augment_reference(images, draws, table, out_channels=out_channels, **options))
     else:
-        sizes = n, batch_size, draws.stride(0), size, channels, out_channels, padding, cutout_size
+        sizes = batch_size, draws.stride(0), size, channels, out_channels, padding, cutout_size
         offsets = crop_offsets(padding, both_sides)
-        wrong = cpu.call("augment", table.dtype, images, draws, table, out, *sizes, offsets, torch.get_num_threads())
-        require(wrong < 0, IndexError, f"column {start + wrong} of draws is out of range")
+        cpu.call("augment", table.dtype, images, draws, table, out, *sizes, offsets, torch.get_num_threads())
     if labels is not None:
         torch.index_select(labels, 0, draws[0], out=out_labels)
 
 
-augment_op = operator("augment", augment_outputs, plan_augment, augment_on_cpu)
+def _first_column(step, batch_size: int) -> int:
+    """Return the first column of ``draws`` that a batch uses, on a CPU."""
+    return 0 if step is None else int(step) * batch_size
+
+
+def check_draws(images, draws, table, labels, step, batch_size, out_channels, padding, cutout_size, both_sides) -> None:
+    """Raise an IndexError for a step or a draw that is out of range."""
+    start, columns = _first_column(step, batch_size), draws.shape[1]
+    message = f"step {start // batch_size} of {batch_size} images is outside the {columns} columns of draws"
+    require(0 <= start <= columns - batch_size, IndexError, message)
+    batch = draws[:, start : start + batch_size]
+    corners = images.shape[1] + 1 - cutout_size
+    ends = torch.tensor([[len(images)], [crop_offsets(padding, both_sides) ** 2], [2], [corners**2]])
+    wrong = ((batch < 0) | (batch >= ends)).any(dim=0)
+    if wrong.any():
+        raise IndexError(f"column {start + int(wrong.int().argmax())} of draws is out of range")
+
+
+augment_op = operator("augment", augment_outputs, plan_augment, augment_on_cpu, check_values=check_draws)
 
 
 def augment(
@@ -255,6 +279,8 @@ def augment(
         RuntimeError: the tensors are on different devices.
         IndexError: a value in ``draws`` or ``step`` is out of range, on a CPU.
     """
+    require_is_tensor("images", images)
+    require_is_tensor("draws", draws)
     square = images.ndim == 4 and images.shape[1] == images.shape[2]
     message = f"images must be a non-empty tensor of shape [N, S, S, C], but has the shape {list(images.shape)}"
     require(square and images.numel() > 0, ValueError, message)
@@ -266,8 +292,7 @@ def augment(
         ("padding", padding, 0, size - 1),
         ("cutout_size", cutout_size, 0, size),
     ):
-        require(isinstance(value, int), TypeError, f"{name} must be an int, not {value!r}")
-        require(low <= value <= high, ValueError, f"{name} must be between {low} and {high}, not {value}")
+        require_number(name, value, int, low, high)
 
     has_columns = draws.ndim == 2 and draws.shape[0] == 4 and draws.shape[1] > 0
     require(has_columns, ValueError, f"draws must have the shape [4, n] with n > 0, not {list(draws.shape)}")
@@ -277,7 +302,7 @@ def augment(
     require((step is None) == (batch_size is None), ValueError, "step and batch_size must be given together")
     if batch_size is None:
         batch_size = columns
-    require(isinstance(batch_size, int), TypeError, f"batch_size must be an int, not {batch_size!r}")
+    require(isinstance(batch_size, int), TypeError, f"batch_size must be an int, not {shown(batch_size)}")
     message = f"batch_size must be between 1 and {columns}, the number of columns of draws, not {batch_size}"
     require(1 <= batch_size <= columns, ValueError, message)
 
@@ -288,8 +313,9 @@ def augment(
     if labels is not None:
         require_tensor("labels", labels, (torch.int64,), (n,), like)
     if step is not None:
+        require_is_tensor("step", step)
         require_tensor("step", step, (torch.int64,), tuple(step.shape) if step.numel() == 1 else (1,), like)
-    require(isinstance(both_sides, bool), TypeError, f"both_sides must be a bool, not {both_sides!r}")
+    require(isinstance(both_sides, bool), TypeError, f"both_sides must be a bool, not {shown(both_sides)}")
     settings = batch_size, out_channels, padding, cutout_size, both_sides
     out, out_labels = augment_op(images, draws, table, labels, step, *settings)
     return out, out_labels if labels is not None else None

@@ -44,13 +44,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import cpu
-from .launch import Launch, convert, empty_channels_last, native, operator, parameters, require, require_tensor
+from .launch import (
+    Launch,
+    convert,
+    empty_channels_last,
+    native,
+    operator,
+    parameters,
+    require,
+    require_is_tensor,
+    require_tensor,
+    shown,
+)
+from .optional_triton import tl, triton
 
 ACTIVATIONS = ("none", "celu", "relu", "gelu", "gelu_tanh", "silu")  # in the order of cpu.cpp
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -966,10 +976,10 @@ def batch_norm_act(
         running_mean, running_var: ``[C]``, each in any of these dtypes. None in training: they are not tracked.
         training: whether to normalize by the statistics of the batch; otherwise by the running statistics.
         activation: none, celu, relu, gelu, gelu_tanh (GELU by the approximation with tanh) or silu.
-        alpha: the parameter of CELU, above 0. The other activations ignore it.
+        alpha: the parameter of CELU, above 0 and finite. The other activations ignore it.
         momentum: the weight of this batch in the running statistics. A tensor of one value is not read on the host, but
             takes additional launches.
-        eps: added to the variance, above 0.
+        eps: added to the variance, above 0 and finite.
         pool: 1, or 2 for a 2 x 2 max-pool. The pool ignores an odd last row or column, as torch's does.
         num_batches_tracked: int64, one value. It is incremented in training if ``momentum`` is a number.
 
@@ -984,18 +994,22 @@ def batch_norm_act(
     Plain torch computes the result if N is 0, under the transforms of ``torch.func`` (grad, vmap, jvp and others), in
     forward-mode differentiation, in ``torch.jit.trace``, and on a CPU without a C++ compiler.
     """
-    message = f"x must be a tensor, not {type(x).__name__}; call unfuse_norms(model) of cifar_fast.kernels for torch.fx"
-    require(isinstance(x, Tensor), TypeError, message)
+    require_is_tensor("x", x, "; call unfuse_norms(model) of cifar_fast.kernels for torch.fx")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            require_is_tensor(name, tensor)
     plain = _needs_plain_torch(x, weight, bias)
     if not torch.jit.is_tracing():  # which warns of every look at a size
         _check(x, weight, bias, running_mean, running_var, training, eps, activation, alpha, pool, plain)
+        _check_updates(x, momentum, num_batches_tracked)
     weight = x.new_ones(x.shape[1]) if weight is None else weight
     bias = x.new_zeros(x.shape[1]) if bias is None else bias
     plain = plain or (native(x.device) and cpu.unavailable_reason(x.dtype) is not None)
     if plain or x.shape[0] == 0:  # Triton cannot launch an empty grid
         if training and num_batches_tracked is not None and not isinstance(momentum, Tensor):
             num_batches_tracked.add_(1)
-        settings = dict(training=training, alpha=alpha, momentum=float(momentum), eps=eps, pool=pool)
+        momentum = float(momentum) if x.shape[0] else 0.0  # an empty batch changes no statistics
+        settings = dict(training=training, alpha=alpha, momentum=momentum, eps=eps, pool=pool)
         return _plain(x, weight, bias, running_mean, running_var, activation=activation, **settings)
     if not training:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias)):
@@ -1026,10 +1040,13 @@ def _check(
 ) -> None:
     require(x.dim() == 4, ValueError, f"x must have the shape [N, C, H, W], not {list(x.shape)}")
     require(x.dtype in DTYPES, TypeError, f"x must be float16, bfloat16, float32 or float64, not {x.dtype}")
-    require(pool in (1, 2), ValueError, f"pool must be 1 or 2, not {pool}")
-    message = f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}"
+    require(isinstance(training, bool), TypeError, f"training must be a bool, not {shown(training)}")
+    require(type(pool) is int and pool in (1, 2), ValueError, f"pool must be 1 or 2, not {shown(pool)}")
+    message = f"activation must be one of {', '.join(ACTIVATIONS)}, not {shown(activation)}"
     require(activation in ACTIVATIONS, ValueError, message)
-    require(alpha > 0 and eps > 0, ValueError, f"alpha and eps must be above 0, not {alpha} and {eps}")
+    for name, value in (("alpha", alpha), ("eps", eps)):
+        require(isinstance(value, (int, float)), TypeError, f"{name} must be a number, not {shown(value)}")
+        require(0 < value < math.inf, ValueError, f"{name} must be above 0 and finite, not {value}")
     n, channels, height, width = x.shape
     pixels = (height // pool) * (width // pool)
     message = f"x must have at least one value per channel after the pool, not the shape {list(x.shape)}"
@@ -1045,6 +1062,23 @@ def _check(
         named |= dict(running_mean=running_mean, running_var=running_var)
     for name, tensor in named.items():
         require_tensor(name, tensor, DTYPES, (channels,), ("x", x))
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        differentiable = tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+        require(not differentiable, ValueError, f"{name} must not require a gradient, which batch norm does not have")
+
+
+def _check_updates(x: Tensor, momentum, num_batches_tracked) -> None:
+    """Check what the update of the running statistics uses."""
+    if isinstance(momentum, Tensor):
+        shape = tuple(momentum.shape) if momentum.numel() == 1 else (1,)
+        require_tensor("momentum", momentum, DTYPES, shape, ("x", x))
+    else:
+        message = f"momentum must be a number or a tensor of one value, not {shown(momentum)}"
+        require(isinstance(momentum, (int, float)), TypeError, message)
+    if num_batches_tracked is not None:
+        require_is_tensor("num_batches_tracked", num_batches_tracked)
+        shape = tuple(num_batches_tracked.shape) if num_batches_tracked.numel() == 1 else ()
+        require_tensor("num_batches_tracked", num_batches_tracked, (torch.int64,), shape, ("x", x))
 
 
 def _evaluate_with_autograd(

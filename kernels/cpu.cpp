@@ -475,19 +475,14 @@ void backward(const T* dy, const T* x, const uint8_t* argmax, T* dx, const A* pa
   });
 }
 
-// Write the batch of augment.py. The tensors are contiguous. draws [4, batch] has rows of row_stride elements.
-// Return the first image whose draws are out of range, or -1.
-int64_t augment(const uint8_t* images, const int64_t* draws, const T* table, T* out, int64_t n, int64_t batch,
-                int64_t row_stride, int64_t size, int64_t channels, int64_t out_channels, int64_t padding,
-                int64_t cutout_size, int64_t offsets, int64_t threads) {
+// Write the batch of augment.py, which checks the draws. The tensors are contiguous. draws [4, batch] has rows of
+// row_stride elements.
+void augment(const uint8_t* images, const int64_t* draws, const T* table, T* out, int64_t batch, int64_t row_stride,
+             int64_t size, int64_t channels, int64_t out_channels, int64_t padding, int64_t cutout_size, int64_t offsets,
+             int64_t threads) {
   int64_t corners = size + 1 - cutout_size;
   auto reflect = [=](int64_t index) { return size - 1 - std::abs(size - 1 - std::abs(index)); };
   const int64_t *permutation = draws, *crop = draws + row_stride, *flip = crop + row_stride, *cutout = flip + row_stride;
-  for (int64_t b = 0; b < batch; b++) {
-    bool valid = permutation[b] >= 0 && permutation[b] < n && crop[b] >= 0 && crop[b] < offsets * offsets &&
-                 cutout[b] >= 0 && cutout[b] < corners * corners;
-    if (!valid) return b;
-  }
 #pragma omp parallel for num_threads(threads)
   for (int64_t b = 0; b < batch; b++) {
     const uint8_t* image = images + permutation[b] * size * size * channels;
@@ -505,6 +500,5 @@ int64_t augment(const uint8_t* images, const int64_t* draws, const T* table, T* 
       }
     }
   }
-  return -1;
 }
 }

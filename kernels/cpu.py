@@ -2,13 +2,16 @@
 
 The file includes no header of torch, so one call of the compiler takes three to four seconds, and the result works with
 every release of torch. The compiled libraries are kept in ``$CIFAR_FAST_CACHE``, by default in
-``~/.cache/cifar_fast``. They are compiled for the instruction set that torch itself uses here, see
-``torch.backends.cpu.get_cpu_capability``. Their parallel loops run on torch's own OpenMP threads.
+``~/.cache/cifar_fast``. If that cannot be written to, each process compiles them again. They are compiled for the
+instruction set that torch itself uses here, see ``torch.backends.cpu.get_cpu_capability``. Their parallel loops run on
+torch's own OpenMP threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import logging
@@ -17,6 +20,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +59,7 @@ class Shape(ctypes.Structure):
         return self.n * (self.h // self.pool) * (self.w // self.pool)
 
 
-def call(function: str, dtype: torch.dtype, *arguments: Any) -> int:
+def call(function: str, dtype: torch.dtype, *arguments: Any) -> None:
     """Call ``function`` of the library for ``dtype``.
 
     Pass tensors as pointers, ints as int64, floats as double, and a :class:`Shape` by reference.
@@ -67,8 +71,8 @@ def call(function: str, dtype: torch.dtype, *arguments: Any) -> int:
     if library is None:
         raise RuntimeError(f"the operators need a C++ compiler on a CPU ({reason})")
     entry = getattr(library, function)
-    entry.restype = ctypes.c_int64
-    return entry(*(_as_c(argument) for argument in arguments))
+    entry.restype = None
+    entry(*(_as_c(argument) for argument in arguments))
 
 
 @torch.compiler.assume_constant_result
@@ -94,7 +98,7 @@ def _as_c(argument: Any) -> Any:
 def _load(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
     """Return the library for ``dtype``, or the reason why there is none, which is logged once."""
     try:
-        return ctypes.CDLL(str(_compile(dtype))), None
+        return _library(dtype), None
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         lines = [line for line in output.splitlines() if "error" in line] or output.splitlines() or [repr(error)]
@@ -103,21 +107,44 @@ def _load(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
         return None, reason
 
 
-def _compile(dtype: torch.dtype) -> Path:
-    """Return the path of the library for ``dtype``. Compile it unless the cache has it."""
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    """Load the library for ``dtype``. Compile it unless the cache has it."""
     capability = torch.backends.cpu.get_cpu_capability()
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     parallel = "-fopenmp" if platform.system() == "Linux" else "-fopenmp-simd"  # Apple's compiler has no OpenMP
     flags = f"{FLAGS} {INSTRUCTIONS.get(capability, '')} {parallel} -DDTYPE={TYPES[dtype]}".split()
     key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, flags, platform.machine())).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("CIFAR_FAST_CACHE") or Path("~/.cache/cifar_fast").expanduser())
-    library = cache / f"{TYPES[dtype]}-{key}.so"
+    name = f"{TYPES[dtype]}-{key}.so"
+    cache = os.environ.get("CIFAR_FAST_CACHE") or os.path.expanduser("~/.cache/cifar_fast")
+    library = Path(cache, name)
     if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         LOGGER.info(f"compiling the CPU kernels for {str(dtype).removeprefix('torch.')}, a few seconds")
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # another process may compile at the same time
-            result = Path(folder, library.name)
+        with _private_folder(cache) as (folder, is_cached):  # another process may compile at the same time
+            result = Path(folder, name)
             command = [*compiler, *flags, str(SOURCE), "-o", str(result)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            if not is_cached:
+                return ctypes.CDLL(str(result))  # stays loaded when its file is gone
             result.replace(library)
-    return library
+    return ctypes.CDLL(str(library))
+
+
+@contextlib.contextmanager
+def _private_folder(cache: str) -> Iterator[tuple[str, bool]]:
+    """Yield a new folder that no other user can write to: in ``cache``, or elsewhere if that cannot be written to.
+
+    The second value says whether it is in ``cache``. The folder is removed after the block.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            if cache.startswith("~"):
+                raise FileNotFoundError(errno.ENOENT, "the home folder is unknown")
+            Path(cache).mkdir(parents=True, exist_ok=True)
+            folder, is_cached = stack.enter_context(tempfile.TemporaryDirectory(dir=cache)), True
+        except OSError as error:
+            folder, is_cached = stack.enter_context(tempfile.TemporaryDirectory()), False
+            LOGGER.info(
+                f"{cache} cannot be written to ({error.strerror}), so each start compiles; set $CIFAR_FAST_CACHE to a "
+                "writable folder"
+            )
+        yield folder, is_cached

@@ -13,13 +13,14 @@ before each exponential, as torch does.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, convert, operator, require, require_tensor
+from .launch import Launch, convert, operator, require, require_is_tensor, require_number, require_tensor
+from .optional_triton import tl, triton
 
 ROWS = 16  # rows per program
 
@@ -113,7 +114,17 @@ def cross_entropy_on_cpu(x, labels, label_smoothing, scale, loss, correct, dx) -
     dx.copy_(gradient * scale)
 
 
-cross_entropy_op = operator("cross_entropy", cross_entropy_outputs, plan_cross_entropy, cross_entropy_on_cpu)
+def check_labels(x, labels, label_smoothing, scale) -> None:
+    """Raise an IndexError, as torch does, for a label that is not a class."""
+    low, high = (int(value) for value in labels.aminmax())
+    last = x.shape[1] - 1
+    message = f"labels must be between 0 and {last}, but the smallest is {low} and the largest {high}"
+    require(low >= 0 and high <= last, IndexError, message)
+
+
+cross_entropy_op = operator(
+    "cross_entropy", cross_entropy_outputs, plan_cross_entropy, cross_entropy_on_cpu, check_values=check_labels
+)
 
 
 def cross_entropy(
@@ -124,8 +135,8 @@ def cross_entropy(
     Args:
         x: contiguous ``[B, K]`` in float16, bfloat16 or float32, at least one row. The logits are ``scale * x``.
         labels: int64 ``[B]``, 0 to K - 1. A GPU does not check the values; a value out of range matches no class.
-        label_smoothing: fraction of the target distribution that is uniform over the classes.
-        scale: factor of the logits. The product is rounded to the dtype of ``x``.
+        label_smoothing: fraction of the target distribution that is uniform over the classes, 0 to 1.
+        scale: factor of the logits, finite. The product is rounded to the dtype of ``x``.
 
     Returns:
         loss: ``[B]`` in the dtype of ``x`` (float32 for bfloat16).
@@ -134,8 +145,13 @@ def cross_entropy(
 
     Raises:
         TypeError, ValueError: a dtype, shape or layout is not as above.
-        RuntimeError: the tensors are on different devices; on a CPU, a label is out of range.
+        RuntimeError: the tensors are on different devices.
+        IndexError: a label is out of range, on a CPU.
     """
+    require_is_tensor("x", x)
+    require_is_tensor("labels", labels)
+    require_number("label_smoothing", label_smoothing, float, 0, 1)
+    require_number("scale", scale, float, -sys.float_info.max, sys.float_info.max)
     message = f"x must be a non-empty tensor of shape [B, K], but has the shape {list(x.shape)}"
     require(x.dim() == 2 and x.numel() > 0, ValueError, message)
     require_tensor("x", x, (torch.float16, torch.bfloat16, torch.float32), tuple(x.shape), ("labels", labels))

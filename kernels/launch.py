@@ -12,6 +12,7 @@ capability 9.0, made by ``tune`` of the benchmarks. No GPU has timed them yet.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+
+from .optional_triton import MISSING, tl, triton
 
 TABLE = Path(__file__).with_name("launch.json")
 
@@ -89,6 +90,8 @@ def run(
     launches: Iterable[Launch], device: torch.device, on_compiled: Callable[[Launch, Any], None] | None = None
 ) -> None:
     """Run ``launches`` in order on ``device``. After each, call ``on_compiled`` with it and its compiled kernel."""
+    if MISSING:
+        raise RuntimeError(f"the operators need Triton on {device} ({MISSING})")
     if device.type not in ("cuda", "meta") and not interpreted():
         raise RuntimeError(
             f"Triton kernels need tensors on a GPU, not on {device}; "
@@ -110,7 +113,7 @@ def compile_only(launches: Iterable[Launch], device: torch.device) -> None:
 
 def interpreted() -> bool:
     """Return whether TRITON_INTERPRET=1 is set: Triton then interprets kernels, on tensors of any device."""
-    return triton.knobs.runtime.interpret
+    return not MISSING and triton.knobs.runtime.interpret
 
 
 @torch.compiler.assume_constant_result
@@ -169,6 +172,7 @@ def operator(
     plan: Callable[..., list[Launch]],
     on_cpu: Callable[..., None],
     mutates: tuple[str, ...] = (),
+    check_values: Callable[..., None] | None = None,
 ) -> Any:
     """Register the torch operator ``cifar_fast::name``.
 
@@ -181,10 +185,17 @@ def operator(
             operator's signature. It is also the operator's implementation on fake tensors.
         plan: ``plan(*inputs, *results)`` returns the launches that fill the results.
         on_cpu: ``on_cpu(*inputs, *results)`` fills the results on a CPU, unless Triton's interpreter runs the launches.
-        mutates: names of the inputs that the launches change.
+        mutates: names of the inputs that the launches change. They must not share memory with another input.
+        check_values: ``check_values(*inputs)`` raises an error for wrong values in tensors, on a CPU alone. A GPU would
+            have to wait for them.
     """
+    names = tuple(inspect.signature(outputs).parameters)
 
     def compute(*inputs: Any) -> Any:
+        if mutates:
+            require_separate(dict(zip(names, inputs)), mutates)
+        if check_values and inputs[0].device.type == "cpu":
+            check_values(*inputs)
         allocated = outputs(*inputs)
         results = (allocated,) if isinstance(allocated, torch.Tensor) else allocated or ()
         if native(inputs[0].device):
@@ -217,6 +228,39 @@ def require(condition: bool, error: type[Exception], message: str) -> None:
         raise error(message)
 
 
+def require_is_tensor(name: str, value: Any, otherwise: str = "") -> None:
+    """Raise a TypeError, which ends with ``otherwise``, unless ``value`` is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, not {shown(value)}{otherwise}")
+
+
+def shown(value: Any) -> str:
+    """Return a value of the wrong type for a message: numbers, texts and None as they are, others by their type."""
+    return repr(value) if value is None or isinstance(value, (int, float, str)) else type(value).__name__
+
+
+def require_number(name: str, value: Any, kind: type, low: float, high: float) -> None:
+    """Check that ``value`` is an int, or any number if ``kind`` is float, between ``low`` and ``high``."""
+    article = "an int" if kind is int else "a number"
+    right = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    require(right, TypeError, f"{name} must be {article}, not {shown(value)}")
+    require(low <= value <= high, ValueError, f"{name} must be between {low} and {high}, not {value}")
+
+
+def require_separate(named: dict[str, Any], changed: tuple[str, ...]) -> None:
+    """Check that no tensor in ``changed`` shares memory with another one in ``named``. All are dense."""
+    spans = {
+        name: (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
+        for name, tensor in named.items()
+        if isinstance(tensor, torch.Tensor) and tensor.numel() > 0
+    }
+    for name in changed:
+        begin, end = spans.get(name, (0, 0))
+        for other, (first, last) in spans.items():
+            if first < end and begin < last and other != name:
+                raise ValueError(f"{name} is changed, so it must not share memory with {other}; give each its own")
+
+
 def require_tensor(
     name: str,
     tensor: torch.Tensor | None,
@@ -229,13 +273,15 @@ def require_tensor(
     ``like`` is a pair: the name of another tensor, and the tensor. A wrong dtype is a TypeError, a wrong shape or
     layout a ValueError, a wrong device a RuntimeError.
     """
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, not {tensor!r}")
+    require_is_tensor(name, tensor)
+    assert tensor is not None
     wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     require(tensor.dtype in dtypes, TypeError, f"{name} must be {wanted}, not {tensor.dtype}")
     message = f"{name} must have the shape {list(shape)}, not {list(tensor.shape)}"
     require(tuple(tensor.shape) == shape, ValueError, message)
     require(tensor.is_contiguous(), ValueError, f"{name} must be contiguous, but has the strides {tensor.stride()}")
+    message = f"{name} must not be a view that negates another tensor; call its resolve_neg()"
+    require(torch.compiler.is_compiling() or not tensor.is_neg(), ValueError, message)
     other, device = like[0], like[1].device
     message = f"{name} must be on {device} like {other}, not on {tensor.device}"
     require(tensor.device == device, RuntimeError, message)

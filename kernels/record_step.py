@@ -13,11 +13,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, operator, require, require_tensor
+from .launch import Launch, operator, require, require_is_tensor, require_tensor, shown
+from .optional_triton import tl, triton
 
 BLOCK = 256
 
@@ -129,8 +128,20 @@ def record_on_cpu(step_loss: Tensor, step_correct: Tensor, *state: Tensor) -> No
     record_reference(step_loss, step_correct, StepState(*state))
 
 
+def check_counters(step_loss, step_correct, losses, correct, schedule, lr, global_step, epoch_step) -> None:
+    """Raise an IndexError for counters outside the epoch or the run."""
+    for name, counter, end in (("epoch_step", epoch_step, len(losses)), ("global_step", global_step, 2**63 - 1)):
+        value = int(counter)
+        require(0 <= value < end, IndexError, f"state.{name} must be at least 0 and below {end}, not {value}")
+
+
 record_op = operator(
-    "record", record_outputs, plan_record, record_on_cpu, ("losses", "correct", "lr", "global_step", "epoch_step")
+    "record",
+    record_outputs,
+    plan_record,
+    record_on_cpu,
+    ("losses", "correct", "lr", "global_step", "epoch_step"),
+    check_counters,
 )
 
 
@@ -143,16 +154,21 @@ def record(loss: Tensor, correct: Tensor, state: StepState) -> None:
     Args:
         loss: the losses of the step, ``[B]`` in float16, bfloat16 or float32.
         correct: which images were classified correctly, bool ``[B]``.
-        state: tensors to update. ``state.losses`` has the dtype of ``loss``.
+        state: tensors to update, each in memory of its own. ``state.losses`` has the dtype of ``loss``. There is at
+            least one step, and one row of ``state.schedule``.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or layout is not as above.
+        TypeError, ValueError: a dtype, shape or layout is not as above; tensors share memory.
         RuntimeError: the tensors are on different devices.
         IndexError: a counter is out of range, on a CPU.
     """
+    require_is_tensor("loss", loss)
+    require(isinstance(state, StepState), TypeError, f"state must be a StepState, not {shown(state)}")
     losses, schedule = state.losses, state.schedule
-    require(losses.dim() == 2, ValueError, f"state.losses must have the shape [steps, B], not {list(losses.shape)}")
-    require(schedule.dim() == 2, ValueError, f"state.schedule must have the shape [n, G], not {list(schedule.shape)}")
+    for name, tensor, form in (("losses", losses, "[steps, B]"), ("schedule", schedule, "[n, G]")):
+        require_is_tensor(f"state.{name}", tensor)
+        message = f"state.{name} must have the shape {form} with at least one row, not {list(tensor.shape)}"
+        require(tensor.dim() == 2 and len(tensor) > 0, ValueError, message)
     size = losses.shape[1]
     like = ("loss", loss)
     require_tensor("loss", loss, (torch.float16, torch.bfloat16, torch.float32), (size,), like)

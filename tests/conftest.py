@@ -21,6 +21,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import pytest
 import torch
 
+os.fsync = lambda descriptor: None  # it takes milliseconds, several times for each epoch of a training
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads this on import; kernels then run on the CPU
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from cifar_fast.model import CustomModel, load_weights, make_network, parameter_
 from cifar_fast.recipe import Recipe
 from cifar_fast.whitened import IMAGES as WHITENED_IMAGES
 from cifar_fast.whitened import Whitened
+
+Step: TypeAlias = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+"""A training step: from its number in the epoch to losses and correct predictions."""
 
 
 class Backend(ABC):
@@ -36,6 +39,7 @@ class Backend(ABC):
 
     Attributes:
         name: eager, compiled or fused.
+        compiles: whether a compiler makes its set-up take minutes.
         model: the network in training. Its modules may differ from those of the plain model.
         optimizer: updates the parameters of ``model``.
         epoch: number of epochs trained in this run.
@@ -43,6 +47,7 @@ class Backend(ABC):
     """
 
     name: str
+    compiles = True
     model: nn.Module
     optimizer: torch.optim.SGD
     notes: Sequence[str] = ()
@@ -66,13 +71,21 @@ class Backend(ABC):
         """Prepare images, model and optimizer, and compile."""
 
     @abstractmethod
-    def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Train the next epoch, or a part of it with fewer draws: one step for each item that is requested.
+    def begin_epoch(self, draws: Draws) -> Step:
+        """Begin the next epoch, or a part of it with fewer draws, and return the function of its steps.
 
-        Yields each step's losses ``[batch_size]`` and, as bool ``[batch_size]``, which predictions are correct. They
-        are on the device and stay valid until the next epoch. After the recipe's last epoch the learning rate schedule
-        starts again.
+        Call it with 0, 1, 2, and so on. Each call trains on one batch, and returns the losses ``[batch_size]`` and, as
+        bool ``[batch_size]``, which predictions are correct. They are on the device and stay valid until the next
+        epoch. After the recipe's last epoch the learning rate schedule starts again.
         """
+
+    def rewind(self, step: int) -> None:  # noqa: B027  (most backends count no steps)
+        """Set the counters of steps back, so that ``step`` of the epoch can be called once more."""
+
+    def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Train the next epoch as :meth:`begin_epoch` says, one step for each item that is requested."""
+        step = self.begin_epoch(draws)
+        yield from map(step, range(len(draws) // self.recipe.batch_size))
 
     @abstractmethod
     def batch(self, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,14 +153,16 @@ class Backend(ABC):
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Resume from a state that ``training_state`` returned. Call ``reset`` first."""
+        """Return to a state that ``training_state`` returned in this run or, after ``reset``, in another process."""
         self.epoch = state["epoch"]
         load_weights(self.model, state["model"])
         for parameter, momentum in zip(self.model.parameters(), state["momentum"], strict=True):
-            if momentum is None:
-                continue
+            if momentum is not None and momentum.shape != parameter.shape:
+                raise ValueError(f"a momentum is {tuple(momentum.shape)}, not {tuple(parameter.shape)}")
             own = self.optimizer.state[parameter]
-            if "momentum_buffer" in own:
+            if momentum is None:
+                own.pop("momentum_buffer", None)
+            elif "momentum_buffer" in own:
                 own["momentum_buffer"].copy_(momentum)  # a CUDA graph may have captured the address
             else:
                 own["momentum_buffer"] = momentum.to(parameter.device, copy=True)

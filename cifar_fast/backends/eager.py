@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import nn
 
-from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, warm_up_draws
+from cifar_fast.backends.base import Backend, Step, autocast, compile_loss_fn, warm_up_draws
 from cifar_fast.backends.optimizers import make_optimizer
 from cifar_fast.data.augment import Draws, augment
 from cifar_fast.model import build_model, loss_and_correct, start_epoch
@@ -26,6 +26,7 @@ class Eager(Backend):
     """
 
     name = "eager"
+    compiles = False
 
     def _set_up(self) -> None:
         recipe, device = self.recipe, self.device
@@ -48,7 +49,7 @@ class Eager(Backend):
         self.model.zero_grad()
         self.optimizer = make_optimizer(self.model, self.recipe)
 
-    def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def begin_epoch(self, draws: Draws) -> Step:
         recipe, size = self.recipe, self.recipe.batch_size
         steps = len(draws) // size
         epoch = self.epoch % recipe.epochs
@@ -56,14 +57,17 @@ class Eager(Backend):
         start_epoch(self.model, epoch)
         self.epoch += 1
         self.model.train()
-        for i in range(steps):
+
+        def step(i: int) -> tuple[torch.Tensor, torch.Tensor]:
             for group in self.optimizer.param_groups:
                 group["lr"] = float(rates[i, group["rate"]])
             loss, correct = self.loss_fn(*self.batch(draws.slice(i * size, (i + 1) * size)))
             self.model.zero_grad()
             loss.sum().backward()
             self.optimizer.step()
-            yield loss.detach(), correct
+            return loss.detach(), correct
+
+        return step
 
     def evaluate(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._evaluate_in_batches(self.loss_fn, self.recipe.batch_size)
@@ -76,6 +80,7 @@ class Compiled(Eager):
     """
 
     name = "compiled"
+    compiles = True
 
     def _set_up(self) -> None:
         super()._set_up()

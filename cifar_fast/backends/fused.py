@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cifar_fast.backends.base import Backend, autocast, compile_loss_fn, warm_up_draws
+from cifar_fast.backends.base import Backend, Step, autocast, compile_loss_fn, warm_up_draws
 from cifar_fast.backends.optimizers import make_optimizer
 from cifar_fast.data.augment import Draws
 from cifar_fast.kernels import BatchNormAct2d, StepState, augment, cpu, cross_entropy, fuse_norms, record
@@ -53,6 +53,7 @@ class Fused(Backend):
         self.steps = n // size
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.native = native(device)
+        self.compiles = not self.native
         self.channels = IMAGE_CHANNELS if custom_model or self.native else PADDED_CHANNELS
         self.table = data.normalization.table(dtype)
         self.evaluated_images = None
@@ -105,16 +106,22 @@ class Fused(Backend):
             state["momentum_buffer"].zero_()
         self.seek(0)
 
-    def train_epoch(self, draws: Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def begin_epoch(self, draws: Draws) -> Step:
         n = draws.tensor.shape[1]
         self.draws.tensor[:, :n].copy_(draws.tensor)
         epoch = self.epoch % self.recipe.epochs
         graph = self.step_graphs[start_epoch(self.model, epoch)]
         self.seek(epoch * self.steps)
         self.epoch += 1
-        for i in range(n // self.recipe.batch_size):
+
+        def step(i: int) -> tuple[torch.Tensor, torch.Tensor]:
             graph.replay() if graph else self.train_step()
-            yield self.state.losses[i], self.state.correct[i]
+            return self.state.losses[i], self.state.correct[i]
+
+        return step
+
+    def rewind(self, step: int) -> None:
+        self.seek((self.epoch - 1) % self.recipe.epochs * self.steps + step, step)
 
     def batch(self, draws: Draws, step: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the batch of ``draws``, or batch number ``step`` (on the device) of an epoch's draws."""
@@ -137,10 +144,10 @@ class Fused(Backend):
         self.evaluation_graph.replay() if self.evaluation_graph else self.eval_step()
         return self.evaluated
 
-    def seek(self, global_step: int) -> None:
-        """Prepare the first step of an epoch, which follows ``global_step`` steps of the run."""
+    def seek(self, global_step: int, epoch_step: int = 0) -> None:
+        """Prepare the step that follows ``global_step`` steps of the run and ``epoch_step`` steps of its epoch."""
         self.state.global_step.fill_(global_step)
-        self.state.epoch_step.zero_()
+        self.state.epoch_step.fill_(epoch_step)
         self.state.lr.copy_(self.state.schedule[global_step])
 
     def train_step(self) -> None:

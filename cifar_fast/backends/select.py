@@ -19,6 +19,7 @@ from cifar_fast.recipe import BACKENDS, DTYPES, IMAGE_CHANNELS, IMAGE_SIZE, MEMO
 from cifar_fast.utils.device import (
     check_caches,
     default_dtype,
+    ensure_triton_cache,
     fused_unavailable_reason,
     resolve_device,
     short_name,
@@ -67,6 +68,8 @@ def resolve_backend(
     reasons = []
 
     where = resolve_device(device)
+    if where.type == "cuda":
+        ensure_triton_cache()
     if device == "auto":
         reasons.append("a GPU is here" if where.type == "cuda" else "no CUDA GPU is here")
 
@@ -177,7 +180,7 @@ def _reason(error: BaseException, name: str, batch_size: int) -> tuple[str, str]
 
 
 def backend_class(name: str) -> type[Backend]:
-    """Return the class of the backend ``name``. The fused backend imports Triton, which not every machine has."""
+    """Return the class of the backend ``name``. Only the fused backend imports the kernels."""
     if name == "fused":
         from cifar_fast.backends.fused import Fused
 
@@ -188,8 +191,9 @@ def backend_class(name: str) -> type[Backend]:
 class BackendCache:
     """The backends that were built, for the next run of the same config and recipe.
 
-    Compiled and fused backends are kept, because a build takes minutes. An eager backend is kept until another one is
-    requested. On a GPU all are dropped before a build if less than half of the GPU's memory is free.
+    Backends that compile are kept, because a build takes minutes. Others, such as eager and fused on a CPU, are kept
+    until another one is requested, so that the memory of a sweep does not grow with its variants. On a GPU all are
+    dropped before a build if less than half of the GPU's memory is free.
     """
 
     def __init__(self) -> None:
@@ -207,7 +211,7 @@ class BackendCache:
         ``make_data`` returns the data on the device. It is called only for a build.
         """
         key = config, recipe, custom_model
-        self._kept = {other: kept for other, kept in self._kept.items() if other == key or kept[0].name != "eager"}
+        self._kept = {other: kept for other, kept in self._kept.items() if other == key or kept[0].compiles}
         if key not in self._kept:
             self._make_room(config.device)
             self._kept[key] = build_backend(config, recipe, make_data(), custom_model)

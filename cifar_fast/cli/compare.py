@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     comparison = Comparison(first, second, tolerance=args.tolerance)
     print_line(comparison.heading())
     if "fused" in (*first.backends, *second.backends):
-        from cifar_fast.kernels.launch import interpreted  # which needs Triton
+        from cifar_fast.kernels.launch import interpreted
 
         if interpreted():
             print_line("the kernels run in Triton's interpreter, slowly; narrow --widths and a small --batch-size help")

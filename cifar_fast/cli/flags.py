@@ -29,10 +29,14 @@ from cifar_fast.utils.errors import (
     did_you_mean,
     first_line,
     out_of_memory,
+    visible,
     with_flags,
 )
 from cifar_fast.utils.files import check_writable
-from cifar_fast.utils.progress import LOGGER, lines_to
+from cifar_fast.utils.progress import LOGGER, UNPRINTED, lines_to, tell_unprinted
+
+READER_GONE = "the reader of the output is gone"
+"""Begin of the line about an end by a closed pipe, as after ``| head -1``."""
 
 SHARED = ("backend", "device", "dtype", "memory_format", "seed")
 """Options of a training that ``compare`` and ``profile`` have too."""
@@ -69,34 +73,57 @@ def run_command(
     """Run ``command`` and return its exit code.
 
     An :class:`InputError` is printed in one line and gives 2; :class:`Diverged` and :class:`MissingRuns` give 1. Ctrl-C
-    gives 130. An error also shows its traceback if ``argv`` (default: ``sys.argv``) has --traceback. ``flags``: whether
-    the options that an error names are flags of the command. ``shared``: processes may share the command's work, and it
-    prints its lines inside :func:`joined`.
+    gives 130. A line that could not be printed turns 0 into 1. An error also shows its traceback if ``argv`` (default:
+    ``sys.argv``) has --traceback. ``flags``: whether the options that an error names are flags of the command.
+    ``shared``: processes may share the command's work, and it prints its lines inside :func:`joined`.
     """
     show_traceback = "--traceback" in (sys.argv if argv is None else argv)
+    open_closed_streams()
+    UNPRINTED.clear()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # lines go out as they come, escaped if the encoding lacks a letter
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         with debug_to_stderr(show_traceback), lines_to(None if shared else print_line):
-            return command()
+            return command() or int(UNPRINTED.is_set())
     except ReportedOnRank0:
         return 2
     except (InputError, Diverged, MissingRuns) as error:
         if show_traceback:
             traceback.print_exc()
-        print(f"error: {with_flags(error.message) if flags else error}", file=sys.stderr)
+        print_error(error.message if flags else str(error))
         return 2 if isinstance(error, InputError) else 1
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         if show_traceback:
             traceback.print_exc()
-        print(f"error: out of memory ({first_line(error)}); free memory, or use less data", file=sys.stderr)
+        print_error(f"out of memory ({first_line(error)}); free memory, or use less data")
         return 2
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or on_interrupt, file=sys.stderr)
+        print_to_stderr(str(interrupt) or on_interrupt)
         return 130
+    finally:
+        drop_unprinted()
+
+
+def open_closed_streams() -> None:
+    """Open the null device in place of each standard stream that is closed.
+
+    Otherwise a file of ours would get its number, and all that libraries print there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (until the process ends)
+
+
+def drop_unprinted() -> None:
+    """Drop what standard output and standard error still hold if it cannot be written. Python would fail at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager
@@ -175,7 +202,8 @@ def interruptible(quiet: bool = False) -> Iterator[Callable[[], None]]:
             answered = True
             again = "; to stop at once, press Ctrl-C again" if number == signal.SIGINT else ""
             line = f"finishing this step{again}\n"
-            os.write(2, f"\n{line}".encode() if os.isatty(2) else line.encode())  # a bar may be there
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{line}".encode() if os.isatty(2) else line.encode())  # a bar may be there
 
     def handle(*signal_and_frame: object) -> None:
         nonlocal asked
@@ -200,16 +228,32 @@ def interruptible(quiet: bool = False) -> Iterator[Callable[[], None]]:
         yield on_step
 
 
-def print_line(line: str) -> None:
-    """Print ``line``. End the command quietly if the reader of its output is gone, as after ``| head -1``.
+def print_line(text: str) -> None:
+    """Print ``text``, one line or several, without other control characters.
 
+    End the command quietly if the reader of its output is gone, as after ``| head -1``.
+
+    Other errors, such as a full disk, end nothing: nobody asked for an end.
     Raise SystemExit and not the OSError: callers turn an OSError into an error about a file that they write.
     """
     try:
-        print(line, flush=True)
+        print("\n".join(map(visible, text.split("\n"))), flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        raise SystemExit(128 + signal.SIGPIPE) from None
+        if threading.current_thread() is threading.main_thread():  # it prints the next line, and ends the command then
+            raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        tell_unprinted(error)
+
+
+def print_error(message: str) -> None:
+    """Print ``message`` on standard error, with marked options as flags."""
+    print_to_stderr(f"error: {with_flags(message)}")
+
+
+def print_to_stderr(line: str) -> None:
+    """Print ``line`` on standard error, without control characters. A failure changes no exit code."""
+    with contextlib.suppress(OSError):
+        print(visible(line), file=sys.stderr, flush=True)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

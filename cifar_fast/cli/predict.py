@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from cifar_fast.cli.flags import add_device_flags, check_json, command_parser, print_line, run_command
-from cifar_fast.utils.errors import InputError, with_flags
+from cifar_fast.cli.flags import add_device_flags, check_json, command_parser, print_error, print_line, run_command
+from cifar_fast.utils.errors import InputError, visible, with_flags
 
 SUMMARY = "classify images with a trained network: one line per image, with class and probability"
 
@@ -20,7 +19,9 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's flags."""
     parser = command_parser("predict", SUMMARY)
-    parser.add_argument("model", metavar="MODEL", help="model.pt of a training, or the folder of the training")
+    parser.add_argument(
+        "model", metavar="MODEL", help="model.pt of a training, its safetensors export, or the folder of the training"
+    )
     parser.add_argument(
         "images",
         metavar="IMAGES",
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     def on_unreadable(image: object, reason: str) -> None:
         unreadable[str(image)] = with_flags(reason)
-        print(f"error: {with_flags(reason)}", file=sys.stderr)
+        print_error(reason)
 
     images = find_images(args.images, model, on_unreadable)
     predictions: list[Prediction] = []
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             predictions.append(prediction)
             best = prediction.probabilities.topk(args.top)
             classes = (f"{names[i]} {100 * p:.2f} %" for p, i in zip(best.values.tolist(), best.indices.tolist()))
-            print_line("  ".join((str(prediction.image), *classes)))
+            print_line(visible("  ".join((str(prediction.image), *classes))))
     if args.json:
         write_predictions(args.json, names, predictions, unreadable, top=args.top, flip_average=flip)
     tell_resized(sum(prediction.resized for prediction in predictions), len(predictions))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from cifar_fast.cli.flags import add_run_flags, command_parser, config_of, data_options_of, print_line, run_command
 from cifar_fast.data.sources import read_dataset
-from cifar_fast.utils.files import check_writable
+from cifar_fast.utils.files import check_writable, expand_home
 
 SUMMARY = "train a few steps, and write a trace and a table of where the time goes"
 
@@ -35,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = config_of(args)
     recipe, config = options.recipe, settle_backend(options)
-    check_writable(Path(args.output).expanduser(), f"--output {args.output}")
+    check_writable(expand_home(args.output), f"--output {args.output}")
     if config.device.type == "cpu":
         tune_malloc()
     dataset = read_dataset(args.dataset, args.data_dir, args.data_url, data_options_of(args)).for_recipe(recipe)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
-from cifar_fast.cli.flags import add_traceback_flag, command_parser, print_line, run_command
-from cifar_fast.utils.errors import option, plain, with_flags
-from cifar_fast.utils.files import check_writable
+from cifar_fast.cli.flags import (
+    add_traceback_flag,
+    command_parser,
+    print_error,
+    print_line,
+    print_to_stderr,
+    run_command,
+)
+from cifar_fast.utils.errors import option, plain
+from cifar_fast.utils.files import check_writable, expand_home
 
 SUMMARY = "compare trainings: means, confidence intervals, differences"
 
@@ -47,12 +52,14 @@ def run(args: argparse.Namespace) -> int:
 
     welch()  # raises before the reading if scipy is not installed
     if args.output:
-        check_writable(Path(args.output).expanduser(), f"{option('output')} {args.output}")
+        check_writable(expand_home(args.output), f"{option('output')} {args.output}")
     found = read_results(args.folders)
     left_out = [*found.unfinished, *map(plain, found.unreadable)]
     report = make_report(found.results, baseline=args.baseline, metric=args.metric, left_out=left_out)
-    for line in (*found.repeated, *found.unfinished, *(f"error: {with_flags(line)}" for line in found.unreadable)):
-        print(line, file=sys.stderr)
+    for line in (*found.repeated, *found.unfinished):
+        print_to_stderr(line)
+    for line in found.unreadable:
+        print_error(line)
     print_line(report.markdown().rstrip())
     if args.output:
         report.write(args.output)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from typing import TYPE_CHECKING
 
-from cifar_fast.cli.flags import add_traceback_flag, command_parser, interruptible, joined, print_line, run_command
+from cifar_fast.cli.flags import (
+    READER_GONE,
+    add_traceback_flag,
+    command_parser,
+    interruptible,
+    joined,
+    print_error,
+    print_line,
+    print_to_stderr,
+    run_command,
+)
 from cifar_fast.utils.distributed import World
 from cifar_fast.utils.errors import plain
 from cifar_fast.utils.progress import LOGGER
@@ -61,14 +70,17 @@ def train_in(world: World, args: argparse.Namespace, sweep: Sweep) -> int:
     with interruptible(quiet=world.rank > 0) as on_step:
         try:
             results = train_sweep(sweep, world, on_step, failed, command_line("sweep", [args.spec]))
-        except KeyboardInterrupt:
-            command = shlex.join(["cifar-fast", "sweep", args.spec])
-            raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
+        except (KeyboardInterrupt, SystemExit) as stop:
+            resume = f"to resume: {shlex.join(['cifar-fast', 'sweep', args.spec])}"
+            if isinstance(stop, SystemExit):
+                print_to_stderr(f"{READER_GONE}; {resume}")
+                raise
+            raise KeyboardInterrupt(f"interrupted; {resume}") from None
     if world.rank:
         return 0
     problems = [f"{name}: {message}" for name, message in failed.items()]
     problems += [f"{name}: {plain(line)}" for name, result in results.items() for line in result.problems()]
     for line in problems:
-        print(f"error: {line}", file=sys.stderr)
+        print_error(line)
     LOGGER.info(f"written to {sweep.output}; to see it: {shlex.join(['cifar-fast', 'report', sweep.output])}")
     return 1 if problems else 0

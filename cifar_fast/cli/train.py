@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_fast.cli import profile
 from cifar_fast.cli.flags import (
+    READER_GONE,
     add_config_flags,
     add_run_flags,
     command_parser,
@@ -19,14 +20,16 @@ from cifar_fast.cli.flags import (
     interruptible,
     joined,
     name_and_path,
+    print_error,
     print_line,
+    print_to_stderr,
     recipe_of,
     run_command,
 )
 from cifar_fast.data.sources import check_named, place_of, read_dataset
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.utils.distributed import World
-from cifar_fast.utils.errors import InputError, with_flags
+from cifar_fast.utils.errors import InputError
 from cifar_fast.utils.progress import LOGGER, heartbeat, lines_to
 from cifar_fast.utils.provenance import command_line
 
@@ -67,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="train as in that folder, from the start: its flags are the defaults, also of data, device and threads",
     )
-    add_config_flags(group, ("checkpoint_every", "save_logits", "tta"))
+    add_config_flags(group, ("checkpoint_every", "verify_every", "save_logits", "tta"))
     group.add_argument(
         "--log",
         choices=("none", "tensorboard"),
@@ -178,11 +181,14 @@ def train_in(
                 if finished := training.finished():
                     return exit_code(finished, world)
             results = train_all([training], world, on_step=on_step)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as stop:
             if not folder.resumable:
                 raise
-            command = shlex.join(["cifar-fast", "train", "--resume", str(folder.path)])
-            raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
+            resume = f"to resume: {shlex.join(['cifar-fast', 'train', '--resume', str(folder.path)])}"
+            if isinstance(stop, SystemExit):
+                print_to_stderr(f"{READER_GONE}; {resume}")
+                raise
+            raise KeyboardInterrupt(f"interrupted; {resume}") from None
     if folder.resumable:  # something was trained
         LOGGER.info(f"written to {folder.path}")
     return exit_code(results[0] if results else None, world)
@@ -192,7 +198,7 @@ def exit_code(result: Result | None, world: World) -> int:
     """Return 1 if a run diverged or a file could not be written, with a line for each, else 0, as on other ranks."""
     problems = result.problems() if result and world.rank == 0 else []
     for line in problems:
-        print(f"error: {with_flags(line)}", file=sys.stderr)
+        print_error(line)
     return 1 if problems else 0
 
 

@@ -5,6 +5,8 @@ No file can run code when it is read.
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import numpy as np
 
 from cifar_fast.data.class_names import ClassNames
 from cifar_fast.utils.errors import InputError, first_line, option, plain
+from cifar_fast.utils.files import expand_home, regular
 from cifar_fast.utils.progress import LOGGER
 
 KEYS = (("images", "labels"), ("test_images", "test_labels"), ("data", "labels"))
 """Names of images and labels in an .npz file: in CIFAR-10.2, in this project's files, and in others."""
+UNPACKED_BYTES, MOST_COMPRESSED = 1 << 30, 100
+"""An .npz file may unpack to so many bytes, or to so many times its size."""
 SUFFIXES = (".npz", ".npy", ".mat")
 """Files of images that :func:`read_images` reads."""
 DIGITS = tuple("0123456789")
@@ -27,13 +32,27 @@ def load(path: Path, *keys: str) -> Any:
     ``keys`` are the arrays of the .npz file to read, if they are there. By default all are read.
     """
     try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        loaded = np.load(regular(path), mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return loaded
         with loaded:
-            return {key: loaded[key] for key in loaded if not keys or key in keys}
+            wanted = [key for key in loaded.files if not keys or key in keys]
+            _refuse_bomb(path, loaded.zip, wanted)
+            arrays = {key: loaded[key] for key in wanted}
+        if other := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{other[0]} is no array")
+        return arrays
     except Exception as error:  # damaged files raise many different types
         raise InputError(f"{path}: cannot be read ({_reason(path, error)})") from None
+
+
+def _refuse_bomb(path: Path, archive: zipfile.ZipFile, names: Sequence[str]) -> None:
+    """Raise ValueError if the arrays ``names`` are far larger than their file, as no images are."""
+    unpacked = sum(one.file_size for one in archive.infolist() if one.filename.removesuffix(".npy") in names)
+    if unpacked > max(UNPACKED_BYTES, MOST_COMPRESSED * path.stat().st_size):
+        raise ValueError(
+            f"it unpacks to {unpacked:,} bytes, over {MOST_COMPRESSED} times its size; save it uncompressed"
+        )
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -108,7 +127,7 @@ def read_mat(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except ImportError:
         raise InputError(f"{path}: needs scipy: pip install scipy") from None
     try:
-        arrays = loadmat(path, variable_names=["X", "y"])
+        arrays = loadmat(regular(path), variable_names=["X", "y"])
     except NotImplementedError:
         raise InputError(f"{path}: is in the format of MATLAB 7.3; save it again with -v7") from None
     except Exception as error:  # damaged files raise many different types
@@ -207,11 +226,11 @@ def replaced_labels(given: str, name: str, labels: np.ndarray, classes: int) -> 
 
 def split_key(given: str) -> tuple[Path, str]:
     """Return the path and the name of the array in ``given``, PATH or PATH:NAME."""
-    path = Path(given).expanduser()
+    path = expand_home(given)
     if path.exists() or ":" not in given:
         return path, ""
     file, _, key = given.rpartition(":")
-    return Path(file).expanduser(), key
+    return expand_home(file), key
 
 
 def _load_pt(path: Path) -> Any:
@@ -224,7 +243,7 @@ def _load_pt(path: Path) -> Any:
     allowed: list[Any] = [np.ndarray, np.dtype, rebuild, (rebuild, "numpy.core.multiarray._reconstruct")]
     try:
         with torch.serialization.safe_globals([*allowed, *(type(np.dtype(kind)) for kind in kinds)]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(regular(path), map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
     except Exception:  # a damaged file raises many types of errors, with torch's advice to trust the file

@@ -137,7 +137,10 @@ class ClassNames(tuple[str, ...]):
 def _in_order(given: Any, where: str) -> Iterable[Any]:
     """Return the names in the order of their numbers."""
     if isinstance(given, np.ndarray):
-        given = given.tolist()
+        try:
+            given = given.tolist()
+        except (SystemError, ValueError):  # a damaged array of texts may hold numbers that are no characters
+            raise InputError(f"{where} must hold names, not damaged text") from None
     if isinstance(given, Mapping):
         return _by_number(given, where)
     if isinstance(given, (str, bytes, Set)) or not isinstance(given, Iterable):

@@ -6,14 +6,16 @@ import contextlib
 import http.client
 import os
 import time
+import urllib.parse
 import urllib.request
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_fast.utils.errors import InputError, first_line
-from cifar_fast.utils.files import os_error_as_input_error
+from cifar_fast.utils.files import expand_home, os_error_as_input_error
 from cifar_fast.utils.progress import LOGGER, progress_bar
+from cifar_fast.utils.provenance import without_secrets
 
 TIMEOUT = 10.0
 """Seconds to wait for a connection, and for the next bytes of a response."""
@@ -32,11 +34,12 @@ class SlowSource(Exception):
         self.rate = rate
 
 
-def download(sources: Sequence[str], path: Path, md5: str) -> None:
+def download(sources: Sequence[str], path: Path, md5: str, size: int) -> None:
     """Download the file with the MD5 sum ``md5`` to ``path``.
 
-    The sources are tried in order. A source that is slow, cut off or wrong is dropped for the next one. If all are
-    slow, the fastest of them finishes the file. A source that was cut off is retried as long as it sends new bytes.
+    The sources are tried in order. A source that is slow, cut off, wrong or longer than ``size`` is dropped for the
+    next one. If all are slow, the fastest of them finishes the file. A source that was cut off is retried as long as it
+    sends new bytes. Lines and messages show no password and no query of a URL, which may hold a token.
 
     Bytes are written to ``path`` with ".part" appended. The next source resumes from them, and so does the next call
     after a kill. The file is renamed to ``path`` once its MD5 sum is correct.
@@ -46,6 +49,7 @@ def download(sources: Sequence[str], path: Path, md5: str) -> None:
     Args:
         sources: URLs, or paths of files.
         md5: the MD5 sum in hexadecimal.
+        size: bytes of the file, or more.
 
     Raises:
         InputError: the file cannot be written.
@@ -63,7 +67,7 @@ def download(sources: Sequence[str], path: Path, md5: str) -> None:
         slow.pop(url, None)
         before = _size(part)
         try:
-            _fetch(url, part, is_new and bool(queue or slow))
+            _fetch(url, part, size, is_new and bool(queue or slow))
             if not check_md5(part, md5):
                 part.unlink()
                 if before:  # the earlier bytes may be wrong, so this source is retried from the start
@@ -71,7 +75,9 @@ def download(sources: Sequence[str], path: Path, md5: str) -> None:
                 raise ValueError("not the published file: its MD5 sum is different")
             with os_error_as_input_error(str(path)):
                 os.replace(part, path)
-            LOGGER.info(f"{path.name} from {url} in {time.monotonic() - start:.0f} s; its MD5 sum is correct")
+            LOGGER.info(
+                f"{path.name} from {without_secrets(url)} in {time.monotonic() - start:.0f} s; its MD5 sum is correct"
+            )
             return
         except SlowSource as error:
             slow[url] = error.rate
@@ -79,15 +85,26 @@ def download(sources: Sequence[str], path: Path, md5: str) -> None:
         except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(error, InputError):
                 raise
-            failures[url] = first_line(error)
+            failures[url] = _without(url, first_line(error))
             if _size(part) > before:
                 queue.append(url)
-        LOGGER.info(f"{url}: {failures[url]}{', trying the next source' if queue or slow else ''}")
-    raise OSError("; ".join(f"{url}: {failure}" for url, failure in failures.items()))
+        LOGGER.info(f"{without_secrets(url)}: {failures[url]}{', trying the next source' if queue or slow else ''}")
+    raise OSError("; ".join(f"{without_secrets(url)}: {failure}" for url, failure in failures.items()))
 
 
-def _fetch(url: str, part: Path, has_alternative: bool) -> None:
-    """Append the missing bytes of ``url`` to ``part``. If it is slow and ``has_alternative``, raise SlowSource."""
+def _without(url: str, text: str) -> str:
+    """Return ``text``, an error about ``url``, without the parts that :func:`without_secrets` leaves out."""
+    parts = urllib.parse.urlsplit(url)
+    for secret in (parts.query, parts.fragment, parts.netloc.rpartition("@")[0], parts.password):
+        text = text.replace(secret, "...") if secret else text
+    return text
+
+
+def _fetch(url: str, part: Path, size: int, has_alternative: bool) -> None:
+    """Append the missing bytes of ``url`` to ``part``. If it is slow and ``has_alternative``, raise SlowSource.
+
+    ``part`` is removed if the source sends more than ``size`` bytes, which raises a ValueError.
+    """
     start = _size(part)
     headers = {"User-Agent": "cifar_fast"} | ({"Range": f"bytes={start}-"} if start else {})
     request = urllib.request.Request(url, headers=headers)
@@ -104,7 +121,7 @@ def _fetch(url: str, part: Path, has_alternative: bool) -> None:
             start = 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
-        LOGGER.info(f"downloading {url}" + (f" from byte {start:,}" if start else ""))
+        LOGGER.info(f"downloading {without_secrets(url)}" + (f" from byte {start:,}" if start else ""))
         bar = stack.enter_context(progress_bar(total, part.stem, "B"))
         bar.update(start)
         with os_error_as_input_error(str(part)):
@@ -112,6 +129,9 @@ def _fetch(url: str, part: Path, has_alternative: bool) -> None:
             file = stack.enter_context(open(part, "ab" if start else "wb", buffering=0))
         window, received = time.monotonic(), 0
         while data := response.read1(CHUNK):
+            if file.tell() + len(data) > size:
+                part.unlink()
+                raise ValueError(f"sends more than the {size:,} bytes of the published file")
             bar.update(len(data))
             received += len(data)
             with os_error_as_input_error(str(part)):
@@ -131,7 +151,13 @@ def _fetch(url: str, part: Path, has_alternative: bool) -> None:
 
 
 def _as_url(source: str) -> str:
-    return source if "://" in source else Path(source).expanduser().absolute().as_uri()
+    """Return a URL. A pipe is refused, because opening it would wait for a writer."""
+    if "://" in source:
+        return source
+    path = expand_home(source).absolute()
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: not a file")
+    return path.as_uri()
 
 
 def _size(path: Path) -> int:

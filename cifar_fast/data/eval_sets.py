@@ -15,6 +15,7 @@ from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import check_images, new_labels
 from cifar_fast.data.images import as_images, tell_resized
 from cifar_fast.utils.errors import InputError, option
+from cifar_fast.utils.files import expand_home
 
 IMAGES_AT_ONCE = 5000
 """Number of images that are read from disk at once for a digest."""
@@ -83,7 +84,7 @@ def read_eval_sets(
     on; empty means all. ``resize`` scales images of other sizes. An InputError names a test set that cannot be used.
     """
     eval_sets = []
-    for eval_set in (one for name, path in paths.items() for one in _read(str(name), Path(path).expanduser())):
+    for eval_set in (one for name, path in paths.items() for one in _read(str(name), expand_home(path))):
         name = f"{option('also_test')} {eval_set.name}"
         images, resized = as_images(f"{name}: images", eval_set.images, resize)
         check_images(name, images, eval_set.labels)

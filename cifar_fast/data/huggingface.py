@@ -254,10 +254,13 @@ def _read_columns(
     if missing := [name for name in columns if name not in table.schema.names]:
         raise InputError(f"{source}: the split {split!r} lacks the column {missing[0]!r}")
     where = f"{source}, {split}" if split else source
-    files = {
-        f"{where} image {i}": Path(one["path"]) if one["bytes"] is None else io.BytesIO(one["bytes"])
-        for i, one in enumerate(table[image].to_pylist())
-    }
+    files: dict[str, Path | io.BytesIO] = {}
+    for i, one in enumerate(table[image].to_pylist()):
+        if (
+            split and one["bytes"] is None
+        ):  # its path is of another machine, and would be a file of any name on this one
+            raise InputError(f"{where} image {i}: is not in the parquet file")
+        files[f"{where} image {i}"] = Path(one["path"]) if one["bytes"] is None else io.BytesIO(one["bytes"])
     images, resized = decode_images(files, f"decoding {split or 'images'}", resize)
     tell_resized(resized, len(images), where)
     labels = table[label].to_numpy()

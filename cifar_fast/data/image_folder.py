@@ -20,10 +20,10 @@ import PIL
 from PIL import Image
 
 from cifar_fast.data.class_names import ClassNames
-from cifar_fast.data.images import RESIZING, decode_images, tell_resized
+from cifar_fast.data.images import RESIZING, SIZE, decode_images, formats, tell_resized
 from cifar_fast.data.options import VALIDATION, DataOptions
 from cifar_fast.utils.errors import InputError, option
-from cifar_fast.utils.files import atomic_write
+from cifar_fast.utils.files import atomic_write, regular
 from cifar_fast.utils.progress import LOGGER
 
 MAX_WAYS = 100
@@ -65,8 +65,8 @@ def read_folder(root: Path, options: DataOptions) -> dict[str, Any]:
     cache = root.with_name(f"{root.name}.cifar_fast.npz")
     resize = options.resize is not None
     fingerprint = _fingerprint(files, resize)
-    images, resized = _read_cache(cache, fingerprint) or (None, 0)
-    if images is None or len(images) != len(files):
+    images, resized = _read_cache(cache, fingerprint, len(files)) or (None, 0)
+    if images is None:
         LOGGER.info(f"decoding {len(files)} images under {root}")
         images, resized = decode_images({str(file): file for file in files}, "decoding", resize)
         try:
@@ -103,7 +103,7 @@ def _classes(split: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
     for name, images in classes.items():
         if not images:
             raise InputError(
-                f"{found[name]}: an empty class, without images that Pillow reads; add some or delete the folder"
+                f"{found[name]}: an empty class, without images in a format that is read; add some or delete the folder"
             )
     return classes
 
@@ -154,9 +154,9 @@ def _type(entry: os.DirEntry[str]) -> str:
 
 @functools.cache
 def _readable_suffixes() -> frozenset[str]:
-    """Return the suffixes of the formats that this build of Pillow decodes."""
+    """Return the suffixes of the formats that are read."""
     extensions = Image.registered_extensions()
-    return frozenset(suffix for suffix, kind in extensions.items() if kind in (*Image.OPEN, "MPO"))  # a kind of JPEG
+    return frozenset(suffix for suffix, kind in extensions.items() if kind in (*formats(), "MPO"))  # a kind of JPEG
 
 
 def _kind(path: Path) -> str:
@@ -177,15 +177,16 @@ def _fingerprint(files: list[Path], resize: bool) -> str:
     return digest.hexdigest()
 
 
-def _read_cache(cache: Path, fingerprint: str) -> tuple[np.ndarray, int] | None:
-    """Return the cached images, and how many were resized.
+def _read_cache(cache: Path, fingerprint: str, count: int) -> tuple[np.ndarray, int] | None:
+    """Return the ``count`` cached images, and how many were resized.
 
     The result is None if there are none, the folder has changed, or the file is damaged.
     """
     try:
-        with np.load(cache, allow_pickle=False) as arrays:
-            if arrays["fingerprint"] != fingerprint:
+        with np.load(regular(cache), allow_pickle=False) as arrays:
+            images = arrays["images"]
+            if arrays["fingerprint"] != fingerprint or images.shape != (count, *SIZE, 3) or images.dtype != np.uint8:
                 return None
-            return arrays["images"], int(arrays["resized"])
+            return images, int(arrays["resized"])
     except Exception:  # whatever is wrong with a cache, it is written again
         return None

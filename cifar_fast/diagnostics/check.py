@@ -118,7 +118,7 @@ class Check:
             if reason := fused_unavailable_reason(device):
                 self.add("kernels", lambda: skip(reason))
             else:
-                from cifar_fast.diagnostics.kernel_cases import check_cases, check_kernel  # they need Triton
+                from cifar_fast.diagnostics.kernel_cases import check_cases, check_kernel
 
                 self.add("kernels compile", lambda: compile_kernels(recipe, config.dtype, device))
                 for name, case in check_cases(recipe, config.dtype).items():

@@ -36,11 +36,13 @@ from cifar_fast.backends.base import Backend
 from cifar_fast.data.augment import Draws
 from cifar_fast.utils.device import device_guard, environment, short_name
 from cifar_fast.utils.errors import InputError, option
-from cifar_fast.utils.files import atomic_write, check_writable, os_error_as_input_error, write_json
+from cifar_fast.utils.files import atomic_write, check_writable, expand_home, os_error_as_input_error, write_json
 from cifar_fast.utils.progress import LOGGER
 from cifar_fast.utils.torch_defaults import torch_defaults
 
 WARM_UP_STEPS = 2
+NAMES = re.compile(rb'("(?:host_name|traceName)": *)"[^"]*"')
+"""Names of host and folder in a trace."""
 
 AUGMENT = "our kernels: augmentation"
 NORM_FORWARD = "our kernels: batch norm + activation forward"
@@ -156,7 +158,7 @@ def profile(backend: Backend, draws: Draws, directory: str | Path, steps: int = 
     Raises:
         InputError: the directory cannot be written to, or the profiler sees no kernel on the GPU.
     """
-    directory = Path(directory).expanduser()
+    directory = expand_home(directory)
     what = f"{option('output')} {directory}"
     with os_error_as_input_error(what):
         directory.mkdir(parents=True, exist_ok=True)
@@ -189,10 +191,22 @@ def profile(backend: Backend, draws: Draws, directory: str | Path, steps: int = 
     )
     with os_error_as_input_error(what), atomic_write(directory / "trace.json") as temporary:
         trace.export_chrome_trace(str(temporary))
+        _blank_names(temporary)
     write_json(directory / "profile.json", dataclasses.asdict(table), what, "choose another folder")
     for line in str(table).splitlines():
         LOGGER.info(line)
     return table
+
+
+def _blank_names(trace: Path) -> None:
+    """Replace the names of host and folder, near the start and the end of a trace, by as many spaces."""
+    with open(trace, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        for start in (0, max(0, size - 65536)):
+            file.seek(start)
+            block = file.read(65536)
+            file.seek(start)
+            file.write(NAMES.sub(lambda found: (found[1] + b'""').ljust(len(found[0])), block))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import functools
 import math
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ from cifar_fast.training.metrics import Run, confidence_interval_95
 from cifar_fast.training.plots import new_figure
 from cifar_fast.training.results import Result, RunReader, RunResult
 from cifar_fast.utils.device import AFFECTS_FIGURES
-from cifar_fast.utils.errors import InputError, option, require_instance
-from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, os_error_as_input_error, write_json
+from cifar_fast.utils.errors import InputError, option, require_instance, visible
+from cifar_fast.utils.files import RUN_RESULT, TRAINING, atomic_write, expand_home, os_error_as_input_error, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,6 +41,11 @@ ENVIRONMENT = {"device_name": "devices", "threads": "numbers of CPU threads"}
 
 LINES, MARKERS = ("-", "--", "-.", ":"), "os^Dv<>"
 """Styles of lines and markers, which more variants than a color cycle need."""
+
+MAX_WIDTH = 60.0
+"""Inches of the widest figure: a PNG has at most 2 ** 16 pixels in a row, and each of them takes time."""
+MAX_LABELS = 100
+"""The largest number of variants that a figure names. In one of more variants, some or all names are left out."""
 
 VARIANTS_FIGURE, CURVES_FIGURE = "report-variants.png", "report-curves.png"
 
@@ -115,7 +121,7 @@ class Report:
                 _number(variant.train_seconds_median, 2),
             ]
             lines.append([variant.name, variant.changes or "-", variant.count, *numbers])
-        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        cells = [[visible(cell).replace("|", "\\|") for cell in line] for line in lines]
         widths = [max(2, *map(len, column)) for column in zip(*cells)]  # "-:" below the header takes 2
         aligned = [[f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(line)] for line in cells]
         rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -127,7 +133,7 @@ class Report:
         )
         lines_below = [note, *(f"Counted once: {line}" for line in self.repeated)]
         lines_below += [f"Warning: {line}" for line in self.warnings]
-        return "\n".join([*table, "", *lines_below]) + "\n"
+        return "\n".join([*table, "", *map(visible, lines_below)]) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``report.json``."""
@@ -138,9 +144,10 @@ class Report:
 
     def variants_figure(self) -> Figure:
         """Return a figure of the metric by variant: a point for each run, and the mean with its 95 % interval."""
-        figure = new_figure(max(4.0, 1.5 + 1.1 * len(self.variants)), 4.2)
+        count = len(self.variants)
+        figure = new_figure(min(max(4.0, 1.5 + 1.1 * count), MAX_WIDTH), 4.2)
         axes = figure.subplots()
-        colors = distinct_colors(len(self.variants))
+        colors = distinct_colors(count)
         for place, variant in enumerate(self.variants):
             if variant.mean is None:
                 continue
@@ -151,9 +158,10 @@ class Report:
             margins = [[mean - ci95[0]], [ci95[1] - mean]] if ci95 else None
             axes.errorbar([place + 0.27], [mean], margins, fmt="D", color=color, markersize=5, capsize=4)
         labels = [f"{variant.name}\nn = {variant.count}" for variant in self.variants]
-        axes.set_xticks(range(len(labels)), labels)
-        axes.tick_params(axis="x", rotation=30 if len(self.variants) > 4 else 0)
-        axes.set_xlim(-0.6, len(self.variants) - 0.4)
+        every = math.ceil(count / MAX_LABELS)
+        axes.set_xticks(range(0, count, every), labels[::every])
+        axes.tick_params(axis="x", rotation=30 if count > 4 else 0)
+        axes.set_xlim(-0.6, count - 0.4)
         axes.set_ylabel(self.label)
         axes.grid(axis="y", alpha=0.3)
         axes.set_title("runs, and mean with its 95 % interval", fontsize="medium")
@@ -169,7 +177,8 @@ class Report:
         from matplotlib.ticker import MaxNLocator
 
         columns = math.ceil(len(self.results) / 16)
-        figure = new_figure(7.0 + 1.6 * columns, 4.2)
+        has_legend = len(self.results) <= MAX_LABELS
+        figure = new_figure(7.0 + 1.6 * columns * has_legend, 4.2)
         axes = figure.subplots()
         column = self.metric if self.metric in EPOCH_METRICS else "test_accuracy"
         colors = distinct_colors(len(self.results))
@@ -193,7 +202,7 @@ class Report:
         axes.set_ylabel(EPOCH_METRICS[column])
         axes.grid(alpha=0.3)
         axes.set_title("mean of the runs; band: minimum to maximum", fontsize="medium")
-        if axes.lines:
+        if axes.lines and has_legend:  # nobody finds one of hundreds of lines by its color
             for label in figure.legend(loc="outside right upper", ncols=columns, fontsize="small").get_texts():
                 label.set_parse_math(False)
         return figure
@@ -204,7 +213,7 @@ class Report:
         Raises:
             InputError: the folder or a file cannot be written. No file is left half-written.
         """
-        folder = Path(folder).expanduser()
+        folder = expand_home(folder)
         figures = f"\n![{self.label} by variant]({VARIANTS_FIGURE})\n\n![Over the epochs]({CURVES_FIGURE})\n"
         files: dict[str, Callable[[Path], object]] = {
             VARIANTS_FIGURE: lambda temporary: save_png(self.variants_figure(), temporary),
@@ -475,7 +484,7 @@ def read_results(folders: Sequence[str | Path]) -> Found:
     found = Found()
     results: dict[Path, Result] = {}
     given: dict[Path, Path] = {}  # by the path without links
-    for folder in (Path(folder).expanduser() for folder in folders):
+    for folder in (expand_home(folder) for folder in folders):
         is_sweep = (folder / SWEEP).exists()
         try:
             trainings = [folder / name for name in variants_in(folder)] if is_sweep else [folder]
@@ -499,7 +508,8 @@ def read_results(folders: Sequence[str | Path]) -> Found:
     if not results:
         raise InputError([*found.unreadable, f"{folders[0]}: no run of the training there has ended"][0])
     names = [folder.resolve().name for folder in results]
-    keys = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, results)]
+    counts = Counter(names)
+    keys = [name if counts[name] == 1 else str(folder) for name, folder in zip(names, results)]
     found.results = dict(zip(keys, results.values()))
     return found
 
@@ -519,4 +529,8 @@ def _read_training(reader: RunReader, unreadable: list[str]) -> Result | None:
             unreadable.append(error.message)
         else:
             ended += [result] if result else []
-    return training.with_runs(ended) if ended else None
+    try:
+        return training.with_runs(ended) if ended else None
+    except InputError as error:
+        unreadable.append(f"{reader.name}: {error.message}")
+        return None

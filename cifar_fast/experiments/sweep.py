@@ -19,7 +19,7 @@ from cifar_fast.data.sources import check_named, place_of, read_dataset
 from cifar_fast.experiments.ranking import default_metric, ranking_line
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.fit import Training, train_all
+from cifar_fast.training.fit import Training, settle_backend, train_all
 from cifar_fast.training.results import Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.distributed import World
@@ -29,18 +29,22 @@ from cifar_fast.utils.files import (
     as_path,
     atomic_write,
     check_writable,
+    expand_home,
     locked,
     made_folder,
     os_error_as_input_error,
-    remove_temporary,
+    regular,
 )
 from cifar_fast.utils.progress import LOGGER, LogFn, heartbeat, lines_to, print_line
+from cifar_fast.utils.provenance import without_secrets
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+VARIANT = re.compile(r"\w[\w.+=,-]*")
+"""Name of a variant, and of its folder in that of the sweep."""
 PER_VARIANT = ("backend", "dtype", "memory_format", "save_logits")
 """Options of a training that a variant may change."""
 
@@ -121,7 +125,7 @@ class Sweep(TrainConfig):
             require_type(f"{where}: recipe", own_start or "", str)
             variant_start = common if own_start is None else Recipe.load(own_start)
             for full_name, values in expand(name, table):
-                if not re.fullmatch(r"\w[\w.+=,-]*", full_name):
+                if not VARIANT.fullmatch(full_name):
                     rule = "use letters, digits and . + = , - _"
                     raise InputError(f"{where}: {full_name!r} cannot name a folder; {rule}")
                 if full_name in variants:
@@ -145,7 +149,7 @@ class Sweep(TrainConfig):
     @property
     def path(self) -> Path:
         """The folder of the sweep."""
-        return Path(self.output).expanduser()
+        return expand_home(self.output)
 
     def config(self, name: str) -> TrainConfig:
         """Return the config of the variant ``name``."""
@@ -288,9 +292,14 @@ def trainings_of(
             raise InputError(f"{folder.name}: dataset was {folder.earlier.dataset['name']}, not {sweep.dataset}")
         if begun and not folder.earlier:  # so that new variants are trained as the others were
             config = config.resuming(begun.config)
-        trainings.append(Training(config, folder, backends=backends, command=command, world=world))
+        training = Training(config, folder, backends=backends, command=command, world=world)
         if begun and not folder.earlier:
-            trainings[-1].paths = dict(begun.paths)
+            training.paths = dict(begun.paths)
+            training.auto = begun.auto
+            if name in sweep.options:  # it may have other reasons than the variants without options
+                found = settle_backend(sweep.config(name))
+                training.auto = [found.reason] if str(found) == str(training.backend_config) else None
+        trainings.append(training)
     return trainings
 
 
@@ -315,8 +324,8 @@ def run_state(training: Training, run: int) -> str:
     assert training.folder is not None
     if ended := training.folder.run_result(run, logits=False):
         return "has ended" if isinstance(ended, RunResult) else f"diverged at step {ended.run.step}"
-    checkpoint = training.folder.checkpoint(run)
-    return f"will resume after epoch {checkpoint.rows[-1].epoch}" if checkpoint else "to do"
+    unfinished = training.folder.unfinished(run)
+    return f"will resume after epoch {unfinished.checkpoint.epoch}" if unfinished else "to do"
 
 
 def has_training(folder: Path) -> bool:
@@ -327,7 +336,10 @@ def has_training(folder: Path) -> bool:
 def variants_in(folder: Path) -> list[str]:
     """Return the names of the variants of the sweep in ``folder``, in their order."""
     try:
-        return list(json.loads((folder / SWEEP).read_text())["variants"])
+        names = list(json.loads(regular(folder / SWEEP).read_text())["variants"])
+        if wrong := [name for name in names if not (isinstance(name, str) and VARIANT.fullmatch(name))]:
+            raise ValueError(f"{wrong[0]!r} is no name of a variant")
+        return names
     except Exception as error:  # damage raises as many kinds of errors as there are bytes
         what = f"{folder / SWEEP}: cannot be read ({first_line(error)})"
         raise InputError(f"{what}; remove it, and sweep again") from None
@@ -341,15 +353,22 @@ def sweep_lock(sweep: Sweep) -> Iterator[None]:
     def refuse() -> None:
         raise InputError(f"{what}: another sweep is at work there; choose another folder")
 
+    def write() -> None:
+        with os_error_as_input_error(what), atomic_write(folder / SWEEP) as temporary:
+            values = dataclasses.asdict(sweep)
+            if sweep.data_url:
+                values["data_url"] = without_secrets(sweep.data_url)
+            temporary.write_text(json.dumps(values, indent=2, default=str) + "\n")
+
     with contextlib.ExitStack() as stack:
         with os_error_as_input_error(what):
             stack.enter_context(made_folder(folder))
             stack.enter_context(locked(folder, refuse))
-            remove_temporary(folder / SWEEP)
-            with atomic_write(folder / SWEEP) as temporary:
-                temporary.write_text(json.dumps(dataclasses.asdict(sweep), indent=2, default=str) + "\n")
+            write()
         try:
             yield
         finally:
-            if not any(has_training(folder / name) for name in variants_in(folder)):
-                (folder / SWEEP).unlink()
+            if not any(has_training(folder / name) for name in sweep.variants):
+                (folder / SWEEP).unlink(missing_ok=True)
+            elif not (folder / SWEEP).exists():  # the folder was removed, and the trainings made it again
+                write()

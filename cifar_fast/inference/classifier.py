@@ -1,4 +1,4 @@
-"""A trained network with its normalization, and :func:`load_model`, which reads it from ``model.pt``."""
+"""A trained network with its normalization, and :func:`load_model`, which reads it from a file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from cifar_fast.data.class_names import ClassNames
+from cifar_fast.data.dataset import MAX_CLASSES
 from cifar_fast.data.tensors import Normalization
+from cifar_fast.inference import safetensors_file
 from cifar_fast.model import cannot_be_scripted, load_weights, make_network, unwrap
 from cifar_fast.recipe import IMAGE_CHANNELS, IMAGE_SIZE, Recipe
 from cifar_fast.training.results import FORMAT, Result
 from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
-from cifar_fast.utils.files import MODEL, TRAINING, as_path
+from cifar_fast.utils.files import MODEL, MODEL_SAFETENSORS, TRAINING, as_path, load_tensors, regular
+from cifar_fast.utils.typed import are_finite
 
 
 class Classifier(nn.Module):
@@ -115,7 +118,8 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
     """Load a trained network on the CPU, in float32 and eval mode, whatever backend and dtype trained it.
 
     Args:
-        path: ``model.pt``, or the folder of a finished training.
+        path: ``model.pt``, its export as safetensors, or the folder of a finished training. In a folder without
+            ``model.pt``, ``model.safetensors`` is read.
         model: an instance of the custom model that was trained. It gets the weights, and is taken out of a wrapper such
             as torch.compile's. None for the recipe's network.
 
@@ -124,23 +128,30 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
     """
     path = as_path(path, "path")
     if path.is_dir():
-        if not (path / MODEL).exists() and (path / TRAINING).exists():
+        found = next((name for name in (MODEL, MODEL_SAFETENSORS) if (path / name).exists()), None)
+        if not found and (path / TRAINING).exists():
             raise InputError(f"{path}: {_without_weights(path)}")
-        path = path / MODEL
+        path = path / (found or MODEL)
     hint = f"choose the {MODEL} of a finished training, or its folder"
+    safe = path.suffix == safetensors_file.SUFFIX
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = safetensors_file.read(regular(path)) if safe else load_tensors(path)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or first_line(error)}); {hint}") from None
     except Exception as error:  # a damaged file raises many types of errors, with torch's advice to trust the file
         if out_of_memory(error):
             raise
-        raise InputError(f"{path}: damaged, or not written by torch.save with plain tensors; {hint}") from None
+        writer = "safetensors" if safe else "torch.save with plain tensors"
+        raise InputError(f"{path}: damaged, or not written by {writer}; {hint}") from None
     if not (isinstance(saved, dict) and "format" in saved):
         raise InputError(f"{path}: has no recipe beside the weights; {hint}")
-    if saved["format"] != FORMAT:
+    if type(saved["format"]) is not int or saved["format"] != FORMAT:
         raise InputError(f"{path}: has format {saved['format']}, not {FORMAT}; use the version that wrote it")
     class_name = saved.get("model")
+    if not (class_name is None or isinstance(class_name, str)):
+        raise InputError(f"{path}: holds no name of a model but {type(class_name).__name__}; {hint}")
     if class_name and model is None:
         raise InputError(f"{path}: holds the weights of the custom model {class_name}; call load_model(path, model)")
     if model is not None and not class_name:
@@ -148,11 +159,19 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
     custom = model
     try:
         recipe = Recipe(**saved["recipe"])
+        class_names = ClassNames(saved["class_names"])
+        for name in ("mean", "std"):
+            if not are_finite(saved[name], IMAGE_CHANNELS):
+                raise InputError(f"{name} is no list of three numbers")
+        if not 2 <= len(class_names) <= MAX_CLASSES or (
+            model is None and 2 * recipe.weights(len(class_names)) > path.stat().st_size
+        ):
+            raise InputError("its recipe has more weights than the file holds")
         if model is None:  # with a generator of its own, because torch's default one belongs to the caller
-            model = make_network(recipe, len(saved["class_names"]), torch.Generator())
+            model = make_network(recipe, len(class_names), torch.Generator())
         model = unwrap(model).to("cpu", torch.float32)
         load_weights(model, saved["state_dict"])
-        return Classifier(model, recipe, saved["class_names"], saved["mean"], saved["std"]).eval()
+        return Classifier(model, recipe, class_names, saved["mean"], saved["std"]).eval()
     except InputError as error:
         raise InputError(
             f"{path}: {error.message}; {hint if custom is None else 'give the model that was trained'}"

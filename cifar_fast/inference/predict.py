@@ -17,7 +17,7 @@ from cifar_fast.data.image_folder import by_kind, images_below
 from cifar_fast.data.images import as_images, decode_image
 from cifar_fast.inference.classifier import Classifier
 from cifar_fast.utils.errors import InputError, option
-from cifar_fast.utils.files import write_json
+from cifar_fast.utils.files import expand_home, write_json
 from cifar_fast.utils.progress import LOGGER
 
 
@@ -74,7 +74,7 @@ def find_images(
     """
     images: list[ImageRef] = []
     unusable: list[tuple[Path, InputError]] = []
-    for path in (Path(path).expanduser() for path in paths):
+    for path in (expand_home(path) for path in paths):
         try:
             images += _images_of(path, model)
         except InputError as error:

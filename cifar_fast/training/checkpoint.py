@@ -2,58 +2,88 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from cifar_fast.backends.base import Backend
 from cifar_fast.training.metrics import EpochRow
-from cifar_fast.utils.errors import InputError
+from cifar_fast.utils.device import AFFECTS_FIGURES
+from cifar_fast.utils.errors import InputError, first_line
+from cifar_fast.utils.files import load_tensors
+from cifar_fast.utils.typed import check_types, check_values
 
-FORMAT = 1
+FORMAT = 2
 """Version of the format of ``checkpoint.pt``, increased when the meaning of its contents changes."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The rows of the epochs that have ended, and the state that the next epoch of the run depends on.
+    """The state that the next epoch of a run depends on.
 
+    ``rows_digest`` is the value of :func:`cifar_fast.training.metrics.rows_digest` for the epochs that have ended. The
+    rows themselves are in ``metrics.jsonl``, so a checkpoint does not grow with the epochs.
     ``state`` is the value of :meth:`cifar_fast.backends.base.Backend.training_state`. ``generators`` are the uint8
     states of the generators of order, augmentation and a custom model. ``environments`` are those of the epochs, as in
     :class:`cifar_fast.training.results.RunResult`.
     """
 
-    rows: list[EpochRow]
+    rows_digest: str
     setup_seconds: float
     environments: list[dict[str, Any]]
     state: dict[str, Any] = field(repr=False)
     generators: list[torch.Tensor] = field(repr=False)
 
+    @property
+    def epoch(self) -> int:
+        """Number of epochs that have ended."""
+        return int(self.state["epoch"])
+
     def save(self, path: Path) -> None:
         """Write the checkpoint to the file ``path`` as plain tensors and numbers."""
-        torch.save({"format": FORMAT} | vars(self) | {"rows": [dataclasses.asdict(row) for row in self.rows]}, path)
+        torch.save({"format": FORMAT} | vars(self), path)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
         """Read a checkpoint from the file ``path``. A damaged file may raise any exception."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved.pop("format") != FORMAT:
+        saved = load_tensors(path)
+        if type(found := saved.pop("format")) is not int or found != FORMAT:
             raise ValueError("of another format")
-        return cls(**saved | {"rows": [EpochRow(**row) for row in saved["rows"]]})
+        checkpoint = cls(**saved)
+        check_types(checkpoint)
+        check_values(checkpoint.environments[-1], dict.fromkeys(AFFECTS_FIGURES, Any))
+        return checkpoint
 
     def restore(self, backend: Backend, generators: Iterable[torch.Generator]) -> None:
         """Load the state into ``backend``, which was reset before, and into ``generators``.
 
         Raises:
-            InputError: the weights do not fit the model of ``backend``.
+            InputError: the state does not fit ``backend``.
         """
         try:
             backend.load_training_state(self.state)
         except InputError as error:
             raise InputError(f"{error.message}; resume with the model that was trained") from error
-        for generator, state in zip(generators, self.generators):
-            generator.set_state(state)
+        except Exception as error:  # a damaged file may raise any exception
+            raise _misfit(error) from error
+        try:
+            for generator, state in zip(generators, self.generators, strict=True):
+                generator.set_state(state)
+        except Exception as error:
+            raise _misfit(error) from error
+
+
+def _misfit(error: Exception) -> InputError:
+    hint = "move the folder of that run away to train it again"
+    return InputError(f"the checkpoint of an unfinished run does not fit ({first_line(error)}); {hint}")
+
+
+class Unfinished(NamedTuple):
+    """A run that can continue: its checkpoint, the rows of its epochs, and the name of the checkpoint's file."""
+
+    checkpoint: Checkpoint
+    rows: list[EpochRow]
+    file: str

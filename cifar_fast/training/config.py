@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from cifar_fast.recipe import BACKENDS, DTYPES, MEMORY_FORMATS, Recipe, plain
 from cifar_fast.utils.errors import InputError, option, require_instance
 
+MAX_RUNS = 1_000_000
+
 Config = TypeVar("Config", bound="TrainConfig")
 
 
@@ -69,6 +71,11 @@ class TrainConfig:
         "epochs between checkpoints; each run also writes a checkpoint at its end; 0: only this last one",
         may_change=True,
     )
+    verify_every: int = _field(
+        0,
+        "steps between checks that train a step twice from the same state; other bits end the run; 0: no check",
+        may_change=True,
+    )
     also_test: Mapping[str, str | Path] = _field(
         {},
         "also report the accuracy at the end of each run on another test set: CIFAR-10.1, CIFAR-10.2, CIFAR-10-C as "
@@ -90,7 +97,7 @@ class TrainConfig:
         require_instance("recipe", self.recipe, Recipe, "a Recipe, such as Recipe(epochs=6)")
         object.__setattr__(self, "validation", _held_out(plain(self.validation)))
         seeds = ("seed", "init_seed", "order_seed", "augment_seed", "validation_seed")
-        for name in (*seeds, "runs", "checkpoint_every", "threads"):
+        for name in (*seeds, "runs", "checkpoint_every", "verify_every", "threads"):
             value = getattr(self, name)
             if value is None and getattr(TrainConfig, name) is None:  # the default
                 continue
@@ -98,10 +105,12 @@ class TrainConfig:
                 object.__setattr__(self, name, operator.index(plain(value)))
             except TypeError:
                 raise InputError(f"{option(name)} must be a whole number, not {value!r}") from None
-        for name, lowest in {"runs": 1, "checkpoint_every": 0, "threads": 1}.items():
+        for name, lowest in {"runs": 1, "checkpoint_every": 0, "verify_every": 0, "threads": 1}.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise InputError(f"{option(name)} must be at least {lowest}, not {value}")
+        if self.runs > MAX_RUNS:
+            raise InputError(f"{option('runs')} must be at most {MAX_RUNS}, not {self.runs}")
         for name in seeds:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63 - self.runs:

@@ -24,7 +24,7 @@ from cifar_fast.recipe import Recipe
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.evaluate import VIEWS, also_accuracies, confusion_matrix, plain_logits
-from cifar_fast.training.metrics import DivergedRun, EpochRow, Run
+from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, rows_digest
 from cifar_fast.training.results import DivergedResult, Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.training.schedule import schedule_notes
@@ -71,6 +71,7 @@ def fit(
     overwrite: bool = False,
     resume: str | Path | None = None,
     checkpoint_every: int = 1,
+    verify_every: int = 0,
     also_test: Mapping[str, str | Path] | None = None,
     save_logits: bool = False,
     tta: bool = False,
@@ -113,6 +114,8 @@ def fit(
             training continues from its checkpoints and ends with the same bits. ``runs`` may grow. ``auto`` keeps its
             meaning. A finished training is read.
         checkpoint_every: epochs between checkpoints. Each run also writes one at its end. 0: only this last one.
+        verify_every: steps between checks that train a step twice from the same state and compare weights, statistics,
+            momentum and losses. Other bits end the run. 0: no check.
         also_test: names and paths of other test sets, see :func:`cifar_fast.data.eval_sets.read_eval_sets`.
         save_logits: keep the logits of the test images in ``Result.logits``, and in logits.npz.
         tta: also evaluate each run with test-time augmentation, for ``Run.tta_accuracy``.
@@ -127,6 +130,7 @@ def fit(
     Raises:
         InputError: an argument cannot work here.
         Diverged: all runs have diverged. If only some have, the others are returned, and ``Result.diverged`` has these.
+        MissingRuns: a run has failed, such as by ``verify_every``. The results of the others are written.
 
     A file that cannot be written does not stop the training: see ``Result.unwritten``.
     """
@@ -144,6 +148,7 @@ def fit(
         validation_seed=validation_seed,
         runs=runs,
         checkpoint_every=checkpoint_every,
+        verify_every=verify_every,
         also_test=also_test or {},
         save_logits=save_logits,
         tta=tta,
@@ -205,6 +210,7 @@ class Training:
         self.backends = backends or BackendCache()
         self.result = None if earlier is None else dataclasses.replace(earlier, config=self.config)
         self.paths = dict(earlier.paths) if earlier else {}
+        self.auto: list[str] | None = None  # reasons of an earlier choice that this training follows
         self._runs: dict[int, RunResult | DivergedResult] = {}  # trained by this process
         self._other_backends: dict[int, str] = {}  # the backends of runs that do not belong to the result
         self._weights_of: int | None = None  # the run whose weights ``result`` has
@@ -346,12 +352,14 @@ class Training:
             if self.custom_model:
                 generators += self.custom_model.generators(device, seeds.seed)
             backend.reset(backend.new_model(weights))
-            rows, setup_seconds, environments = [], 0.0, []
-            if checkpoint := folder.checkpoint(run) if folder else None:
+            rows: list[EpochRow] = []
+            digest, setup_seconds, environments = "", 0.0, []
+            if unfinished := folder.unfinished(run) if folder else None:
+                checkpoint, rows, _ = unfinished
                 checkpoint.restore(backend, generators)
-                rows, setup_seconds = checkpoint.rows, checkpoint.setup_seconds
+                digest, setup_seconds = checkpoint.rows_digest, checkpoint.setup_seconds
                 environments = checkpoint.environments
-                LOGGER.info(f"resuming after epoch {rows[-1].epoch}")
+                LOGGER.info(f"resuming after epoch {checkpoint.epoch}")
                 self._tell_changes(environments[-1], facts)
             setup_seconds += clock() - start
 
@@ -361,9 +369,11 @@ class Training:
                 environments = [*environments, {"first_epoch": after.epoch + 1} | facts]
             to_go.skip(after.epoch * self.epoch_work())
             try:
-                for row in train(backend, order, augmentation, clock, after=after, on_step=on_step, to_go=to_go):
+                options: dict[str, Any] = dict(on_step=on_step, to_go=to_go, verify_every=config.verify_every)
+                for row in train(backend, order, augmentation, clock, after=after, **options):
                     to_go.add(EVALUATED * self.dataset.evaluated_count)
                     rows.append(row)
+                    digest = rows_digest([row], digest)
                     if folder:
                         folder.add_row(row)
                     LOGGER.info(f"{row}  {to_go}".rstrip())
@@ -371,7 +381,7 @@ class Training:
                     if folder and (due or row.epoch == config.recipe.epochs):
                         states = [generator.get_state() for generator in generators]
                         state = backend.training_state()
-                        folder.save_checkpoint(run, Checkpoint(rows, setup_seconds, environments, state, states))
+                        folder.save_checkpoint(run, Checkpoint(digest, setup_seconds, environments, state, states))
                     try:
                         if self.on_epoch:
                             with callback_errors():
@@ -451,7 +461,7 @@ class Training:
             self.result = Result(
                 config=self.config,
                 environment=facts,
-                auto=[line for line in (self.backend_config.reason, *failures) if line],
+                auto=[line for line in self.auto or (self.backend_config.reason, *failures) if line],
                 dataset=self.dataset.metadata() | {"source": str(self.dataset.source), "also_test": self.also_test},
                 mean=normalization.mean.tolist(),
                 std=normalization.std.tolist(),
@@ -495,7 +505,8 @@ class Training:
             if line:
                 LOGGER.info(line)
         if folder:
-            folder.finish(result, self.dataset.test_labels)
+            if self.has_trained or not folder.all_written(self.config.runs):
+                folder.finish(result, self.dataset.test_labels)
             if result.runs and result.runs[-1].run != self._weights_of:
                 result = dataclasses.replace(result, state_dict=folder.state_dict())
         return result

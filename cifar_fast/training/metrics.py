@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from cifar_fast.utils.errors import Diverged
+from cifar_fast.utils.typed import check_types
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,10 @@ class EpochRow:
         """Return the row of epoch 0, after which a run begins."""
         return cls(run, 0, 0.0, 0.0, None, None, 0.0, 0.0, 0.0, 0.0)
 
+    def to_json(self) -> str:
+        """Return the line of ``metrics.jsonl``."""
+        return json.dumps(dataclasses.asdict(self)) + "\n"
+
     def __str__(self) -> str:
         def loss(value: float | None) -> str:
             return "not finite" if value is None else f"{value:.3f}"
@@ -46,6 +56,27 @@ class EpochRow:
             f"  test loss {loss(self.test_loss)}  test acc {self.test_accuracy:.2f}"
             f"  training time {self.train_seconds:.2f}"
         )
+
+
+def rows_digest(rows: Iterable[EpochRow], before: str = "") -> str:
+    """Return the SHA-256 of a chain of rows. ``before`` is the digest of the rows before these, if there are any."""
+    for row in rows:
+        before = hashlib.sha256((before + row.to_json()).encode()).hexdigest()
+    return before
+
+
+def rows_of(run: int, values: Sequence[Mapping[str, Any]]) -> list[EpochRow]:
+    """Return the rows of a file.
+
+    Raises:
+        ValueError, TypeError: they are not those of the epochs 1, 2, ... of the run with that index.
+    """
+    rows = [EpochRow(**one) for one in values]
+    for row in rows:
+        check_types(row)
+    if [(row.run, row.epoch) for row in rows] != [(run, epoch) for epoch in range(1, len(rows) + 1)]:
+        raise ValueError(f"its rows are not the epochs of run {run}")
+    return rows
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ from cifar_fast.training.metrics import EpochRow
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LINES_AT_MOST = 50
+"""Runs that each have a line of their own. More are a band, because a figure of 1,000 lines takes seconds."""
+
 _drawing = threading.RLock()
 """Held while a thread draws, because matplotlib's parameters belong to the process."""
 
@@ -72,12 +75,17 @@ def draw_curves(rows: Sequence[EpochRow], recipe: Recipe, title: str, file: Path
 
 
 def curves_figure(rows: Sequence[EpochRow], recipe: Recipe, title: str) -> Figure:
-    """Return a figure with the curves of all runs in ``rows``, their mean, and the learning rate of ``recipe``."""
+    """Return a figure with the curves of all runs in ``rows``, their mean, and the learning rate of ``recipe``.
+
+    More than 50 runs have a band from their minimum to their maximum in place of their curves.
+    """
     figure = new_figure(8, 9)
     from matplotlib.ticker import MaxNLocator
 
     loss, accuracy, learning_rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1])
-    runs = list(dict.fromkeys(row.run for row in rows))
+    runs: dict[int, list[EpochRow]] = {}
+    for row in rows:
+        runs.setdefault(row.run, []).append(row)
     alpha = max(0.15, 0.6 * len(runs) ** -0.5) if len(runs) > 1 else 1.0
     for axes, name, label, color in (
         (loss, "train_loss", "training loss", "C0"),
@@ -90,15 +98,19 @@ def curves_figure(rows: Sequence[EpochRow], recipe: Recipe, title: str) -> Figur
         if all(getattr(row, name) is None for row in rows):
             continue
         by_epoch: dict[int, list[float]] = {}
-        for run in runs:
-            epochs = [row.epoch for row in rows if row.run == run]
-            values = [getattr(row, name) for row in rows if row.run == run]
-            axes.plot(epochs, values, ".-", color=color, alpha=alpha, label=label if len(runs) == 1 else None)
+        for run_rows in runs.values():
+            epochs, values = zip(*((row.epoch, getattr(row, name)) for row in run_rows))
+            if len(runs) <= LINES_AT_MOST:
+                axes.plot(epochs, values, ".-", color=color, alpha=alpha, label=label if len(runs) == 1 else None)
             for epoch, value in zip(epochs, values):
-                by_epoch.setdefault(epoch, []).append(value)
+                if value is not None:  # a loss that is not finite
+                    by_epoch.setdefault(epoch, []).append(value)
         if len(runs) > 1:
-            means = [statistics.fmean(by_epoch[epoch]) for epoch in sorted(by_epoch)]
-            axes.plot(sorted(by_epoch), means, color=color, lw=2, label=f"{label}, mean of {len(runs)} runs")
+            epochs, found = zip(*sorted(by_epoch.items()))
+            if len(runs) > LINES_AT_MOST:
+                axes.fill_between(epochs, list(map(min, found)), list(map(max, found)), color=color, alpha=0.2, lw=0)
+            means = list(map(statistics.fmean, found))
+            axes.plot(epochs, means, color=color, lw=2, label=f"{label}, mean of {len(runs)} runs")
     learning_rate.plot(*recipe.rate_curve(), color="C2")
     for axes, label in ((loss, "loss"), (accuracy, "accuracy (%)"), (learning_rate, "learning rate")):
         axes.set_ylabel(label)

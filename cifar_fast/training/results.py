@@ -17,18 +17,41 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cifar_fast.recipe import Recipe
-from cifar_fast.training.checkpoint import Checkpoint
+from cifar_fast.recipe import IMAGE_CHANNELS, Recipe
+from cifar_fast.training.checkpoint import Checkpoint, Unfinished
 from cifar_fast.training.config import TrainConfig
-from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, confidence_interval_95
+from cifar_fast.training.metrics import DivergedRun, EpochRow, Run, confidence_interval_95, rows_digest, rows_of
 from cifar_fast.training.plots import confusion_figure, curves_figure, draw_curves
 from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.errors import InputError, first_line, option, out_of_memory
-from cifar_fast.utils.files import CHECKPOINT, LOGITS, MODEL, RUN_RESULT, SUMMARY, TRAINING, as_path
+from cifar_fast.utils.files import (
+    CHECKPOINT,
+    CONFUSION,
+    CURVES,
+    LOGITS,
+    MODEL,
+    PREVIOUS_CHECKPOINT,
+    ROWS,
+    RUN_RESULT,
+    SUMMARY,
+    TRAINING,
+    as_path,
+    load_tensors,
+    regular,
+)
+from cifar_fast.utils.progress import LOGGER
 from cifar_fast.utils.provenance import without_names
+from cifar_fast.utils.typed import are_finite, check_types, check_values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+DATASET = {
+    **dict.fromkeys(("name", "digest", "source"), str),
+    **dict.fromkeys(("train_images", "validation_images", "test_images"), int),
+    **{"class_names": list[str], "options": dict[str, Any], "also_test": dict[str, dict[str, Any]]},
+}
+"""Types of the description of the data set, by key."""
 
 FORMAT = 1
 """Version of the format of ``model.pt``, increased when the meaning of its contents changes."""
@@ -61,8 +84,14 @@ class RunResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunResult:
         """Return the run that :meth:`to_dict` stored, without logits."""
-        rows = [EpochRow(**row) for row in values["rows"]]
-        return cls(Run(**values["run"]), rows, values["backend"], values["environments"], values["confusion"])
+        run = Run(**values["run"])
+        found = cls(
+            run, rows_of(run.run, values["rows"]), values["backend"], values["environments"], values["confusion"]
+        )
+        check_run(found)
+        if not found.rows:
+            raise ValueError("it has no epoch")
+        return found
 
 
 @dataclass(frozen=True)
@@ -81,8 +110,16 @@ class DivergedResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DivergedResult:
         """Return the run that :meth:`to_dict` stored."""
-        rows = [EpochRow(**row) for row in values["rows"]]
-        return cls(DivergedRun(**values["run"]), rows, values["backend"], values["environments"])
+        run = DivergedRun(**values["run"])
+        found = cls(run, rows_of(run.run, values["rows"]), values["backend"], values["environments"])
+        check_run(found)
+        return found
+
+
+def check_run(result: RunResult | DivergedResult) -> None:
+    """Raise ValueError if a value of ``result``, which was read from a file, has a wrong type."""
+    check_types(result)
+    check_types(result.run)
 
 
 @dataclass(frozen=True)
@@ -204,7 +241,27 @@ class Result:
         return {name: 100 * row[k] / sum(row) if sum(row) else None for k, (name, row) in enumerate(rows)}
 
     def with_runs(self, ended: Iterable[RunResult | DivergedResult]) -> Result:
-        """Return the training with these runs in place of its own."""
+        """Return the training with these runs in place of its own.
+
+        Raises:
+            InputError: a run is of another training.
+        """
+        ended = list(ended)
+        classes, sets = len(self.dataset["class_names"]), None
+        for one in ended:
+            if not isinstance(one, RunResult):
+                continue
+            logits = (self.dataset["test_images"], classes)
+            sets = list(one.run.also_test) if sets is None else sets
+            if (
+                [len(row) for row in one.confusion] != [classes] * classes
+                or (one.logits is not None and tuple(one.logits.shape) != logits)
+                or list(one.run.also_test) != sets
+            ):
+                raise InputError(
+                    f"run {one.run.run} has other classes, test images or extra test sets than this training; "
+                    f"remove its {RUN_RESULT} to train it again"
+                )
         finished: list[RunResult] = []
         diverged: list[DivergedResult] = []
         for result in ended:
@@ -225,7 +282,16 @@ class Result:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Result:
         """Return the result that :meth:`to_dict` stored, without runs."""
-        return cls(**values | {"config": TrainConfig.from_dict(values["config"])})
+        result = cls(**values | {"config": TrainConfig.from_dict(values["config"])})
+        check_types(result)
+        check_types(result.config)
+        check_values(result.dataset, DATASET)
+        check_values(result.environment, dict.fromkeys(AFFECTS_FIGURES, Any))
+        if not (are_finite(result.mean, IMAGE_CHANNELS) and are_finite(result.std, IMAGE_CHANNELS)):
+            raise ValueError("mean or std is no list of three numbers")
+        for one in result.dataset["also_test"].values():
+            check_values(one, {"digest": str, "images": int})
+        return result
 
     def __repr__(self) -> str:
         return f"<Result: {self.title()}, {self._accuracy()}>"
@@ -400,12 +466,18 @@ def shortened(items: list[str], most: int = 6) -> str:
     return ", ".join(items if more < 2 else [*items[: most - 1], f"{more} more"])
 
 
+def again(run: int) -> str:
+    """Return what a person can do about a damaged file of a run."""
+    return f"restore it, or move the folder run-{run} away to train that run again"
+
+
 class RunReader:
     """Reader of the folder of a training. Errors call the folder ``name``."""
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
         self.path = as_path(path, "folder")
         self.name = name or str(path)
+        self._told: set[str] = set()
 
     def of_run(self, run: int) -> Path:
         """Return the folder of the run with that index."""
@@ -415,15 +487,15 @@ class RunReader:
         """Return the result in ``training.json``, without runs and weights."""
         path = self.path / TRAINING
         try:
-            return Result.from_dict(json.loads(path.read_text()))
+            return Result.from_dict(json.loads(regular(path).read_text()))
         except FileNotFoundError:
             raise InputError(
                 f"{self.name}: holds no {TRAINING}; there is nothing to resume or repeat, start with {option('output')}"
             ) from None
         except Exception as error:  # a damaged file may raise any exception
             raise InputError(
-                f"{self.name}: {TRAINING} cannot be read ({first_line(error)}); start again with {option('output')} "
-                f"and {option('overwrite')}"
+                f"{self.name}: {TRAINING} cannot be read ({first_line(error)}); restore it, or train into another "
+                f"folder with {option('output')}"
             ) from None
 
     def run_result(self, run: int, logits: bool = True) -> RunResult | DivergedResult | None:
@@ -431,35 +503,69 @@ class RunReader:
         if not self.has_result(run):
             return None
         path = self.of_run(run) / RUN_RESULT
-        with self._readable(path):
-            values = json.loads(path.read_text())
+        with self._readable(path, again(run)):
+            values = json.loads(regular(path).read_text())
+            if values["run"]["run"] != run:
+                raise ValueError(f"it is of run {values['run']['run']}")
             if "step" in values["run"]:
                 return DivergedResult.from_dict(values)
             result = RunResult.from_dict(values)
-            if logits and (file := path.with_name(LOGITS)).exists():
-                with np.load(file) as arrays:
-                    result = dataclasses.replace(result, logits=torch.from_numpy(arrays["logits"]))
+        if logits and (file := path.with_name(LOGITS)).exists():
+            with self._readable(file, again(run)), np.load(regular(file)) as arrays:
+                result = dataclasses.replace(result, logits=torch.from_numpy(arrays["logits"]))
         return result
 
-    def checkpoint(self, run: int) -> Checkpoint | None:
-        """Return the checkpoint of an unfinished run, or None if there is none."""
-        path = self.of_run(run) / CHECKPOINT
-        if not path.exists():
-            return None
-        with self._readable(path):
-            return Checkpoint.load(path)
+    def unfinished(self, run: int) -> Unfinished | None:
+        """Return the newest checkpoint of an unfinished run that can be read, or None if the run has none.
+
+        A line tells that the newest one cannot be read.
+        """
+        problems = []
+        for name in (CHECKPOINT, PREVIOUS_CHECKPOINT):
+            path = self.of_run(run) / name
+            try:
+                checkpoint = Checkpoint.load(path)
+                found = Unfinished(checkpoint, self._rows(run, checkpoint), name)
+            except FileNotFoundError:  # also if the process was killed between the two renames
+                continue
+            except Exception as error:  # a damaged file may raise any exception
+                if out_of_memory(error):
+                    raise
+                problems.append(f"{path.relative_to(self.path)} cannot be read ({first_line(error)})")
+                continue
+            for problem in {*problems} - self._told:
+                self._told.add(problem)
+                LOGGER.info(
+                    f"{problem}; the run continues from the checkpoint before it, after epoch {checkpoint.epoch}"
+                )
+            return found
+        if problems:
+            raise InputError(f"{self.name}: {problems[0]}; {again(run)}")
+        return None
+
+    def _rows(self, run: int, checkpoint: Checkpoint) -> list[EpochRow]:
+        """Return the rows in ``metrics.jsonl`` that ``checkpoint`` continues."""
+        by_epoch: dict[int, EpochRow] = {}
+        with contextlib.suppress(FileNotFoundError), open(self.path / ROWS, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, TypeError):  # a process was killed while it wrote the line
+                    row = EpochRow(**json.loads(line))
+                    if row.run == run:
+                        by_epoch[row.epoch] = row
+        rows = [by_epoch[epoch] for epoch in range(1, checkpoint.epoch + 1) if epoch in by_epoch]
+        if rows_digest(rows) != checkpoint.rows_digest:
+            raise ValueError(f"{ROWS} lacks rows of its epochs, or they were changed")
+        return rows
 
     @contextlib.contextmanager
-    def _readable(self, path: Path) -> Iterator[None]:
+    def _readable(self, path: Path, hint: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # a damaged file may raise any exception
             if out_of_memory(error):
                 raise
             name = path.relative_to(self.path)
-            raise InputError(
-                f"{self.name}: {name} cannot be read ({first_line(error)}); remove that file to train the run again"
-            ) from None
+            raise InputError(f"{self.name}: {name} cannot be read ({first_line(error)}); {hint}") from None
 
     def has_result(self, run: int) -> bool:
         """Return whether a run has finished or diverged."""
@@ -470,20 +576,25 @@ class RunReader:
         return [run for run in range(runs) if not self.has_result(run)]
 
     def all_written(self, runs: int) -> bool:
-        """Return whether all ``runs`` have ended and the files made from them are there."""
+        """Return whether all ``runs`` have ended, and the files made from them are there and of these runs."""
         if self.missing(runs):
             return False
-        try:  # a process may have been killed before it counted a run that was added
-            summary = json.loads((self.path / SUMMARY).read_text())
-            finished, diverged = len(summary["runs"]), len(summary["diverged"])
-        except (OSError, ValueError, KeyError, TypeError):
+        results = (self.run_result(run, logits=False) for run in range(runs))
+        ended = self.training().with_runs(result for result in results if result)
+        records = [list(map(dataclasses.asdict, found)) for found in (ended.runs, ended.diverged)]
+        files = [ROWS, MODEL, CURVES, CONFUSION, *([LOGITS] if ended.config.save_logits else [])] if ended.runs else []
+        try:
+            summary = json.loads(regular(self.path / SUMMARY).read_text())
+            return [summary["runs"], summary["diverged"]] == records and all(
+                (self.path / one).exists() for one in files
+            )
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
-        return finished + diverged == runs and (not finished or (self.path / MODEL).exists())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the weights in ``model.pt``."""
-        with self._readable(self.path / MODEL):
-            return torch.load(self.path / MODEL, map_location="cpu", weights_only=True)["state_dict"]
+        with self._readable(self.path / MODEL, f"move it away, and {option('resume')} writes it again"):
+            return load_tensors(self.path / MODEL)["state_dict"]
 
     def result(self, weights: bool = True) -> Result:
         """Return the result as :meth:`Result.load` does."""

@@ -1,7 +1,8 @@
 """The folder of a training: a folder for each run, and the files made from all runs.
 
     training.json        options, data set and environment, written before the first epoch
-    run-0/checkpoint.pt  state of the run between two epochs, until the run has finished
+    run-0/checkpoint.pt  state of the run between two epochs, until the run has ended; beside it
+                         checkpoint-previous.pt, the one before
     run-0/result.json    rows and accuracies of the finished run; logits.npz beside it with ``save_logits``
     run-0/model.pt       weights of the finished run
     metrics.jsonl        the rows of all runs, each written at the end of its epoch
@@ -10,12 +11,28 @@
 
 A run that diverged has ended, and ``result.json`` has the step. A run without ``result.json`` is missing. Resuming a
 training and sharing it among processes both train missing runs.
+
+The order of the operations makes a process that is killed, or a power cut, leave a folder that can be resumed at any
+moment. Each file is written to a draft, synced, and renamed, and its folder is synced, before the next operation
+begins. Rows are appended and synced.
+
+    first epoch      training.json
+    with overwrite   at the first row, or at the start of several processes, training.json and then the other earlier
+                     files move into a hidden folder; the new training.json is written; after the row the hidden folder
+                     is deleted
+    epoch            its row is appended to metrics.jsonl; the new checkpoint is written to a draft; checkpoint.pt is
+                     renamed to checkpoint-previous.pt, and the draft to checkpoint.pt
+    end of a run     model.pt, logits.npz, then result.json, which makes the run count; then the checkpoints are deleted
+    end of all runs  metrics.jsonl in the order of the runs, model.pt, logits.npz, curves.png, confusion.png, then
+                     summary.json, which makes the training count as finished
+    resume           rows without a checkpoint leave metrics.jsonl, because their epochs are trained again
+
+A checkpoint names its rows by their digest. Rows that could not be written, on a full disk, get no checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -29,34 +46,43 @@ from typing import Any
 import numpy as np
 import torch
 
-from cifar_fast.training.checkpoint import Checkpoint
+from cifar_fast.training.checkpoint import Checkpoint, Unfinished
 from cifar_fast.training.metrics import EpochRow
 from cifar_fast.training.plots import draw_confusion, draw_curves
 from cifar_fast.training.results import DivergedResult, Result, RunReader, RunResult
 from cifar_fast.training.tensorboard import FOLDER, TensorBoard, remove_events
-from cifar_fast.utils.errors import InputError, first_line, option
+from cifar_fast.utils.errors import InputError, option, write_reason
 from cifar_fast.utils.files import (
     CHECKPOINT,
     CONFUSION,
     CURVES,
     LOGITS,
     MODEL,
+    MODEL_SAFETENSORS,
+    PREVIOUS_CHECKPOINT,
     ROWS,
     RUN_RESULT,
     SUMMARY,
     TRAINING,
+    append_lines,
     as_path,
     atomic_write,
     check_writable,
     locked,
     made_folder,
     os_error_as_input_error,
+    remove_drafts,
     remove_empty,
-    remove_temporary,
+    sync_folder,
 )
 from cifar_fast.utils.progress import LOGGER
 
-FILES = (TRAINING, SUMMARY, ROWS, MODEL, LOGITS, CURVES, CONFUSION)
+FILES = (TRAINING, SUMMARY, ROWS, MODEL, MODEL_SAFETENSORS, LOGITS, CURVES, CONFUSION)
+
+CHECKPOINTS = (PREVIOUS_CHECKPOINT, CHECKPOINT)
+
+REPLACED = ".replaced-"
+"""Start of the name of the hidden folder that holds earlier results while new ones replace them."""
 
 
 class RunFolder(RunReader):
@@ -85,7 +111,9 @@ class RunFolder(RunReader):
         self._result: Result | None = None
         self._pending: list[str] = []  # rows that could not be written yet
         self._replaced: list[Path] = []  # earlier results, to be replaced
+        self._hidden: list[Path] = []  # folders with those that were replaced
         self._diverged: list[tuple[Result, DivergedResult]] = []  # runs that diverged before that
+        self._good: set[int] = set()  # runs whose checkpoint.pt this process has read or written
         self.earlier = self.training() if resume else None
         if not (resume or new):
             self._refuse_results()
@@ -115,17 +143,15 @@ class RunFolder(RunReader):
                 self._make()
                 self._stack.enter_context(locked(self.path, self._refuse_busy))
                 tempfile.TemporaryFile(dir=self.path).close()  # refuses now, not after an epoch
+            self._restore_replaced()
             for folder in (self.path, *self.path.glob("run-*")):
-                for name in (*FILES, CHECKPOINT, RUN_RESULT):
-                    remove_temporary(folder / name)
+                remove_drafts(folder, *FILES, *CHECKPOINTS, RUN_RESULT)
             if self.earlier:
                 self.earlier = self.training()  # another process may have continued it
-                runs = range(self.earlier.config.runs)
-                found = (self.run_result(run, logits=False) or self.checkpoint(run) for run in runs)
-                # A row later than its checkpoint is left out, because its epoch is trained again.
-                self._write_rows(row for one in found if one for row in one.rows)
+                self._resume(self.earlier.config.runs)
             else:
                 self._refuse_results()  # another command may have written some
+                self._stack.callback(self._restore_replaced)
                 self._stack.callback(self._forget_start)
         except BaseException:
             self.__exit__()
@@ -148,6 +174,7 @@ class RunFolder(RunReader):
             try:
                 self.path.mkdir()
                 self._stack.callback(remove_empty, [self.path])
+                sync_folder(self.path.parent)
                 return
             except FileExistsError:
                 if not self.new:
@@ -160,13 +187,43 @@ class RunFolder(RunReader):
     def _forget_start(self) -> None:
         begun = (self.path / ROWS).exists() or any(self.path.glob(f"run-*/{RUN_RESULT}"))
         if not self._replaced and not begun:
-            (self.path / TRAINING).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder may be gone
+                (self.path / TRAINING).unlink(missing_ok=True)
+
+    def _resume(self, runs: int) -> None:
+        """Remove what a killed process left: rows later than their checkpoint, and checkpoints of runs that ended."""
+        rows: list[EpochRow] = []
+        for run in range(runs):
+            ended = self.run_result(run, logits=False)
+            if ended:
+                self._remove_checkpoints(run)
+            found = ended or self.unfinished(run)
+            rows += found.rows if found else []
+        self._write_rows(rows)
+
+    def _restore_replaced(self) -> None:
+        """Delete the results that were replaced, or move them back if no new training has begun."""
+        for hidden in self.path.glob(f"{REPLACED}*"):
+            if hidden.is_symlink() or not hidden.is_dir():
+                continue
+            if not (self.path / TRAINING).exists():
+                with os_error_as_input_error(self.name):
+                    for path in sorted(hidden.iterdir(), key=lambda path: path.name == TRAINING):
+                        os.replace(path, self.path / path.name)
+            self._delete(hidden)
+
+    def _delete(self, hidden: Path) -> None:
+        shutil.rmtree(hidden, ignore_errors=True)
+        sync_folder(self.path)
 
     def has_result(self, run: int) -> bool:
         return not self._replaced and super().has_result(run)
 
-    def checkpoint(self, run: int) -> Checkpoint | None:
-        return None if self._replaced else super().checkpoint(run)
+    def unfinished(self, run: int) -> Unfinished | None:
+        found = None if self._replaced else super().unfinished(run)
+        if found and found.file == CHECKPOINT:
+            self._good.add(run)
+        return found
 
     def begin(self, result: Result) -> None:
         """Write ``training.json``, or remember it until the first row replaces earlier results."""
@@ -178,15 +235,31 @@ class RunFolder(RunReader):
         if self._result:
             self._write_json(self.path / TRAINING, self._result.to_dict)
 
+    def _restore_start(self) -> None:
+        """Write ``training.json`` if it is gone or could not be written, because all other files need it.
+
+        A folder that was removed is made again: the results of hours are worth more than a folder too many.
+        """
+        if self._result and not (self.path / TRAINING).exists():
+            if not self.path.exists():
+                LOGGER.info(f"{self.path} was removed during the training; it is made again, without its earlier files")
+            self._try(TRAINING, lambda: self.path.mkdir(parents=True, exist_ok=True))
+            self._write_training()
+
     def replace_earlier(self) -> None:
-        """Delete the earlier results, ``training.json`` first because it describes the others."""
-        for path in self._replaced:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        """Move the earlier results away, if there are any, and write the new ``training.json``."""
+        if not self._replaced:
+            return
+        with os_error_as_input_error(self.name):
+            hidden = Path(tempfile.mkdtemp(prefix=REPLACED, dir=self.path))
+            self._hidden.append(hidden)
+            while self._replaced:
+                path = self._replaced[0]
+                os.replace(path, hidden / path.name)
+                del self._replaced[0]
+            sync_folder(hidden)
+            sync_folder(self.path)
         self._try(FOLDER, lambda: remove_events(self.path))
-        self._replaced = []
         self._write_training()
         for result, run in self._diverged:
             self.finish_run(result, run)
@@ -197,42 +270,50 @@ class RunFolder(RunReader):
         folder = self.of_run(run)
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # a full disk is reported when the files are written
-                folder.mkdir(exist_ok=True)
+                self._make_folder(folder)
                 stack.callback(remove_empty, [folder])
                 stack.enter_context(locked(folder, self._refuse_busy))
             yield
 
     def add_row(self, row: EpochRow) -> None:
         """Append a row to ``metrics.jsonl``. The first one replaces earlier results."""
-        if self._replaced:
-            self.replace_earlier()
-        self._pending.append(_line(row))
+        self.replace_earlier()
+        self._restore_start()
+        self._pending.append(row.to_json())
         self._try(ROWS, self._append_rows)
+        if self._hidden and not self.failures:
+            self._delete(self._hidden.pop())
         if tensorboard := self.tensorboard:
             self._try(FOLDER, lambda: tensorboard.add(self.path, row))
 
     def _append_rows(self) -> None:
-        lines = "".join(self._pending).encode()
-        with open(self.path / ROWS, "ab", buffering=0) as file:  # other processes append to it too
-            size = file.seek(0, os.SEEK_END)
-            try:
-                if file.write(lines) < len(lines):
-                    raise OSError("No space left on device")
-            except OSError:
-                file.truncate(size)  # leaves no half line
-                raise
+        append_lines(self.path / ROWS, "".join(self._pending))
         self._pending = []
 
     def _write_rows(self, rows: Iterable[EpochRow]) -> None:
-        text, path = "".join(map(_line, rows)), self.path / ROWS
+        text, path = "".join(row.to_json() for row in rows), self.path / ROWS
         if not text:
             path.unlink(missing_ok=True)
-        elif not (path.exists() and path.read_text() == text):
+        elif not (path.is_file() and path.read_bytes() == text.encode()):
             self._write(path, lambda temporary: temporary.write_text(text))
 
     def save_checkpoint(self, run: int, checkpoint: Checkpoint) -> None:
-        """Write ``checkpoint.pt`` of a run."""
-        self._write(self.of_run(run) / CHECKPOINT, checkpoint.save)
+        """Write ``checkpoint.pt`` of a run, and keep the one before. Do nothing if its rows could not be written."""
+        newest, previous = (self.of_run(run) / name for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
+
+        def write(draft: Path) -> None:
+            checkpoint.save(draft)
+            if run in self._good:  # a damaged one must not replace the one before it
+                os.replace(newest, previous)
+                self._good.remove(run)
+
+        if not self._pending and self._write(newest, write):
+            self._good.add(run)
+
+    def _remove_checkpoints(self, run: int) -> None:
+        for name in CHECKPOINTS:
+            (self.of_run(run) / name).unlink(missing_ok=True)
+        sync_folder(self.of_run(run))
 
     def finish_run(self, result: Result, run: RunResult | DivergedResult) -> None:
         """Write the files of a run that has ended. ``result.json`` is written last and replaces the checkpoint.
@@ -242,10 +323,11 @@ class RunFolder(RunReader):
         if self._replaced and isinstance(run, DivergedResult):
             self._diverged.append((result, run))
             return
+        self._restore_start()
         folder = self.of_run(run.run.run)
         written = isinstance(run, DivergedResult) or self._write_finished(folder, result, run)
         if written and self._write_json(folder / RUN_RESULT, run.to_dict):
-            (folder / CHECKPOINT).unlink(missing_ok=True)
+            self._remove_checkpoints(run.run.run)
 
     def _write_finished(self, folder: Path, result: Result, run: RunResult) -> bool:
         """Write weights and logits of a finished run, and return whether ``result.json`` may be written too.
@@ -259,7 +341,7 @@ class RunFolder(RunReader):
         return written
 
     def finish(self, result: Result, test_labels: np.ndarray) -> None:
-        """Write the files made from the runs, small ones first. ``result.unwritten`` gets a line for each failure.
+        """Write the files made from the runs. ``result.unwritten`` gets a line for each failure.
 
         ``test_labels`` ``[N]`` are stored beside the logits.
         """
@@ -270,7 +352,6 @@ class RunFolder(RunReader):
             self._write(self.path / MODEL, lambda temporary: shutil.copyfile(weights, temporary))
         if not result.missing:  # otherwise the rows of an unfinished run would be lost
             self._write_rows(row for run in result.ended for row in run.rows)
-        self._write_json(self.path / SUMMARY, result.summary)
         if result.logits:
             logits, seeds = torch.stack(result.logits).numpy(), np.array([run.seed for run in result.runs])
             self._write(
@@ -285,6 +366,7 @@ class RunFolder(RunReader):
                 self.path / CONFUSION,
                 lambda temporary: draw_confusion(result.confusion, names, result.title(), temporary),
             )
+        self._write_json(self.path / SUMMARY, result.summary)
         result.unwritten.extend(line for name, line in self.failures.items() if name != CHECKPOINT)
 
     def _write_json(self, path: Path, make: Callable[[], dict[str, Any]]) -> bool:
@@ -296,9 +378,15 @@ class RunFolder(RunReader):
 
         return self._write(path, write)
 
+    @staticmethod
+    def _make_folder(folder: Path) -> None:
+        if not folder.exists():
+            folder.mkdir(exist_ok=True)  # another process may make it at the same time
+            sync_folder(folder.parent)
+
     def _write(self, path: Path, write: Callable[[Path], object]) -> bool:
         def whole() -> None:
-            path.parent.mkdir(exist_ok=True)  # replacing earlier results deleted it
+            self._make_folder(path.parent)  # replacing earlier results moved it
             with atomic_write(path) as temporary:
                 write(temporary)
 
@@ -311,13 +399,9 @@ class RunFolder(RunReader):
             self.failures.pop(name, None)
         except Exception as error:  # a full disk is a RuntimeError in torch.save, and matplotlib has its own errors
             if name not in self.failures:
-                self.failures[name] = f"{self.path / name} could not be written ({first_line(error)})"
+                self.failures[name] = f"{self.path / name} could not be written ({write_reason(error)})"
                 LOGGER.info(self.failures[name])
         return name not in self.failures
-
-
-def _line(row: EpochRow) -> str:
-    return json.dumps(dataclasses.asdict(row)) + "\n"
 
 
 def _savez(path: Path, **arrays: np.ndarray) -> None:

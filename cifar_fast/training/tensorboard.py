@@ -1,7 +1,13 @@
-"""TensorBoard event files, with the same rows as metrics.jsonl."""
+"""TensorBoard event files, with the same rows as metrics.jsonl.
+
+They are written in this thread. TensorBoard's own writer has a thread, which prints a traceback if the disk is full. It
+also names the files after the clock and the host. The clock may jump back, and TensorBoard reads the files in the order
+of their names.
+"""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,8 @@ from cifar_fast.training.metrics import EpochRow
 from cifar_fast.utils.errors import InputError, option
 
 FOLDER = "tensorboard"
+EVENTS = "events.out.tfevents."
+"""Begin of the name of an event file, by which TensorBoard knows it. A number follows."""
 
 
 class TensorBoard:
@@ -23,22 +31,23 @@ class TensorBoard:
 
     def __init__(self, recipe: Recipe) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard.summary import scalar  # isort: skip  (torch's error names what is missing)
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
             hint = "pip install 'cifar_fast[tensorboard]'"
-            raise InputError(f"{option('log')} tensorboard needs {error.name}: {hint}") from None
+            package = (error.name or "").partition(".")[0]
+            raise InputError(f"{option('log')} tensorboard needs {package}: {hint}") from None
         self.recipe = recipe
-        self._make_writer = SummaryWriter
+        self._scalar, self._event, self._session_log, self._make_writer = scalar, Event, SessionLog, RecordWriter
         self._run: int | None = None
         self._writer: Any = None
 
     def add(self, folder: Path, row: EpochRow) -> None:
-        """Write ``row`` for the training in ``folder`` and flush it to disk."""
+        """Write ``row`` for the training in ``folder`` and flush it to disk. Raise OSError if that fails."""
         if row.run != self._run:
             self.close()
-            # After a resume this epoch and later ones are trained again. ``purge_step`` makes TensorBoard's readers
-            # drop the older points of these epochs.
-            self._writer = self._make_writer(str(folder / FOLDER / f"run-{row.run}"), purge_step=row.epoch)
+            self._open(folder / FOLDER / f"run-{row.run}", row.epoch)
             self._run = row.run
         learning_rate = float(np.interp(row.epoch, *self.recipe.rate_curve()))  # at the end of the epoch
         for name, value in (
@@ -50,19 +59,33 @@ class TensorBoard:
             ("accuracy/test", row.test_accuracy),
             ("learning_rate", learning_rate),
         ):
-            if value is None:
-                continue
-            self._writer.add_scalar(name, value, row.epoch)
+            if value is not None:
+                self._write(row.epoch, summary=self._scalar(name, value))
         self._writer.flush()
+
+    def _open(self, folder: Path, first_epoch: int) -> None:
+        """Begin a file after the earlier ones in ``folder``.
+
+        After a resume ``first_epoch`` and later ones are trained again. The mark of a start makes TensorBoard's readers
+        drop the older points of these epochs.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob(f"{EVENTS}*")))
+        self._writer = self._make_writer(open(folder / f"{EVENTS}{number:010}", "xb"))  # noqa: SIM115  (close() closes it)
+        self._write(first_epoch, file_version="brain.Event:2")
+        self._write(first_epoch, session_log=self._session_log(status=self._session_log.START))
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._writer.write(self._event(step=step, wall_time=time.time(), **content).SerializeToString())
 
     def close(self) -> None:
         """Close the event file of the current run."""
-        if self._writer:
-            self._writer.close()
-        self._run = self._writer = None
+        writer, self._run, self._writer = self._writer, None, None
+        if writer:
+            writer.close()
 
 
 def remove_events(folder: Path) -> None:
     """Remove the event files of an earlier training in ``folder``."""
-    for file in folder.glob(f"{FOLDER}/run-*/events.out.tfevents.*"):
+    for file in folder.glob(f"{FOLDER}/run-*/{EVENTS}*"):
         file.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ class TimeToGo:
 
     def __init__(self, ahead: Mapping[int, list[float]] | None = None) -> None:
         self.ahead = dict(ahead or {})
+        self._waiting = {training: sum(works) for training, works in self.ahead.items()}  # a step costs no sum of runs
         self.status = "setting up"
         self._training, self._run, self._left, self._since = 0, "", 0.0, time.monotonic()
         self._done: dict[int, float] = defaultdict(float)
@@ -35,6 +36,7 @@ class TimeToGo:
         """Begin a run with its set-up."""
         self._training = training
         self._left = self.ahead[training].pop() if self.ahead.get(training) else 0.0
+        self._waiting[training] = sum(self.ahead.get(training, ()))
         self._run = f"run {run} of {runs}, " if runs > 1 else ""
         self.status = f"{self._run}setting up"
 
@@ -47,6 +49,7 @@ class TimeToGo:
         self._left = 0.0
         if is_last:
             self.ahead.pop(self._training, None)
+            self._waiting.pop(self._training, None)
 
     def add(self, work: float) -> None:
         """Count ``work`` that was done since the last call."""
@@ -66,8 +69,7 @@ class TimeToGo:
             own = self._done.get(training)
             return self._seconds[training] / own if own else average
 
-        runs = ((training, work) for training, works in self.ahead.items() for work in works)
-        return sum(work * pace(training) for training, work in (*runs, (self._training, self._left)))
+        return sum(work * pace(training) for training, work in (*self._waiting.items(), (self._training, self._left)))
 
     def __str__(self) -> str:
         """Return the estimate for a person, empty before the first step and after the end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -11,7 +11,8 @@ from cifar_fast.backends.base import Backend
 from cifar_fast.data.augment import draw_epoch
 from cifar_fast.training.metrics import EpochRow
 from cifar_fast.training.time_to_go import TimeToGo
-from cifar_fast.utils.errors import Diverged
+from cifar_fast.training.verify import repeat_step
+from cifar_fast.utils.errors import Diverged, MissingRuns
 
 
 def train(
@@ -23,6 +24,7 @@ def train(
     after: EpochRow = EpochRow.before_first(0),  # noqa: B008  (frozen)
     on_step: Callable[[], None] = lambda: None,
     to_go: TimeToGo | None = None,
+    verify_every: int = 0,
 ) -> Iterator[EpochRow]:
     """Train the epochs of a run that follow ``after``, and yield a row at the end of each.
 
@@ -35,9 +37,11 @@ def train(
         after: row of the last finished epoch, epoch 0 at the start of a run. New rows get its run index.
         on_step: called after each step.
         to_go: counts the steps, and shows the bar of each epoch.
+        verify_every: repeat every so many steps of the run, and compare the bits; 0: none.
 
     Raises:
         Diverged: the loss is no longer finite.
+        MissingRuns: a repeated step has given other bits.
     """
     recipe, n, on_cpu = backend.recipe, len(backend.data.train_images), backend.device.type == "cpu"
     steps = n // recipe.batch_size
@@ -50,11 +54,18 @@ def train(
             draws = draw_epoch(
                 n, device=backend.device, recipe=recipe, generator=augmentation, order=order, epoch=epoch
             )
-            for loss, correct in backend.train_epoch(draws):
+            train_step = backend.begin_epoch(draws)
+            for i in range(steps):
+                number = epoch * steps + i + 1  # counted from 1 over the run
+                if verify_every and number % verify_every == 0:
+                    (loss, correct), differing = repeat_step(backend, train_step, i)
+                    check_repeated(differing, f"step {number} (epoch {epoch + 1}) of run {after.run}")
+                else:
+                    loss, correct = train_step(i)
                 scores.append((loss, correct))
                 step()
                 if on_cpu:  # on a GPU, reading a loss would wait for the device
-                    check_finite(loss[None], epoch * steps + len(scores), steps)
+                    check_finite(loss[None], number, steps)
                 on_step()
             train_seconds += clock() - start
         losses, correct = (torch.stack(values) for values in zip(*scores))
@@ -78,6 +89,16 @@ def train(
             test_accuracy=test_accuracy,
             train_seconds=train_seconds,
             evaluation_seconds=evaluation_seconds,
+        )
+
+
+def check_repeated(differing: Sequence[str], where: str) -> None:
+    """Raise :class:`MissingRuns` if the step ``where`` gave other bits in ``differing`` when it was repeated."""
+    if differing:
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise MissingRuns(
+            f"{where}: other bits when it was repeated, in {differing[0]}{more}; the memory or the processor may be "
+            "faulty, or an algorithm is not deterministic; resume to train on from the last checkpoint"
         )
 
 

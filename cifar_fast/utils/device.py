@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import importlib.metadata
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from cifar_fast import __version__
 from cifar_fast.utils.errors import InputError, did_you_mean, option
 from cifar_fast.utils.files import check_writable
+from cifar_fast.utils.progress import LOGGER
 from cifar_fast.utils.provenance import commit
 
 OLDEST_GPU = (7, 5)
@@ -70,12 +73,12 @@ def default_dtype(device: torch.device) -> tuple[str, str]:
 
 def fused_unavailable_reason(device: torch.device) -> str | None:
     """Return why the fused backend cannot run on ``device``, or None if nothing is known to prevent it."""
-    try:
-        from cifar_fast.kernels.launch import interpreted
-    except ImportError as error:
-        return f"its kernels cannot be imported: {error}"
+    from cifar_fast.kernels.launch import MISSING, interpreted
+
     if device.type == "cpu":
         return None  # compiled C++, Triton's interpreter or plain torch
+    if MISSING:
+        return MISSING
     if interpreted():
         return "TRITON_INTERPRET=1 is set, and a CUDA graph cannot hold interpreted kernels"
     if torch.version.hip:
@@ -103,6 +106,23 @@ def check_caches() -> None:
     for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         if folder := os.environ.get(variable):
             check_writable(Path(folder), f"${variable} ({folder})", "set it to a writable folder, or unset it")
+
+
+def ensure_triton_cache() -> None:
+    """Give Triton a private temporary folder if it cannot write to its own one, below the home folder.
+
+    Triton could not compile without it. The folder is removed when Python ends, so each start compiles again.
+    """
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    if os.environ.get("TRITON_CACHE_DIR"):
+        return
+    try:
+        check_writable(Path(home, ".triton", "cache"), home)
+    except InputError as error:
+        folder = tempfile.TemporaryDirectory(prefix="cifar_fast-triton-")
+        atexit.register(folder.cleanup)
+        os.environ["TRITON_CACHE_DIR"] = folder.name
+        LOGGER.info(f"{error}, such as by $TRITON_CACHE_DIR: until then each start compiles Triton's kernels")
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:

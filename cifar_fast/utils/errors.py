@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 _OPTION = re.compile("\0(\\w+)\0")
+_CONTROL = re.compile("[\x01-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all but NUL, which marks options
 
 
 def option(name: str) -> str:
@@ -27,6 +28,14 @@ def with_flags(text: str) -> str:
 def plain(text: str) -> str:
     """Return ``text`` with marked options written as arguments in Python."""
     return _OPTION.sub(r"\1", text)
+
+
+def visible(text: str) -> str:
+    """Return ``text`` as one line, with control characters escaped.
+
+    A terminal obeys them, and names of files and classes may hold some.
+    """
+    return _CONTROL.sub(lambda one: ascii(one[0])[1:-1], text)
 
 
 OTHER_NAMES = {
@@ -62,6 +71,9 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 class UserError(Exception):
     """An error whose message is one line for a person, with options marked by :func:`option`."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(visible(str(message)))
 
     def __str__(self) -> str:
         return plain(self.message)
@@ -134,6 +146,15 @@ def oom_hint(what: str, hint: str) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise InputError(f"out of memory {what}; {hint}") from error
+
+
+def write_reason(error: BaseException) -> str:
+    """Return why a file could not be written, for a person: without error numbers, and without paths."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if "inline_container" in str(error):  # torch.save, which does not say why
+        return "not all bytes could be written; the disk may be full"
+    return first_line(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -3,37 +3,76 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
+import secrets
+import stat
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cifar_fast.utils.errors import InputError, option, require_instance
 from cifar_fast.utils.progress import LOGGER
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
 TRAINING = "training.json"
 CHECKPOINT = "checkpoint.pt"
+PREVIOUS_CHECKPOINT = "checkpoint-previous.pt"
 RUN_RESULT = "result.json"
 ROWS = "metrics.jsonl"
 SUMMARY = "summary.json"
 MODEL = "model.pt"
+MODEL_SAFETENSORS = "model.safetensors"
 LOGITS = "logits.npz"
 CURVES = "curves.png"
 CONFUSION = "confusion.png"
+
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+"""Flag of ``os.open`` that refuses a link; 0 where the system lacks it."""
 
 
 def as_path(value: Any, name: str) -> Path:
     """Return ``value``, an argument called ``name``, as a path. "~" is the home folder."""
     require_instance(name, value, (str, os.PathLike), "a path")
-    return Path(value).expanduser()
+    return expand_home(value)
+
+
+def expand_home(path: str | Path) -> Path:
+    """Return ``path`` with the home folder in place of "~".
+
+    Raises:
+        InputError: nobody knows the home folder, as in a container without $HOME.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"{path}: the home folder is unknown; write the path in full, or set $HOME") from None
+
+
+def regular(path: Path) -> Path:
+    """Return ``path`` unless it is a pipe or a device, which could be waited for or read for ever.
+
+    Raises:
+        OSError: it is one, or nothing is there.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    return path
 
 
 def absolute_paths(given: Iterable[str | Path]) -> dict[str, str]:
     """Return the absolute path of each path that exists, by the path that was given."""
-    paths = [Path(path).expanduser() for path in given]
+    paths = list(map(expand_home, given))
     return {str(path): str(path.absolute()) for path in paths if path.exists()}
 
 
@@ -48,7 +87,7 @@ def known_path(
     Raises:
         InputError: nothing is at either path.
     """
-    path = str(Path(given).expanduser())
+    path = str(expand_home(given))
     absolute = known.get(path)
     if absolute is None:
         return path
@@ -64,21 +103,108 @@ def known_path(
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, and rename it to ``path`` if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Yield the path of a draft in the same folder, and rename it to ``path`` if the block succeeds.
+
+    After the block the file survives a power cut. Drafts of ``path`` that killed processes left behind are removed.
+    """
+    remove_drafts(path.parent, path.name)
+    draft, file = _new_draft(path)
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # before the rename: a power cut could otherwise leave an empty file
-        os.replace(temporary, path)
+        yield draft
+        os.fsync(file.fileno())  # before the rename: a power cut could otherwise leave an empty file
+        if not fcntl:
+            file.close()  # Windows renames no open file
+        os.replace(draft, path)
+        sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        file.close()
+        draft.unlink(missing_ok=True)
 
 
-def remove_temporary(path: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote ``path``."""
-    for temporary in path.parent.glob(f".{path.name}.*"):
-        temporary.unlink(missing_ok=True)
+def _new_draft(path: Path) -> tuple[Path, IO[bytes]]:
+    """Create a draft of ``path`` and return it locked, which marks it as one of a living process.
+
+    Nobody can guess its name and plant a link there.
+    """
+    while True:
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.draft")
+        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666)
+        file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115  (the caller closes it)
+        if fcntl:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:  # another process may have removed it before it was locked
+            return draft, file
+        file.close()
+
+
+def remove_drafts(folder: Path, *names: str) -> None:
+    """Remove drafts of the files ``names`` that processes of this user left in ``folder`` when they were killed.
+
+    The drafts of living processes are locked. Without locks all drafts stay.
+    """
+    if not fcntl:
+        return
+    pattern = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.[0-9a-f]{{16}}\.draft")
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not pattern.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                continue
+            with contextlib.suppress(OSError), open(os.open(entry, os.O_RDWR | NOFOLLOW), "r+b", buffering=0) as file:
+                if os.fstat(file.fileno()).st_uid == os.getuid():
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in ``folder`` survive a power cut. Do nothing where the system cannot do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def append_lines(path: Path, text: str) -> None:
+    """Append whole lines to the file ``path``, all or none of them. They then survive a power cut.
+
+    Other processes may append to the file too. A link is refused.
+    """
+    is_new, data = not path.exists(), text.encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | NOFOLLOW, 0o666)
+    with open(descriptor, "a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        if file.read(1) not in (b"", b"\n"):
+            data = b"\n" + data  # after the half line of a process that was killed
+        try:
+            if file.write(data) < len(data):
+                raise OSError("No space left on device")
+            os.fsync(descriptor)
+        except OSError:
+            file.truncate(size)  # leaves no half line
+            raise
+    if is_new:
+        sync_folder(path.parent)
+
+
+def load_tensors(path: Path) -> Any:
+    """Return the plain tensors and numbers that torch.save wrote to ``path``, on the CPU.
+
+    A damaged file may raise any exception. torch.load does not compare the checksums in the file, so this does.
+    """
+    import torch  # late, because commands that do not train start faster without it
+
+    with open(regular(path), "rb") as file:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > os.fstat(file.fileno()).st_size:  # torch compresses nothing
+                raise ValueError("not written by torch.save")
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} in it is damaged: its checksum is wrong")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def remove_empty(folders: list[Path]) -> None:
@@ -118,9 +244,7 @@ def locked(folder: Path, on_busy: Callable[[], None]) -> Iterator[None]:
 
     If another process holds the lock, call ``on_busy``. If that returns, wait for the lock.
     """
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
+    if not fcntl:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -142,6 +266,8 @@ def made_folder(folder: Path) -> Iterator[None]:
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            sync_folder(path.parent)
         yield
     finally:
         remove_empty(missing)

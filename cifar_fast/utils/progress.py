@@ -10,6 +10,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 
+from cifar_fast.utils.errors import visible
+
 with warnings.catch_warnings():
     # In a notebook, tqdm warns that it guesses the front end and that ipywidgets is missing.
     warnings.simplefilter("ignore")
@@ -29,6 +31,9 @@ LogFn = Callable[[str], None]
 SILENT_SECONDS = 50.0
 """Longest time without a line inside :func:`heartbeat`."""
 
+UNPRINTED = threading.Event()
+"""Set when a line could not be printed, such as on a full disk."""
+
 
 class _Thread(threading.local):
     quiet = False
@@ -44,6 +49,18 @@ def print_line(line: str) -> None:
     print(line, flush=True)
 
 
+def tell_unprinted(error: OSError) -> None:
+    """Say on standard error, once, that lines cannot be printed.
+
+    Lines are no results: work of hours continues without them, and its files are written.
+    """
+    if not UNPRINTED.is_set():
+        UNPRINTED.set()
+        line = f"error: lines cannot be printed ({error.strerror or error}); the work continues without them"
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr)
+
+
 class _LineHandler(logging.Handler):
     """Hands the lines of one thread to a function."""
 
@@ -56,11 +73,14 @@ class _LineHandler(logging.Handler):
         return (_thread.speaks_for or record.thread) == self.thread
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = _thread.prefix + self.format(record)
+        line = visible(_thread.prefix + self.format(record))
         try:
-            self.log(line)
-        except UnicodeEncodeError:  # a path may hold letters that the output's encoding lacks
-            self.log(line.encode("ascii", "backslashreplace").decode())
+            try:
+                self.log(line)
+            except UnicodeEncodeError:  # a path may hold letters that the output's encoding lacks
+                self.log(line.encode("ascii", "backslashreplace").decode())
+        except OSError as error:
+            tell_unprinted(error)
 
 
 @contextlib.contextmanager

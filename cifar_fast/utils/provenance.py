@@ -41,19 +41,37 @@ def commit() -> str | None:
 
 
 def command_line(command: str, flags: Sequence[str]) -> str:
-    """Return the line that starts ``cifar-fast COMMAND`` with ``flags``."""
-    return without_names(shlex.join(["cifar-fast", command, *flags]))
+    """Return the line that starts ``cifar-fast COMMAND`` with ``flags``, without names as in :func:`without_names`."""
+    line = shlex.join(["cifar-fast", command, *map(without_names, flags)])
+    return re.sub(r"'(~/[\w@%+=:,./-]*)'", r"\1", line)  # a shell replaces "~" only without quotation marks
 
 
 def without_names(value: Any) -> Any:
-    """Return ``value`` with "~" for the home folder in its texts, and without the user and password of a URL."""
+    """Return ``value`` with shorter absolute paths in it, and without the secrets of a URL.
+
+    A path is a text, or what follows the "=" of a text, or a value of a dict. It becomes relative if it is below the
+    working folder. Otherwise it begins with "~" if it is below the home folder, and with "..." before its last name
+    elsewhere, because the folders of a machine may be called after persons and projects.
+    """
     if isinstance(value, dict):
         return {key: without_names(item) for key, item in value.items()}
     if not isinstance(value, str):
         return value
-    text = re.sub(r"://[^/@\s]+@", "://", value)
-    home = os.path.expanduser("~")
-    return re.sub(rf"{re.escape(home)}(?=[/'\"]|$|\s)", "~", text) if len(home) > 1 else text
+    if "://" in value:
+        return without_secrets(value)
+    name, equals, path = value.rpartition("=")
+    if not os.path.isabs(path):
+        return value
+    for folder, short in ((os.getcwd(), "."), (os.path.expanduser("~"), "~")):
+        if len(folder) > 1 and (path + os.sep).startswith(folder + os.sep):
+            inside = path[len(folder) + 1 :]
+            return f"{name}{equals}{inside if short == '.' and inside else os.path.join(short, inside).rstrip(os.sep)}"
+    return f"{name}{equals}{os.path.join('...', os.path.basename(path.rstrip(os.sep)))}"
+
+
+def without_secrets(url: str) -> str:
+    """Return ``url`` without user and password, and with "?..." for its query, because these may hold a token."""
+    return re.sub(r"(://)[^/?#@\s]*@|([?#])\S.*", lambda found: found[1] or f"{found[2]}...", url)
 
 
 def now() -> str:

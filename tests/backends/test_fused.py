@@ -342,18 +342,18 @@ def test_failed_backend_is_freed_before_the_next_one_is_built(monkeypatch):
 def test_gpu_out_of_memory_is_one_error_line_with_its_cure(tmp_path, capsys, monkeypatch, where, backend, cure):
     npz = save_npz(tmp_path / "small.npz", small_dataset(train=2000, test=600))
 
-    train_epoch = Eager.train_epoch
+    begin_epoch = Eager.begin_epoch
 
     def take_the_memory():
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(0.0)
 
-    def train_without_memory(self, draws):
+    def begin_without_memory(self, draws):
         take_the_memory()
-        yield from train_epoch(self, draws)
+        return begin_epoch(self, draws)
 
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
-    monkeypatch.setattr(Eager, "train_epoch", train_without_memory)
+    monkeypatch.setattr(Eager, "begin_epoch", begin_without_memory)
     try:
         if where == "setting up":
             take_the_memory()

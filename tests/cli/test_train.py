@@ -65,12 +65,13 @@ def test_redirected_output_has_each_line_at_once(tmp_path, npz):
 
 
 @pytest.mark.slow  # starts a process
-def test_closed_pipe_ends_the_command_quietly(tmp_path, npz):
+def test_closed_pipe_ends_the_command_with_a_line(tmp_path, npz):
     flags = f"--dataset npz --data-dir {npz} --output {tmp_path}/out {NARROW} --epochs 100000"
     command = f"{sys.executable} -m cifar_fast.train {flags} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("torch ") and done.stdout.count("\n") == 1
-    assert (done.returncode, done.stderr) == (0, "")
+    hint = f"the reader of the output is gone; to resume: cifar-fast train --resume {tmp_path}/out\n"
+    assert (done.returncode, done.stderr) == (0, hint)
 
 
 @pytest.mark.nightly  # starts processes
@@ -336,6 +337,27 @@ def test_summary_tells_how_to_repeat_the_training_and_names_no_user(tmp_path, np
     assert main(["--recipe", f"{home}/out/summary.json", "--epochs", "3", "--print-recipe"]) == 0
     recipe = Recipe.from_json(capsys.readouterr().out)
     assert (recipe.epochs, recipe.momentum, recipe.widths) == (3, 0.85, (4, 8))
+
+
+def test_summary_shows_no_folder_outside_and_no_token(tmp_path, npz, monkeypatch, no_curves):
+    """A path below the working folder is relative, and the last name of another one is kept."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "secret").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in ("here/data.npz", "secret/more.npz"):
+        (tmp_path / place).write_bytes(npz.read_bytes())
+    flags = f"--dataset npz --data-dir {tmp_path}/here/data.npz --also-test x={tmp_path}/secret/more.npz --widths 4 8"
+    url = "https://me:s3cret@example.org/a.gz?sig=s3cret#s3cret"
+    flags += f" --epochs 1 --batch-size 16 --device cpu --output out --data-url {url}"
+    assert main(flags.split()) == 0
+    text = (tmp_path / "here/out/summary.json").read_text()
+    summary = json.loads(text)
+    assert summary["dataset"]["source"] == "data.npz" and summary["settings"]["also_test"] == {"x": ".../more.npz"}
+    assert summary["command"].endswith("--data-url 'https://example.org/a.gz?...'")
+    assert "secret" not in text and str(tmp_path) not in text
+    assert "s3cret" not in (tmp_path / "here/out/training.json").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert main(["--resume", "here/out", "--runs", "2"]) == 0, "the data is found from another folder"
 
 
 @pytest.mark.parametrize(

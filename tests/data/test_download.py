@@ -50,10 +50,12 @@ class Server(http.server.ThreadingHTTPServer):
         content_type="application/gzip",
         ranges=True,
         moved=None,
+        endless=False,
     ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.data, self.rate, self.cut, self.stall, self.status = data, rate, cut, stall, status
         self.content_type, self.ranges, self.moved, self.asked = content_type, ranges, moved, []
+        self.endless = endless
         self.url = f"http://127.0.0.1:{self.server_port}/archive"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -76,7 +78,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(206 if start else 200)
         body = server.data[start:]
-        self.send_header("Content-Length", str(len(body)))
+        if not server.endless:
+            self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", server.content_type)
         self.end_headers()
         body = body[: server.cut]
@@ -85,6 +88,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(body[i : i + 4000])
                 if server.rate:
                     time.sleep(4000 / server.rate)
+            while server.endless:
+                self.wfile.write(body)
         time.sleep(server.stall)
 
     def log_message(self, *args):
@@ -117,7 +122,7 @@ def download_from(tmp_path, *urls, data=DATA):
     """Download from ``urls``, check that only the file is left, and return the log lines."""
     lines = []
     with lines_to(lines.append):
-        download(urls, tmp_path / "archive", hashlib.md5(data).hexdigest())
+        download(urls, tmp_path / "archive", hashlib.md5(data).hexdigest(), len(data))
     assert (tmp_path / "archive").read_bytes() == data
     assert sorted(os.listdir(tmp_path)) == ["archive"]
     return lines
@@ -244,9 +249,13 @@ def test_unpacking_that_was_killed_is_repeated(cifar10, tmp_path):
         "    number[0] < 4 or os._exit(9)\n"
         "    rename(*paths)\n"
         "rename, os.replace = os.replace, replace\n"
-        "sources._unpack(*map(Path, sys.argv[1:]))"
+        "sources._unpack(*map(Path, sys.argv[1:3]), sys.argv[3:])"
     )
-    done = subprocess.run([sys.executable, "-c", code, archive, cifar10], env=os.environ | {"PYTHONPATH": os.getcwd()})
+    with tarfile.open(archive) as tar:
+        names = [name for name in tar.getnames() if "/" in name]
+    done = subprocess.run(
+        [sys.executable, "-c", code, archive, cifar10, *names], env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
     assert done.returncode == 9 and len(os.listdir(cifar10 / "cifar-10-batches-py")) == 3
     assert len(load_dataset("cifar10", cifar10, log=None).train_images) == 100
     assert sorted(os.listdir(cifar10)) == ["cifar-10-batches-py", archive.name]
@@ -308,7 +317,7 @@ def test_next_source_replaces_a_wrong_one(tmp_path, serve, wrong, reason):
 def test_source_may_be_a_file(tmp_path, form):
     (tmp_path / "source").write_bytes(DATA)
     (tmp_path / "archive.part").write_bytes(DATA[:1000])
-    download([form(tmp_path / "source")], tmp_path / "archive", hashlib.md5(DATA).hexdigest())
+    download([form(tmp_path / "source")], tmp_path / "archive", hashlib.md5(DATA).hexdigest(), len(DATA))
     assert (tmp_path / "archive").read_bytes() == DATA
 
 
@@ -363,7 +372,7 @@ folder, url, md5 = sys.argv[1:]
 path = Path(folder, "archive")
 with locked(path.parent, lambda: print("busy")):
     if not path.exists():
-        download([url], path, md5)
+        download([url], path, md5, 1 << 20)
 """
 
 
@@ -431,3 +440,28 @@ def test_lock_is_released(tmp_path):
     for _ in range(2):
         with locked(tmp_path, lambda: pytest.fail("busy")):
             pass
+
+
+def test_next_source_replaces_one_that_never_ends(tmp_path, serve):
+    endless, good = serve(DATA, endless=True), serve(DATA)
+    lines = download_from(tmp_path, endless.url, good.url)
+    assert f"{endless.url}: sends more than the 400,000 bytes of the published file, trying the next source" in lines
+    assert good.asked == [None]
+
+
+def test_no_line_and_no_error_shows_the_token_of_a_url(tmp_path, serve):
+    good, bad = serve(DATA), serve(DATA, status=403)
+    tokens = "?sig=s3cret&other=s3cret#s3cret"
+    with_user = good.url.replace("://", "://me:s3cret@") + tokens  # urllib sends no password in a URL
+    lines = download_from(tmp_path, with_user, bad.url + tokens, f"{good.url} x{tokens}", good.url + tokens)
+    assert "s3cret" not in "\n".join(lines) and f"{good.url}?..." in lines[-1]
+    (tmp_path / "archive").unlink()
+    with pytest.raises(OSError, match=r"archive\?\.\.\.: HTTP Error 403") as error:
+        download_from(tmp_path, bad.url + tokens, with_user)
+    assert "s3cret" not in str(error.value)
+
+
+def test_a_pipe_as_a_source_is_refused(cifar10, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: not a file"):
+        load_dataset("cifar10", tmp_path / "none", data_url=f"{tmp_path}/pipe", log=None)

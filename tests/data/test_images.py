@@ -1,7 +1,9 @@
 """Every image file takes the same steps: first picture, upright, white background, RGB, size."""
 
 import io
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -147,8 +149,30 @@ def test_other_images_are_refused_with_the_reason(image, words):
 
 
 def test_file_in_an_unknown_format_is_named():
-    with pytest.raises(InputError, match=r"x: not a whole image in a format that Pillow reads; convert it to PNG"):
+    with pytest.raises(InputError, match=r"x: not a whole image in a format that is read \(PNG, .*; convert it to"):
         decode_image(io.BytesIO(b"\0\0\0\x18ftypheic"), "x")
+
+
+@pytest.mark.parametrize("kind", ["EPS", "TGA", "PCX", "ICO"])
+def test_formats_that_are_not_listed_are_not_decoded_whatever_the_name(tmp_path, kind):
+    """Pillow starts Ghostscript for EPS."""
+    quadrants().save(tmp_path / "x.png", kind)
+    with pytest.raises(InputError, match="x: not a whole image in a format that is read"):
+        decode_image(tmp_path / "x.png", "x")
+
+
+def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    def refuse(image):
+        raise AssertionError("decoded")
+
+    header = struct.pack(">IIBBBBB", 20_000, 10_000, 8, 6, 0, 0, 0)
+    chunks = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    )
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    with pytest.raises(InputError, match="20000 x 10000 pixels are more than the 120,000,000 that are decoded"):
+        decode_image(io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunks), "x", resize=True)
 
 
 @pytest.mark.parametrize(

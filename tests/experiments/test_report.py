@@ -23,6 +23,7 @@ from cifar_fast.training.config import TrainConfig
 from cifar_fast.training.metrics import DivergedRun, EpochRow, Run
 from cifar_fast.training.results import DivergedResult, Result, RunResult
 from cifar_fast.training.run_folder import RunFolder
+from cifar_fast.utils.device import AFFECTS_FIGURES
 from cifar_fast.utils.progress import lines_to
 from cifar_fast.utils.seeds import Seeds
 from tests.helpers import cells, contents
@@ -38,7 +39,7 @@ def made_up(accuracies, *, epochs=2, dataset="cifar10", device="A10", also=None,
         recipe=Recipe(epochs=epochs, **recipe), backend="eager", dtype="float32", memory_format="contiguous_format",
         runs=len(accuracies),
     )  # fmt: skip
-    environment, runs = {"device_name": device}, []
+    environment, runs = dict.fromkeys(AFFECTS_FIGURES) | {"device_name": device}, []
     for index, accuracy in enumerate(accuracies):
         rows = []
         for epoch in range(1, epochs + 1):
@@ -51,9 +52,9 @@ def made_up(accuracies, *, epochs=2, dataset="cifar10", device="A10", also=None,
         runs.append(RunResult(run, rows, "eager", [{"first_epoch": 1} | environment], [[1]]))
     metadata = {"name": dataset, "digest": dataset * 9, "train_images": 9, "validation_images": 0, "test_images": 9}
     metadata["source"] = dataset
-    metadata |= {"class_names": ["x"], "also_test": {}}
+    metadata |= {"class_names": ["x"], "also_test": {}, "options": {}}
     weights = {"w": torch.zeros(1)}
-    return Result(config, environment, [], metadata, [0.0], [1.0], [], None, 1, {}, runs, weights)
+    return Result(config, environment, [], metadata, [0.0] * 3, [1.0] * 3, [], None, 1, {}, runs, weights)
 
 
 def write(folder, result):

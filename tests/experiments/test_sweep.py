@@ -3,9 +3,11 @@
 import dataclasses
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -127,11 +129,35 @@ def test_killed_sweep_resumes_with_the_same_bits(tmp_path, spec, single_training
 
 def test_finished_sweep_is_not_trained_again(tmp_path, spec, capfd):
     assert main(["sweep", spec()]) == 0
-    before = file_bytes(tmp_path / "sweep")
+    before, made = file_bytes(tmp_path / "sweep"), ("summary.json", "curves.png", "model.pt", "metrics.jsonl")
+    inodes = [(tmp_path / "sweep" / name / file).stat().st_ino for name in RECIPES for file in made]
     capfd.readouterr()
     assert main(["sweep", spec()]) == 0
     assert epochs_in(capfd.readouterr().out.splitlines()) == []
     assert file_bytes(tmp_path / "sweep") == before
+    again = [(tmp_path / "sweep" / name / file).stat().st_ino for name in RECIPES for file in made]
+    assert again == inodes, "files of a variant without a new run are not written again"
+
+
+def test_variants_that_begin_after_a_resume_state_the_reasons_of_auto(tmp_path, spec):
+    changes = [("runs = 2", "runs = 1"), ('dtype = "float32"', ""), ("[0.8, 0.85]", "0.8")]
+    own = ("[variants.momentum]", '[variants.own]\nmemory_format = "channels_last"\n[variants.momentum]')
+
+    def stop(line):
+        if epochs_in([line]):
+            raise KeyboardInterrupt
+
+    def reasons():
+        summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/summary.json"))]
+        return [summary["auto"] for summary in summaries]
+
+    assert main(["sweep", spec(*changes, own)]) == 0
+    whole = reasons()
+    shutil.rmtree(tmp_path / "sweep")
+    with lines_to(stop):
+        assert main(["sweep", spec(*changes, own)]) == 130
+    assert main(["sweep", spec(*changes, own)]) == 0
+    assert reasons() == whole and len(whole) == 3 and all("bfloat16" in found[0] for found in whole)
 
 
 def test_later_sweep_may_add_runs_and_variants(tmp_path, spec, single_trainings, capfd):
@@ -227,6 +253,16 @@ def test_missing_specification_and_missing_variants_are_refused(tmp_path, capfd)
     assert "states no variant; add a table [variants.NAME]" in capfd.readouterr().err
     assert main(["sweep", f"{tmp_path}/none.toml"]) == 2
     assert capfd.readouterr().err == f"error: cannot read the sweep {tmp_path}/none.toml: No such file or directory\n"
+
+
+def test_no_file_of_a_sweep_holds_the_token_of_a_url(tmp_path, spec, capfd):
+    path = Path(spec())
+    path.write_text('data_url = "https://me:s3cret@example.org/a.gz?sig=s3cret"\n' + path.read_text())
+    assert main(["sweep", str(path)]) == 0
+    found = json.loads((tmp_path / "sweep/sweep.json").read_text())["data_url"]
+    assert found == "https://example.org/a.gz?..."
+    assert not [path for path in tmp_path.rglob("*.json*") if "s3cret" in path.read_text()]
+    assert "s3cret" not in "".join(capfd.readouterr())
 
 
 def test_each_combination_of_listed_values_is_a_variant():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import numpy as np
@@ -113,6 +114,33 @@ def test_no_accuracy_is_printed_if_no_class_is_known(tmp_path, trained, dataset,
         *(f"{tmp_path}/plain.npz[{i}]" for i in range(3)),
         *[f"{tmp_path}/holidays/a.png"] * 2,
     ]
+
+
+def test_pipes_are_refused_and_not_waited_for(tmp_path, trained, original_images, capfd):
+    for name in ("model.pt", "x.npz", "x.png", "x_data.npy", "x.mat"):
+        os.mkfifo(tmp_path / name)
+    _, errors = predict(capfd, tmp_path / "model.pt", original_images, code=2)
+    assert re.search(r"model\.pt: cannot be read \(it is a pipe or a device, not a file\)", errors[0])
+    for name in ("x.npz", "x.png", "x_data.npy", "x.mat"):
+        _, errors = predict(capfd, trained, tmp_path / name, code=2)
+        assert errors[0].startswith(f"error: {tmp_path}/{name}: no such file; give image files")
+    npz, labels = save_npz(tmp_path / "d.npz", small_dataset()), tmp_path / "x_data.npy"
+    with pytest.raises(InputError, match="it is a pipe or a device"):
+        load_dataset("npz", npz, train_labels=labels, log=None)
+
+
+def test_names_of_files_and_classes_cannot_steer_the_terminal(tmp_path, trained, dataset, capfd):
+    escape = "\x1b]0;title\x07\x1b[2J\n\x9b\u202e"
+    saved = torch.load(trained / "model.pt", weights_only=True) | {"class_names": [f"{k}{escape}" for k in range(3)]}
+    torch.save(saved, tmp_path / "model.pt")
+    (tmp_path / f"{escape}.png").write_bytes(b"no image")
+    np.savez(tmp_path / f"{escape}.npz", images=dataset.test_images[:1])
+    capfd.readouterr()
+    assert main(["predict", str(tmp_path / "model.pt"), *map(str, tmp_path.glob("*.[pn][np][gz]"))]) == 1
+    shown = capfd.readouterr()
+    text = shown.out + shown.err
+    assert text.count("\n") == 2 and "\\x1b]0;title\\x07\\x1b[2J\\n\\x9b\\u202e" in text
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
 
 
 @pytest.mark.parametrize("flags", [[], ["--flip-average"]])

@@ -5,6 +5,9 @@ import copy
 import inspect
 import itertools
 import pickle
+import pwd
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -677,7 +680,7 @@ def call(**changes):
         (dict(x=torch.zeros(1, 4, 1, 1)), ValueError, "Expected more than 1 value per channel when training"),
         (dict(x=torch.zeros(1, 4, 3, 3), pool=2), ValueError, "Expected more than 1 value per channel when training"),
         (dict(pool=3), ValueError, "pool must be 1 or 2, not 3"),
-        (dict(alpha=0.0), ValueError, "alpha and eps must be above 0"),
+        (dict(alpha=0.0), ValueError, "alpha must be above 0 and finite, not 0.0"),
         (
             dict(activation="tanh"),
             ValueError,
@@ -708,6 +711,31 @@ def no_compiler(monkeypatch, tmp_path):
     cpu.forget()
     yield
     cpu.forget()
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+@pytest.mark.parametrize("home", ["/proc/none", None])
+def test_library_is_compiled_elsewhere_if_its_cache_cannot_be_written_to(
+    tmp_path, no_compiler, monkeypatch, caplog, home
+):
+    compiler = tmp_path / "compiler"  # of an empty library, in a moment
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho "int x;" | cc -shared -x c -o "$2" -\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.delenv("CIFAR_FAST_CACHE")
+    if home:
+        monkeypatch.setenv("HOME", home)
+    else:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "work"))
+    caplog.set_level("INFO")
+    assert cpu.unavailable_reason(torch.float32) is None
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == 2 and "so each start compiles; set $CIFAR_FAST_CACHE to a writable folder" in lines[1]
+    assert not list((tmp_path / "work").iterdir())
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="for tensors on a CPU")

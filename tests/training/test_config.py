@@ -30,6 +30,7 @@ CHANGED = dict(
     validation_seed=7,
     runs=2,
     checkpoint_every=7,
+    verify_every=2,
     also_test={"again": "test.npz"},
     save_logits=True,
     tta=True,
@@ -37,7 +38,7 @@ CHANGED = dict(
     threads=1,
 )
 """A value other than the default for each option."""
-MAY_CHANGE = {"runs", "checkpoint_every", "tensorboard", "threads"}
+MAY_CHANGE = {"runs", "checkpoint_every", "verify_every", "tensorboard", "threads"}
 
 
 def test_these_tests_change_every_option():
@@ -76,7 +77,8 @@ def test_each_option_is_a_flag_of_train_with_the_same_default_and_help():
     flags = (
         "--backend eager --device cpu --dtype float32 --memory-format channels_last --seed 3 --init-seed 4 "
         "--order-seed 5 --augment-seed 6 --validation 0.25 --validation-seed 7 --runs 2 "
-        "--checkpoint-every 7 --also-test again=test.npz --save-logits --tta --log tensorboard --threads 1"
+        "--checkpoint-every 7 --verify-every 2 --also-test again=test.npz "
+        "--save-logits --tta --log tensorboard --threads 1"
     )
     assert config_from(flags) == TrainConfig(**CHANGED)
     text = "".join(make_parser().format_help().split())

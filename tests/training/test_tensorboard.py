@@ -1,7 +1,10 @@
 """``--log tensorboard``: the event files, read with TensorBoard's own reader."""
 
+import itertools
 import json
+import socket
 import sys
+import time
 
 import pytest
 
@@ -60,6 +63,13 @@ def test_event_files_hold_the_rows_of_each_run(tmp_path, npz, reader):
     assert by_run == expected(tmp_path / "out") and [*by_run] == ["run-0", "run-1"]
 
 
+def test_no_event_file_names_the_host(tmp_path, npz, reader, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "somebodys-machine")
+    assert train(npz, f"--output {tmp_path}/out --log tensorboard") == 0
+    (file,) = (tmp_path / "out/tensorboard/run-0").iterdir()
+    assert "somebody" not in file.name and b"somebody" not in file.read_bytes()
+
+
 def test_resumed_training_continues_the_points_without_duplicates(tmp_path, npz, reader, monkeypatch):
     with lines_to(stop_after((1, 2))):
         assert train(npz, f"--runs 2 --output {tmp_path}/out --log tensorboard") == 130
@@ -67,6 +77,17 @@ def test_resumed_training_continues_the_points_without_duplicates(tmp_path, npz,
     assert main(["--resume", f"{tmp_path}/out"]) == 0  # trains epoch 2 again, because it had no checkpoint
     assert len(list((tmp_path / "out/tensorboard/run-1").iterdir())) == 2
     assert points(reader, tmp_path / "out") == expected(tmp_path / "out")
+
+
+def test_clock_that_jumps_back_loses_no_points_and_changes_no_seconds(tmp_path, npz, reader, monkeypatch):
+    with lines_to(stop_after((0, 2))):
+        assert train(npz, f"--output {tmp_path}/out --log tensorboard") == 130
+    hours = itertools.count(time.time() / 3600, -1)  # an hour back at each look at the clock
+    monkeypatch.setattr(time, "time", lambda: 3600 * next(hours))
+    assert main(["--resume", f"{tmp_path}/out"]) == 0
+    assert points(reader, tmp_path / "out") == expected(tmp_path / "out")
+    seconds = [json.loads(line)["train_seconds"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < 3600
 
 
 def test_points_are_readable_during_the_training(tmp_path, npz, reader, monkeypatch):
@@ -95,9 +116,10 @@ def test_no_event_files_without_the_flag(tmp_path, npz):
 
 
 def test_missing_tensorboard_is_reported_before_the_training(tmp_path, npz, monkeypatch, capfd):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+    for name in [name for name in sys.modules if name.startswith("tensorboard.")]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert train(npz, f"--output {tmp_path}/out --log tensorboard") == 2
     shown = capfd.readouterr()
     assert shown.err == "error: --log tensorboard needs tensorboard: pip install 'cifar_fast[tensorboard]'\n"

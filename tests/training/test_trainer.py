@@ -187,7 +187,7 @@ PHASES = {
     "data": (Normalization, "of", "out of memory for the images of small.npz, 0 MB and up to twice as much again"),
     "noise": (Dataset, "for_recipe", "out of memory for the images of small.npz"),
     "set-up": (Eager, "__init__", r"out of memory for the weights of the network\); choose smaller widths"),
-    "training": (Eager, "train_epoch", "out of memory in training at batch_size 32; try a smaller one"),
+    "training": (Eager, "begin_epoch", "out of memory in training at batch_size 32; try a smaller one"),
 }
 
 
