@@ -342,7 +342,7 @@ def variants_in(folder: Path) -> list[str]:
         return names
     except Exception as error:  # damage raises as many kinds of errors as there are bytes
         what = f"{folder / SWEEP}: cannot be read ({first_line(error)})"
-        raise InputError(f"{what}; remove it, and sweep again") from None
+        raise InputError(f"{what}; move it away, and sweep again") from None
 
 
 @contextlib.contextmanager

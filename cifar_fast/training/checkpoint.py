@@ -12,8 +12,8 @@ import torch
 from cifar_fast.backends.base import Backend
 from cifar_fast.training.metrics import EpochRow
 from cifar_fast.utils.device import AFFECTS_FIGURES
-from cifar_fast.utils.errors import InputError, first_line
-from cifar_fast.utils.files import load_tensors
+from cifar_fast.utils.errors import InputError, first_line, out_of_memory
+from cifar_fast.utils.files import load_tensors, save_tensors
 from cifar_fast.utils.typed import check_types, check_values
 
 FORMAT = 2
@@ -44,7 +44,7 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint to the file ``path`` as plain tensors and numbers."""
-        torch.save({"format": FORMAT} | vars(self), path)
+        save_tensors({"format": FORMAT} | vars(self), path)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -65,20 +65,17 @@ class Checkpoint:
         """
         try:
             backend.load_training_state(self.state)
+            for generator, state in zip(generators, self.generators, strict=True):
+                generator.set_state(state)
         except InputError as error:
             raise InputError(f"{error.message}; resume with the model that was trained") from error
         except Exception as error:  # a damaged file may raise any exception
-            raise _misfit(error) from error
-        try:
-            for generator, state in zip(generators, self.generators, strict=True):
-                generator.set_state(state)
-        except Exception as error:
-            raise _misfit(error) from error
-
-
-def _misfit(error: Exception) -> InputError:
-    hint = "move the folder of that run away to train it again"
-    return InputError(f"the checkpoint of an unfinished run does not fit ({first_line(error)}); {hint}")
+            if out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise
+            hint = "move the folder of that run away to train it again"
+            raise InputError(
+                f"the checkpoint of an unfinished run does not fit ({first_line(error)}); {hint}"
+            ) from error
 
 
 class Unfinished(NamedTuple):

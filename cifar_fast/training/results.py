@@ -260,7 +260,7 @@ class Result:
             ):
                 raise InputError(
                     f"run {one.run.run} has other classes, test images or extra test sets than this training; "
-                    f"remove its {RUN_RESULT} to train it again"
+                    "move its folder away to train it again"
                 )
         finished: list[RunResult] = []
         diverged: list[DivergedResult] = []
@@ -528,6 +528,9 @@ class RunReader:
                 found = Unfinished(checkpoint, self._rows(run, checkpoint), name)
             except FileNotFoundError:  # also if the process was killed between the two renames
                 continue
+            except InputError as error:
+                problems.append(error.message)
+                continue
             except Exception as error:  # a damaged file may raise any exception
                 if out_of_memory(error):
                     raise
@@ -536,7 +539,8 @@ class RunReader:
             for problem in {*problems} - self._told:
                 self._told.add(problem)
                 LOGGER.info(
-                    f"{problem}; the run continues from the checkpoint before it, after epoch {checkpoint.epoch}"
+                    f"{self.path}: {problem}; the run continues from the checkpoint before it, after epoch "
+                    f"{checkpoint.epoch}"
                 )
             return found
         if problems:
@@ -546,15 +550,15 @@ class RunReader:
     def _rows(self, run: int, checkpoint: Checkpoint) -> list[EpochRow]:
         """Return the rows in ``metrics.jsonl`` that ``checkpoint`` continues."""
         by_epoch: dict[int, EpochRow] = {}
-        with contextlib.suppress(FileNotFoundError), open(self.path / ROWS, encoding="utf-8", errors="replace") as file:
-            for line in file:
+        with contextlib.suppress(FileNotFoundError):
+            for line in regular(self.path / ROWS).read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, TypeError):  # a process was killed while it wrote the line
                     row = EpochRow(**json.loads(line))
                     if row.run == run:
                         by_epoch[row.epoch] = row
-        rows = [by_epoch[epoch] for epoch in range(1, checkpoint.epoch + 1) if epoch in by_epoch]
+        rows = [row for epoch, row in sorted(by_epoch.items()) if epoch <= checkpoint.epoch]
         if rows_digest(rows) != checkpoint.rows_digest:
-            raise ValueError(f"{ROWS} lacks rows of its epochs, or they were changed")
+            raise InputError(f"{ROWS} lacks rows that a checkpoint of run {run} continues, or they were changed")
         return rows
 
     @contextlib.contextmanager

@@ -19,7 +19,7 @@ begins. Rows are appended and synced.
     first epoch      training.json
     with overwrite   at the first row, or at the start of several processes, training.json and then the other earlier
                      files move into a hidden folder; the new training.json is written; after the row the hidden folder
-                     is deleted
+                     is deleted. Without a row the next command moves the earlier files back
     epoch            its row is appended to metrics.jsonl; the new checkpoint is written to a draft; checkpoint.pt is
                      renamed to checkpoint-previous.pt, and the draft to checkpoint.pt
     end of a run     model.pt, logits.npz, then result.json, which makes the run count; then the checkpoints are deleted
@@ -73,6 +73,7 @@ from cifar_fast.utils.files import (
     os_error_as_input_error,
     remove_drafts,
     remove_empty,
+    save_tensors,
     sync_folder,
 )
 from cifar_fast.utils.progress import LOGGER
@@ -110,10 +111,14 @@ class RunFolder(RunReader):
         self.tensorboard: TensorBoard | None = None
         self._result: Result | None = None
         self._pending: list[str] = []  # rows that could not be written yet
+        self._rows_of: dict[int, list[str]] = {}  # all rows of the runs under way
         self._replaced: list[Path] = []  # earlier results, to be replaced
         self._hidden: list[Path] = []  # folders with those that were replaced
         self._diverged: list[tuple[Result, DivergedResult]] = []  # runs that diverged before that
         self._good: set[int] = set()  # runs whose checkpoint.pt this process has read or written
+        if resume and any(self.path.glob(f"{REPLACED}*")):
+            with os_error_as_input_error(self.name), locked(self.path, self._refuse_busy):
+                self._restore_replaced()
         self.earlier = self.training() if resume else None
         if not (resume or new):
             self._refuse_results()
@@ -151,8 +156,7 @@ class RunFolder(RunReader):
                 self._resume(self.earlier.config.runs)
             else:
                 self._refuse_results()  # another command may have written some
-                self._stack.callback(self._restore_replaced)
-                self._stack.callback(self._forget_start)
+                self._stack.callback(self._leave)
         except BaseException:
             self.__exit__()
             raise
@@ -184,10 +188,18 @@ class RunFolder(RunReader):
     def _refuse_busy(self) -> None:
         raise InputError(f"{self.name}: another run is writing its results there; choose another folder")
 
+    def _leave(self) -> None:
+        """Leave the files of a training that has a row, or else those that were there before it."""
+        if not self._replaced:  # otherwise training.json is that of the earlier results
+            self._forget_start()
+        self._restore_replaced()
+
     def _forget_start(self) -> None:
-        begun = (self.path / ROWS).exists() or any(self.path.glob(f"run-*/{RUN_RESULT}"))
-        if not self._replaced and not begun:
-            with contextlib.suppress(OSError):  # the folder may be gone
+        """Remove ``training.json`` of a training without a row and without a run that has ended."""
+        with contextlib.suppress(OSError):  # the folder may be gone
+            rows = self.path / ROWS
+            has_rows = rows.exists() and rows.stat().st_size > 0
+            if not has_rows and not any(self.path.glob(f"run-*/{RUN_RESULT}")):
                 (self.path / TRAINING).unlink(missing_ok=True)
 
     def _resume(self, runs: int) -> None:
@@ -202,10 +214,11 @@ class RunFolder(RunReader):
         self._write_rows(rows)
 
     def _restore_replaced(self) -> None:
-        """Delete the results that were replaced, or move them back if no new training has begun."""
+        """Delete the results that were replaced, or move them back if no new training has a row."""
         for hidden in self.path.glob(f"{REPLACED}*"):
             if hidden.is_symlink() or not hidden.is_dir():
                 continue
+            self._forget_start()
             if not (self.path / TRAINING).exists():
                 with os_error_as_input_error(self.name):
                     for path in sorted(hidden.iterdir(), key=lambda path: path.name == TRAINING):
@@ -221,8 +234,10 @@ class RunFolder(RunReader):
 
     def unfinished(self, run: int) -> Unfinished | None:
         found = None if self._replaced else super().unfinished(run)
-        if found and found.file == CHECKPOINT:
-            self._good.add(run)
+        if found:
+            self._rows_of[run] = [row.to_json() for row in found.rows]
+            if found.file == CHECKPOINT:
+                self._good.add(run)
         return found
 
     def begin(self, result: Result) -> None:
@@ -279,7 +294,11 @@ class RunFolder(RunReader):
         """Append a row to ``metrics.jsonl``. The first one replaces earlier results."""
         self.replace_earlier()
         self._restore_start()
-        self._pending.append(row.to_json())
+        line = row.to_json()
+        self._rows_of.setdefault(row.run, []).append(line)
+        self._pending.append(line)
+        if not (self.path / ROWS).exists():  # the first row, or the file was removed
+            self._pending = list(dict.fromkeys([*itertools.chain(*self._rows_of.values()), *self._pending]))
         self._try(ROWS, self._append_rows)
         if self._hidden and not self.failures:
             self._delete(self._hidden.pop())
@@ -304,16 +323,20 @@ class RunFolder(RunReader):
         def write(draft: Path) -> None:
             checkpoint.save(draft)
             if run in self._good:  # a damaged one must not replace the one before it
-                os.replace(newest, previous)
                 self._good.remove(run)
+                with contextlib.suppress(FileNotFoundError):  # somebody has removed it
+                    os.replace(newest, previous)
 
         if not self._pending and self._write(newest, write):
             self._good.add(run)
 
     def _remove_checkpoints(self, run: int) -> None:
-        for name in CHECKPOINTS:
-            (self.of_run(run) / name).unlink(missing_ok=True)
-        sync_folder(self.of_run(run))
+        self._rows_of.pop(run, None)
+        found = [path for path in (self.of_run(run) / name for name in CHECKPOINTS) if path.exists()]
+        for path in found:
+            path.unlink(missing_ok=True)
+        if found:
+            sync_folder(self.of_run(run))
 
     def finish_run(self, result: Result, run: RunResult | DivergedResult) -> None:
         """Write the files of a run that has ended. ``result.json`` is written last and replaces the checkpoint.
@@ -334,7 +357,7 @@ class RunFolder(RunReader):
 
         Without its weights a run counts as missing, and a resume finishes it from its checkpoint.
         """
-        written = self._write(folder / MODEL, lambda temporary: torch.save(result.checkpoint(), temporary))
+        written = self._write(folder / MODEL, lambda temporary: save_tensors(result.checkpoint(), temporary))
         if run.logits is not None:
             logits = run.logits.numpy()
             written &= self._write(folder / LOGITS, lambda temporary: _savez(temporary, logits=logits))

@@ -174,6 +174,9 @@ def append_lines(path: Path, text: str) -> None:
     is_new, data = not path.exists(), text.encode()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | NOFOLLOW, 0o666)
     with open(descriptor, "a+b", buffering=0) as file:
+        if fcntl:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # so that no lines of others are cut off below
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
         if file.read(1) not in (b"", b"\n"):
@@ -189,12 +192,20 @@ def append_lines(path: Path, text: str) -> None:
         sync_folder(path.parent)
 
 
+def save_tensors(value: Any, path: Path) -> None:
+    """Write plain tensors and numbers to ``path`` with torch.save. Equal values give equal bytes."""
+    import torch  # late, because commands that do not train start faster without it
+
+    with open(path, "wb") as file:  # torch.save puts the name of a path into the file, and a draft's name is random
+        torch.save(value, file)
+
+
 def load_tensors(path: Path) -> Any:
     """Return the plain tensors and numbers that torch.save wrote to ``path``, on the CPU.
 
     A damaged file may raise any exception. torch.load does not compare the checksums in the file, so this does.
     """
-    import torch  # late, because commands that do not train start faster without it
+    import torch
 
     with open(regular(path), "rb") as file:
         with zipfile.ZipFile(file) as archive:

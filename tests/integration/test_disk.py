@@ -95,7 +95,7 @@ def test_each_file_of_a_training_may_fail_and_a_resume_completes_it(tmp_path, tr
     lost = {str(file.relative_to(out))} | ({"model.pt", "run-1/result.json"} if name == "run-1/model.pt" else set())
     kept = {"run-1/checkpoint.pt", "run-1/checkpoint-previous.pt"} if name.startswith("run-1") else set()
     assert {*files_in(out)} == ({*files_of(2)} - lost) | kept
-    if name in ("training.json", "curves.png"):  # the first cannot be resumed without, and the others can
+    if name == "training.json":  # nothing can be resumed without it
         return
     assert main(["train", "--resume", str(out)]) == 0
     assert contents(out) == contents(whole)
@@ -168,7 +168,7 @@ def test_archive_that_cannot_be_unpacked_leaves_nothing_half_done(cifar10, tmp_p
 
 def test_event_files_on_a_full_disk_end_nothing(tmp_path, train, monkeypatch, capfd):
     pytest.importorskip("tensorboard")
-    fail_writes(monkeypatch, "0")
+    fail_writes(monkeypatch, "tfevents.0000000000")
     assert train(f"--output {tmp_path}/out --log tensorboard") == 1
     assert capfd.readouterr().err == f"error: {tmp_path}/out/tensorboard could not be written ({FULL})\n"
     assert {*files_of(1)} == {*files_in(tmp_path / "out")}
@@ -194,6 +194,37 @@ def test_folder_that_is_removed_during_a_training_is_made_again(tmp_path, train,
     assert contents(folder)[:2] == contents(whole)[:2]
     assert main(["sweep", spec] if command == "sweep" else ["train", "--resume", str(folder)]) == 0
     assert "nothing to do" in capfd.readouterr().out or command == "sweep"
+
+
+def test_training_whose_folder_was_removed_can_be_resumed(tmp_path, npz, train, capfd):
+    """The rows of its earlier epochs are written again, because a checkpoint needs them."""
+    flags, out = f"--dataset npz --data-dir {npz} {OPTIONS} --epochs 5", tmp_path / "out"
+
+    def log(line):
+        if line.startswith("epoch  2"):
+            shutil.rmtree(out)
+        if line.startswith("epoch  4"):
+            raise KeyboardInterrupt
+
+    with lines_to(log):
+        assert main(["train", *flags.split(), "--output", str(out)]) == 130
+    assert main(["train", "--resume", str(out)]) == 0
+    assert "resuming after epoch 3" in capfd.readouterr().out
+    assert main(["train", *flags.split(), "--output", f"{tmp_path}/whole"]) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_working_folder_that_was_removed_costs_no_results(tmp_path, npz, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def log(line):
+        if line.startswith("epoch  1"):
+            (tmp_path / "here").rmdir()
+
+    with lines_to(log):
+        assert main(f"train --dataset npz --data-dir {npz} {OPTIONS} --output {tmp_path}/out".split()) == 0
+    assert files_in(tmp_path / "out") == files_of(1)
 
 
 def test_folder_that_became_a_file_costs_no_line_and_no_traceback(tmp_path, train, capfd):
@@ -284,6 +315,7 @@ def test_unknown_home_folder_is_an_error_only_for_a_path_that_needs_it(tmp_path,
 @pytest.mark.parametrize("home", ["/proc/none", "writable"])
 def test_triton_gets_a_private_cache_if_the_home_folder_cannot_be_written_to(tmp_path, monkeypatch, caplog, home):
     monkeypatch.setenv("TRITON_CACHE_DIR", "")  # restored afterwards
+    monkeypatch.delenv("TRITON_HOME", raising=False)
     monkeypatch.setenv("HOME", home if home.startswith("/") else str(tmp_path))
     caplog.set_level("INFO")
     ensure_triton_cache()

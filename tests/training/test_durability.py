@@ -1,26 +1,31 @@
 """Kills, power cuts and damaged bits: files are whole, belong together, and damage never passes without a word."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as WaitedTooLong
 
 import numpy as np
 import pytest
 import torch
 
 from cifar_fast import InputError, Recipe, fit
+from cifar_fast.backends.base import Backend
 from cifar_fast.cli.main import main
+from cifar_fast.training import run_folder
 from cifar_fast.training.checkpoint import Checkpoint
 from cifar_fast.training.metrics import EpochRow
 from cifar_fast.training.plots import curves_figure
 from cifar_fast.training.run_folder import REPLACED, RunFolder
 from cifar_fast.utils import files
 from cifar_fast.utils.files import append_lines, atomic_write, load_tensors
-from tests.helpers import HOW, contents, files_in, files_of, stop_after
+from tests.helpers import HOW, contents, files_in, files_of, plain, stop_after
 
-pytestmark = pytest.mark.usefixtures("no_curves")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings
 
 RECIPE = Recipe(epochs=3, batch_size=16, widths=(4, 8))
 
@@ -60,6 +65,12 @@ def damage(path):
     saved = torch.load(path, weights_only=True)
     weights = saved["state"]["model"] if "state" in saved else saved["state_dict"]
     flip(path, path.read_bytes().index(next(iter(weights.values())).numpy().tobytes()))
+
+
+def test_equal_trainings_write_equal_bytes(tmp_path, tiny, whole):
+    fit(RECIPE, tiny, output=tmp_path / "out", **HOW)
+    for name in ("model.pt", "run-0/model.pt"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_each_file_is_synced_before_one_that_depends_on_it(tmp_path, tiny, monkeypatch):
@@ -125,6 +136,30 @@ def test_overwriting_never_mixes_two_trainings(tmp_path, tiny, stopped, monkeypa
     assert files_in(stopped) == ["metrics.jsonl", "training.json"]
 
 
+def test_overwriting_on_a_full_disk_keeps_the_earlier_results(tmp_path, tiny, whole, monkeypatch):
+    """The new ``training.json`` still fits on the disk, and the first row does not."""
+    out, before = shutil.copytree(whole, tmp_path / "out"), contents(whole)
+
+    def full(path, text):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_folder, "append_lines", full)
+    with pytest.raises(KeyboardInterrupt):
+        fit(RECIPE, tiny, output=out, overwrite=True, seed=5, **HOW | dict(log=stop_after((0, 1))))
+    assert contents(out) == before
+
+
+def test_resume_moves_back_what_a_killed_overwrite_has_moved_away(tmp_path, whole, tiny):
+    out = shutil.copytree(whole, tmp_path / "out")
+    hidden = out / f"{REPLACED}x"
+    hidden.mkdir()
+    for path in [path for path in out.iterdir() if path != hidden]:
+        path.rename(hidden / path.name)
+    fit(RECIPE, tiny, resume=out, **HOW)
+    assert contents(out) == contents(whole) and not hidden.exists()
+
+
 def test_results_replaced_before_the_first_row_come_back_if_there_is_none(tmp_path, whole):
     """Several processes replace earlier results at their start."""
     out = shutil.copytree(whole, tmp_path / "out")
@@ -165,7 +200,7 @@ def test_unreadable_checkpoint_falls_back_to_the_one_before(stopped, whole, tiny
     with pytest.raises(KeyboardInterrupt):
         fit(RECIPE, tiny, resume=stopped, **HOW | {"log": stop})
     (told,) = [line for line in lines if "cannot be read" in line]
-    assert told.startswith("run-0/checkpoint.pt cannot be read (") and "its checksum is wrong" in told
+    assert told.startswith(f"{stopped}: run-0/checkpoint.pt cannot be read (") and "its checksum is wrong" in told
     assert told.endswith("; the run continues from the checkpoint before it, after epoch 1")
     epochs = [Checkpoint.load(stopped / f"run-0/checkpoint{name}.pt").epoch for name in ("", "-previous")]
     assert epochs == [2, 1], "the damaged one has not replaced the one before it"
@@ -191,7 +226,9 @@ def test_damaged_checkpoints_are_refused_without_advice_to_destroy(stopped, tiny
     assert {name: (stopped / name).read_bytes() for name in files_in(stopped)} == before
 
 
-@pytest.mark.parametrize(("epoch", "words"), [(1, "metrics.jsonl lacks rows of its epochs"), (2, None)])
+@pytest.mark.parametrize(
+    ("epoch", "words"), [(1, "metrics.jsonl lacks rows that a checkpoint of run 0 continues"), (2, None)]
+)
 def test_checkpoint_whose_rows_were_changed_is_not_continued(stopped, whole, tiny, epoch, words):
     path = stopped / "metrics.jsonl"
     path.write_text(path.read_text().replace(f'"epoch": {epoch}, "train_loss": ', f'"epoch": {epoch}, "train_loss": 1'))
@@ -201,6 +238,16 @@ def test_checkpoint_whose_rows_were_changed_is_not_continued(stopped, whole, tin
     else:
         fit(RECIPE, tiny, resume=stopped, **HOW)
         assert contents(stopped) == contents(whole)
+
+
+def test_full_memory_of_a_gpu_gives_no_advice_against_the_checkpoint(stopped, tiny, monkeypatch):
+    def full(backend, state):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(Backend, "load_training_state", full)
+    with pytest.raises(InputError, match="out of memory") as caught:
+        fit(RECIPE, tiny, resume=stopped, **HOW)
+    assert "checkpoint" not in str(caught.value)
 
 
 def test_checkpoint_does_not_grow_with_the_epochs(tmp_path, tiny):
@@ -222,10 +269,10 @@ def flips_of(path, count, seed):
 @pytest.mark.parametrize("name", ["model.pt", "checkpoint.pt"])
 def test_flipped_bit_is_found_or_changes_nothing(stopped, whole, tmp_path, name):
     path = shutil.copy((whole if name == "model.pt" else stopped / "run-0") / name, tmp_path / name)
-    expected, refused = repr(load_tensors(path)), 0
+    expected, refused = plain(load_tensors(path)), 0
     for position in flips_of(path, 150, seed=0):
         try:
-            found = repr(load_tensors(path))
+            found = plain(load_tensors(path))
         except Exception:  # a reader tells it in a line
             refused += 1
         else:
@@ -345,6 +392,20 @@ def test_draft_follows_no_planted_link(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError), atomic_write(tmp_path / "out.json"):
         pass
     assert victim.read_text() == "mine" and not (tmp_path / "out.json").exists()
+
+
+def test_lines_wait_for_those_of_another_process(tmp_path):
+    """A writer that fails cuts its own lines off, so nobody may append at that time."""
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "rows").touch()
+    with open(tmp_path / "rows", "a") as other, ThreadPoolExecutor() as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        done = pool.submit(append_lines, tmp_path / "rows", "mine\n")
+        with pytest.raises(WaitedTooLong):
+            done.result(timeout=0.2)
+        fcntl.flock(other, fcntl.LOCK_UN)
+        done.result(timeout=60)
+    assert (tmp_path / "rows").read_text() == "mine\n"
 
 
 def test_lines_are_appended_to_no_link_and_to_no_half_line(tmp_path):

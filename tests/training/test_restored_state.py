@@ -92,6 +92,14 @@ OF_RUNS = {
 """Functions of a finished run, for a restore that leaves a result out."""
 
 
+REFUSED = {
+    "epoch": "lacks rows that a checkpoint of run 1 continues",
+    "rows of earlier epochs": "lacks rows that a checkpoint of run 1 continues",
+    "scores of extra test sets": "run 1 has other classes, test images or extra test sets",
+}
+"""What a resume says that is refused. The others end, and differ."""
+
+
 def train(folder, tiny, test_set, resume=False, log=None):
     """Train two runs; return the results, and the rows that ``metrics.jsonl`` had after the last epoch of a run."""
     rows = []
@@ -120,15 +128,19 @@ def trained(tmp_path_factory, tiny, no_curves):
 
 @pytest.fixture
 def is_noticed(tmp_path, tiny, trained):
-    """Return a function that resumes the stopped training, and tells whether it fails or differs from the whole."""
+    """Return a function that resumes the stopped training, and tells whether it is refused or differs from the whole.
 
-    def resume():
+    ``kind`` is the state that is left out.
+    """
+
+    def resume(kind=""):
         test_set, parts, whole = trained
         folder = shutil.copytree(parts, tmp_path / "parts")
-        try:
+        if kind not in REFUSED:
             return train(folder, tiny, test_set, resume=True) != whole
-        except (UserError, json.JSONDecodeError):
-            return True
+        with pytest.raises(UserError, match=REFUSED[kind]):
+            train(folder, tiny, test_set, resume=True)
+        return True
 
     return resume
 
@@ -157,14 +169,14 @@ def test_part_of_an_unfinished_run_that_is_not_read_is_noticed(is_noticed, monke
         return found and READ[kind](found)
 
     monkeypatch.setattr(RunFolder, "unfinished", partial)
-    assert is_noticed()
+    assert is_noticed(kind)
 
 
 @pytest.mark.parametrize("kind", OF_RUNS)
 def test_result_of_a_finished_run_that_is_not_read_is_noticed(is_noticed, monkeypatch, kind):
     read = RunResult.from_dict
     monkeypatch.setattr(RunResult, "from_dict", lambda values: OF_RUNS[kind](read(values)))
-    assert is_noticed()
+    assert is_noticed(kind)
 
 
 def test_tail_of_the_rows_that_is_not_cut_off_is_noticed(is_noticed, monkeypatch):
@@ -177,7 +189,8 @@ def test_tail_of_the_rows_that_is_not_cut_off_is_noticed(is_noticed, monkeypatch
         return folder
 
     monkeypatch.setattr(RunFolder, "__enter__", uncut)
-    assert is_noticed()
+    with pytest.raises(json.JSONDecodeError):  # half of a line
+        is_noticed()
 
 
 @pytest.fixture(scope="module")
