@@ -1008,7 +1008,8 @@ def batch_norm_act(
     if plain or x.shape[0] == 0:  # Triton cannot launch an empty grid
         if training and num_batches_tracked is not None and not isinstance(momentum, Tensor):
             num_batches_tracked.add_(1)
-        momentum = float(momentum) if x.shape[0] else 0.0  # an empty batch changes no statistics
+        is_empty = not torch.jit.is_tracing() and x.shape[0] == 0
+        momentum = 0.0 if is_empty else float(momentum)  # an empty batch changes no statistics
         settings = dict(training=training, alpha=alpha, momentum=momentum, eps=eps, pool=pool)
         return _plain(x, weight, bias, running_mean, running_var, activation=activation, **settings)
     if not training:

@@ -86,9 +86,7 @@ def resolve_backend(
 
     unavailable = None if backend in ("eager", "compiled") else fused_unavailable_reason(where)
     if backend == "fused" and unavailable:
-        raise InputError(
-            f"the fused backend cannot run here ({unavailable}); choose {option('backend')} compiled, eager or auto"
-        )
+        raise InputError(f"the fused backend cannot run here ({unavailable}); choose {option('backend')} eager or auto")
     backends: tuple[str, ...] = ("compiled", "eager")
     if backend != "auto":
         backends = (backend,)

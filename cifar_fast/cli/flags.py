@@ -229,7 +229,7 @@ def interruptible(quiet: bool = False) -> Iterator[Callable[[], None]]:
 
 
 def print_line(text: str) -> None:
-    """Print ``text``, one line or several, without other control characters.
+    """Print ``text``. Control characters other than line breaks are escaped.
 
     End the command quietly if the reader of its output is gone, as after ``| head -1``.
 

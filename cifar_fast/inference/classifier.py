@@ -163,9 +163,9 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> Classifier:
         for name in ("mean", "std"):
             if not are_finite(saved[name], IMAGE_CHANNELS):
                 raise InputError(f"{name} is no list of three numbers")
-        if not 2 <= len(class_names) <= MAX_CLASSES or (
-            model is None and 2 * recipe.weights(len(class_names)) > path.stat().st_size
-        ):
+        if not 2 <= len(class_names) <= MAX_CLASSES:
+            raise InputError(f"it names {len(class_names)} classes; there must be 2 to {MAX_CLASSES}")
+        if model is None and 2 * recipe.weights(len(class_names)) > path.stat().st_size:
             raise InputError("its recipe has more weights than the file holds")
         if model is None:  # with a generator of its own, because torch's default one belongs to the caller
             model = make_network(recipe, len(class_names), torch.Generator())

@@ -73,7 +73,8 @@ class TrainConfig:
     )
     verify_every: int = _field(
         0,
-        "steps between checks that train a step twice from the same state; other bits end the run; 0: no check",
+        "steps between checks that train a step twice from the same state; if a bit differs, the run ends with an "
+        "error; 0: no check",
         may_change=True,
     )
     also_test: Mapping[str, str | Path] = _field(

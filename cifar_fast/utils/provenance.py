@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -9,7 +10,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,25 @@ def without_names(value: Any) -> Any:
         return {key: without_names(item) for key, item in value.items()}
     if not isinstance(value, str):
         return value
+    if value.startswith("file://"):
+        return "file://" + without_names(value.removeprefix("file://"))
     if "://" in value:
         return without_secrets(value)
-    name, equals, path = value.rpartition("=")
-    if not os.path.isabs(path):
-        return value
-    for folder, short in ((os.getcwd(), "."), (os.path.expanduser("~"), "~")):
-        if len(folder) > 1 and (path + os.sep).startswith(folder + os.sep):
-            inside = path[len(folder) + 1 :]
-            return f"{name}{equals}{inside if short == '.' and inside else os.path.join(short, inside).rstrip(os.sep)}"
-    return f"{name}{equals}{os.path.join('...', os.path.basename(path.rstrip(os.sep)))}"
+    if not os.path.isabs(value):
+        name, equals, path = value.partition("=")
+        return name + equals + without_names(path) if os.path.isabs(path) else value
+    for folder, short in _known_folders():
+        if len(folder) > 1 and (value + os.sep).startswith(folder + os.sep):
+            inside = value[len(folder) + 1 :]
+            return inside if short == "." and inside else os.path.join(short, inside).rstrip(os.sep)
+    return os.path.join("...", os.path.basename(value.rstrip(os.sep)))
+
+
+def _known_folders() -> Iterator[tuple[str, str]]:
+    """Yield the working folder and the home folder, with what a path below them begins with."""
+    with contextlib.suppress(OSError):  # somebody has removed it
+        yield os.getcwd(), "."
+    yield os.path.expanduser("~"), "~"
 
 
 def without_secrets(url: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Mapping
@@ -14,11 +15,16 @@ LARGEST = 2**63 - 1
 
 def check_types(instance: Any) -> None:
     """Raise ValueError if a field of the dataclass ``instance`` has another type than its annotation."""
-    hints = get_type_hints(type(instance))
-    check_values(
-        {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)},
-        {field.name: hints[field.name] for field in dataclasses.fields(instance)},
-    )
+    kind: Any = type(instance)
+    hints = _hints_of(kind)
+    check_values({name: getattr(instance, name) for name in hints}, hints)
+
+
+@functools.cache
+def _hints_of(kind: Any) -> dict[str, Any]:
+    """Return the annotation of each field of the dataclass ``kind``."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def check_values(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
@@ -34,7 +40,7 @@ def check_values(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
 def has_type(value: Any, hint: Any) -> bool:
     """Return whether ``value`` fits the annotation ``hint``, as JSON can hold it.
 
-    A float may be an integer. A number must fit into 64 bits, and True is none.
+    A float may be an integer. An integer must fit into 64 bits. A bool does not count as a number.
     """
     kind, inside = get_origin(hint), get_args(hint)
     if hint is Any:

@@ -61,7 +61,7 @@ def test_eager_and_fused_train_on_a_cpu_and_fused_on_a_gpu_says_what_is_missing(
     summary = json.loads((tmp_path / "fused/summary.json").read_text())
     assert summary["backend"] == "fused" and not [note for note in summary["notes"] if "plain torch" in note]
     reason = "Triton cannot be imported: No module named 'triton'"
-    assert refusal == f"error: the fused backend cannot run here ({reason}); choose --backend compiled, eager or auto"
+    assert refusal == f"error: the fused backend cannot run here ({reason}); choose --backend eager or auto"
     assert operators == f"the operators need Triton on cuda ({reason})"
 
 

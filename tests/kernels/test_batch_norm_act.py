@@ -532,7 +532,7 @@ def transformed(module, transform, x):
     return [*map(torch.Tensor.detach, leaves), *module.state_dict().values()]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace", "error::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     ("transform", "training"), [*((name, False) for name in TRANSFORMS), *((name, True) for name in IN_TRAINING)]
 )
