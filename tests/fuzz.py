@@ -32,7 +32,7 @@ from cifar_fast.training import run_folder
 from cifar_fast.utils.device import environment
 from cifar_fast.utils.errors import UserError, out_of_memory, visible
 from cifar_fast.utils.progress import lines_to
-from tests.fuzzing.mutations import mutated
+from tests.fuzzing.mutations import Bomb, mutated
 from tests.fuzzing.readers import READERS, write_files
 from tests.helpers import KINDS
 
@@ -40,6 +40,8 @@ SECONDS, BYTES = 10.0, 2 << 30
 FAILURES = ("traceback", "crash", "hang", "memory", "outside")
 STARTED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
 CHANGED = ("open", "os.rename", "os.link", "os.symlink", "os.mkdir", "os.remove", "os.rmdir")
+CACHES = ("CACHES", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")
+"""Variables with the one folder that a reader may write to, besides its own."""
 allowed: list[str] = []
 events: list[str] = []
 
@@ -101,6 +103,8 @@ def work(connection) -> None:
     sources.MIRRORS["cifar10"] = KINDS["cifar10"].url = "http://127.0.0.1:9/none"
     environment(torch.device("cpu"))  # asks git for the commit, once
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C libraries write there
+    import matplotlib.font_manager  # noqa: F401  (starts a program that lists the fonts, once)
+
     sys.addaudithook(watch)
     connection.send("ready")
     while True:
@@ -142,8 +146,11 @@ class Worker:
 
 
 def inputs(root: Path, count: int, seed: int, only: str | None = None):
-    """Yield a reader, the file that is mutated, and the folder of the input, ``count`` times."""
-    fresh, names = write_files(root), [only] if only else list(READERS)
+    """Yield a reader, the file that is mutated, and the folder of the input, ``count`` times.
+
+    A ``root`` and a ``seed`` always give the same inputs.
+    """
+    fresh, names, Bomb.place = write_files(root), [only] if only else list(READERS), str(root / "made")
     for number in range(count):
         draw, name = random.Random(f"{seed} {number}"), names[number % len(names)]
         file, folder = draw.choice(READERS[name][0]), root / "input"
@@ -162,7 +169,7 @@ def main() -> int:
     args = parser.parse_args()
     start, slowest, counts = time.monotonic(), 0.0, {name: Counter() for name in READERS}
     with tempfile.TemporaryDirectory() as root:
-        for name in ("CACHES", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"):
+        for name in CACHES:
             os.environ[name] = f"{root}/caches"
         worker = Worker()
         for number, (name, file, folder) in enumerate(inputs(Path(root), args.inputs, args.seed, args.only)):

@@ -1,6 +1,7 @@
 """Helpers of the tests: small data sets, published archives, processes, results of trainings."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -111,19 +112,15 @@ def write_archive(root, name, dataset):
     if name == "cifar100":
         files[kind.meta["filename"]]["coarse_label_names"] = names[::5]
 
-    folder = root / kind.base_folder
-    folder.mkdir(parents=True)
-    sums = {}
-    for file, content in files.items():
-        data = pickle.dumps(content, protocol=2)
-        (folder / file).write_bytes(data)
-        sums[file] = hashlib.md5(data).hexdigest()
-    archive = root / kind.filename
+    root.mkdir(parents=True, exist_ok=True)
+    archive, sums = root / kind.filename, {}
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
-        for file in sorted(folder.iterdir()):
-            tar.add(file, f"{kind.base_folder}/{file.name}")
-            file.unlink()
-    folder.rmdir()
+        for file, content in sorted(files.items()):
+            data = pickle.dumps(content, protocol=2)
+            sums[file] = hashlib.md5(data).hexdigest()
+            member = tarfile.TarInfo(f"{kind.base_folder}/{file}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
     return {
         "train_list": [(file, sums[file]) for file, _ in kind.train_list],
         "test_list": [(file, sums[file]) for file, _ in kind.test_list],
@@ -135,6 +132,15 @@ def write_archive(root, name, dataset):
 def untimed(values):
     """Return ``values`` without those that depend on the clock or say how the training was started."""
     return {name: value for name, value in values.items() if not name.startswith("train_seconds") and name not in TIMES}
+
+
+def plain(value):
+    """Return a tree of values with bytes for its tensors, and without times."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items() if key not in TIMES and "_seconds" not in key}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def fit_with(backend_config, recipe, dataset):

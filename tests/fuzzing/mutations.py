@@ -11,6 +11,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,10 +22,12 @@ DTYPES = ("<f4", ">i8", "u1", "<U3", "b1", "c8", "<i4")
 
 
 class Bomb:
-    """Makes a folder if it is unpickled."""
+    """Makes the folder ``place``, which is outside of the folder that is read, if it is unpickled."""
+
+    place = ""
 
     def __reduce__(self):
-        return os.mkdir, ("/tmp/cifar_fast_bomb",)
+        return os.mkdir, (self.place,)
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
@@ -69,6 +72,7 @@ def changed(value, draw: random.Random, more: tuple = ()):
     return draw.choice((*VALUES, *more))
 
 
+@mock.patch("time.time", lambda: 1e9)  # zip and gzip write it
 def mutated(name: str, data: bytes, draw: random.Random) -> bytes:
     """Return a mutation of the valid file ``data``, whose kind its ``name`` tells."""
     kind = DEEP.get(Path(name).suffix)

@@ -89,8 +89,14 @@ READERS: dict[str, tuple[tuple[str, ...], Callable[[Path], object]]] = {
 """The files of a folder to mutate, and a function that reads the folder, by the name of the reader."""
 
 
+@mock.patch("time.time", lambda: 1e9)
+@mock.patch("cifar_fast.training.fit.device_timer", lambda device: lambda: 0.0)
+@mock.patch("cifar_fast.training.fit.now", lambda: "2001-09-09T01:46:40+00:00")
 def write_files(root: Path) -> Path:
-    """Write valid files for each reader below ``root``, and return the folder that holds a folder for each."""
+    """Write valid files for each reader below ``root``, and return the folder that holds a folder for each.
+
+    The clock does not move, so the files are the same each time.
+    """
     fresh, data = root / "fresh", small_dataset(16, 8, 2)
     for name in READERS:
         (fresh / name).mkdir(parents=True)
