@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import shutil
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ from cifar_fast.experiments.report import make_report, read_results
 from cifar_fast.training.metrics import EpochRow
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.files import RUN_RESULT, TRAINING
-from cifar_fast.utils.progress import LOGGER
+from cifar_fast.utils.progress import lines_to
 
 RECIPE = Recipe(epochs=2, batch_size=16, widths=(4, 8))
 HOW: dict[str, Any] = dict(backend="eager", device="cpu", dtype="float32", threads=1, log=None)
@@ -139,12 +138,11 @@ PARTS: dict[str, tuple[Callable[[Path, int], list[Totals]], int]] = {
 
 def table(share: float = 1.0) -> str:
     """Return the growth of each part as Markdown. ``share`` of the repetitions are made."""
-    LOGGER.setLevel(logging.WARNING)  # thousands of lines about epochs
     lines = []
     for name, (part, count) in PARTS.items():
         print(name, flush=True)
         number = max(10, round(share * count))
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, lines_to(None):
             costs = part(Path(folder), number)
         tenth = max(1, len(costs) // 10)
         first, last = costs[tenth // 10 :][:tenth], costs[-tenth:]  # the very first ones load modules

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from benchmarks import growth
 from benchmarks.__main__ import main
 from cifar_fast.training.time_to_go import TimeToGo
+from tests.helpers import cells
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system counts no bytes"),
@@ -30,9 +31,9 @@ def test_bytes_written_for_a_result_of_a_report_do_not_grow(tmp_path, monkeypatc
 
 
 def test_table_of_the_command_has_a_line_for_each_part(monkeypatch, capfd):
-    monkeypatch.setattr(growth, "PARTS", {"row": (growth.rows, 100)})
+    monkeypatch.setattr(growth, "PARTS", {"row": (growth.rows, 100), "another": (growth.rows, 60)})
     assert main(["growth", "--share", "0.5"]) == 0
-    assert "| row " in capfd.readouterr().out.splitlines()[-1]
+    assert [row[:2] for row in cells(capfd.readouterr().out.splitlines())[2:]] == [["row", "50"], ["another", "30"]]
 
 
 def test_time_to_go_of_a_step_does_not_look_at_each_run():

@@ -14,15 +14,17 @@ from torch import nn
 from cifar_fast import Dataset, InputError, Recipe, export_model, fit, load_model
 from cifar_fast.cli.main import main
 from cifar_fast.data.synthetic import PATTERNS, textures
-from tests.helpers import HOW
+from tests.helpers import HOW, SHARED
 
-pytestmark = pytest.mark.usefixtures("no_curves")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # whole trainings
 
 SMALL = dict(widths=(4, 8), batch_size=16, epochs=1)
 RECIPES = {"cnn": Recipe(**SMALL), "whitened": dataclasses.replace(Recipe.load("airbench94"), **SMALL)}
 CASES = [(network, dtype) for network in RECIPES for dtype in ("float32", "bfloat16")]
-IMAGES, LABELS = textures(48, seed=0)
-DATASET = Dataset("textures", "textures", IMAGES, LABELS, IMAGES[:16], LABELS[:16], tuple(PATTERNS))
+TEXTURES, LABELS = textures(48, seed=0)
+DATASET = Dataset("textures", "textures", TEXTURES, LABELS, TEXTURES[:16], LABELS[:16], tuple(PATTERNS))
+PHOTOS = SHARED / "data/cifar10-mini.npz"
+IMAGES = np.load(PHOTOS)["test_images"][:48] if PHOTOS.exists() else TEXTURES
 
 
 @pytest.fixture(scope="module")

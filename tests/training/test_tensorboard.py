@@ -119,7 +119,6 @@ def test_missing_tensorboard_is_reported_before_the_training(tmp_path, npz, monk
     for name in [name for name in sys.modules if name.startswith("tensorboard.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert train(npz, f"--output {tmp_path}/out --log tensorboard") == 2
     shown = capfd.readouterr()
     assert shown.err == "error: --log tensorboard needs tensorboard: pip install 'cifar_fast[tensorboard]'\n"

@@ -61,6 +61,23 @@ def test_a_flipped_bit_ends_the_run_and_names_the_step(tmp_path, npz, monkeypatc
     assert error.count("\n") == 1 and " more; the memory or the processor may be faulty" in error
 
 
+@pytest.mark.parametrize("name", ["seq.0.weight", "seq.1.running_var", "momentum of seq.0.weight"])
+def test_a_difference_in_each_kind_of_state_is_noticed(tiny, monkeypatch, name):
+    copies, state_of = [], Backend.training_state
+
+    def faulty(backend):
+        state = state_of(backend)
+        copies.append(state)
+        if len(copies) == 3:  # after the repeated step
+            tensor = state["momentum"][0] if "momentum" in name else state["model"][name]
+            tensor.view(torch.int32)[(0,) * tensor.dim()] ^= 1
+        return state
+
+    monkeypatch.setattr(Backend, "training_state", faulty)
+    with pytest.raises(MissingRuns, match=f"step 1 .* in {name}; "):
+        fit(RECIPE, tiny, verify_every=1, **HOW)
+
+
 @pytest.mark.parametrize("recipe", [RECIPE, WHITENED], ids=["reference", "airbench94"])
 @pytest.mark.parametrize("backend", ["eager", "compiled", "fused"])
 def test_verification_changes_no_bit(tiny, uncompiled, backend, recipe):
@@ -74,10 +91,13 @@ def test_a_step_that_draws_random_numbers_is_repeated_with_the_same_ones(tiny):
 
 
 def test_other_runs_are_trained_and_the_faulty_one_resumes_from_its_checkpoint(tmp_path, tiny, monkeypatch):
+    out, lines = tmp_path / "out", []
     with monkeypatch.context() as patch, pytest.raises(MissingRuns, match=r"step 6 \(epoch 2\) of run 0"):
         flip_a_bit(patch, 2)
-        fit(RECIPE, tiny, output=tmp_path / "out", runs=2, verify_every=3, **HOW)
-    result = fit(RECIPE, tiny, resume=tmp_path / "out", runs=2, verify_every=2, **HOW)
+        fit(RECIPE, tiny, output=out, runs=2, verify_every=3, **HOW)
+    assert [(out / f"run-{run}/result.json").exists() for run in (0, 1)] == [False, True]
+    result = fit(RECIPE, tiny, resume=out, runs=2, verify_every=2, **HOW | dict(log=lines.append))
+    assert len([line for line in lines if "resuming after epoch 1" in line]) == 1
     assert_same_bits(result, fit(RECIPE, tiny, runs=2, **HOW))
 
 
