@@ -57,6 +57,7 @@ from .launch import (
     parameters,
     require,
     require_is_tensor,
+    require_separate,
     require_tensor,
     shown,
 )
@@ -981,7 +982,8 @@ def batch_norm_act(
             takes additional launches.
         eps: added to the variance, above 0 and finite.
         pool: 1, or 2 for a 2 x 2 max-pool. The pool ignores an odd last row or column, as torch's does.
-        num_batches_tracked: int64, one value. It is incremented in training if ``momentum`` is a number.
+        num_batches_tracked: int64, one value. It is incremented in training if ``momentum`` is a number. In training it
+            and the running statistics must not share memory with another argument.
 
     Returns:
         ``[N, C, H // pool, W // pool]`` in channels_last and in the dtype of ``x``.
@@ -1002,6 +1004,9 @@ def batch_norm_act(
     if not torch.jit.is_tracing():  # which warns of every look at a size
         _check(x, weight, bias, running_mean, running_var, training, eps, activation, alpha, pool, plain)
         _check_updates(x, momentum, num_batches_tracked)
+    if training and not plain and not torch.compiler.is_compiling() and type(x) is Tensor:
+        changed = dict(running_mean=running_mean, running_var=running_var, num_batches_tracked=num_batches_tracked)
+        require_separate(dict(x=x, weight=weight, bias=bias, momentum=momentum) | changed, tuple(changed))
     weight = x.new_ones(x.shape[1]) if weight is None else weight
     bias = x.new_zeros(x.shape[1]) if bias is None else bias
     plain = plain or (native(x.device) and cpu.unavailable_reason(x.dtype) is not None)

@@ -252,7 +252,7 @@ def require_separate(named: dict[str, Any], changed: tuple[str, ...]) -> None:
     spans = {
         name: (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
         for name, tensor in named.items()
-        if isinstance(tensor, torch.Tensor) and tensor.numel() > 0
+        if isinstance(tensor, torch.Tensor) and tensor.numel() > 0 and tensor.device.type != "meta"
     }
     for name in changed:
         begin, end = spans.get(name, (0, 0))

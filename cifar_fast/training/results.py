@@ -580,8 +580,9 @@ class RunReader:
         return [run for run in range(runs) if not self.has_result(run)]
 
     def all_written(self, runs: int) -> bool:
-        """Return whether all ``runs`` have ended, and the files made from them are there and of these runs."""
-        if self.missing(runs):
+        """Return whether all ``runs`` have ended without a checkpoint, and their files are there and of these runs."""
+        checkpoints = ((run, name) for run in range(runs) for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
+        if self.missing(runs) or any((self.of_run(run) / name).exists() for run, name in checkpoints):
             return False
         results = (self.run_result(run, logits=False) for run in range(runs))
         ended = self.training().with_runs(result for result in results if result)

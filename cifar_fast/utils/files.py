@@ -133,8 +133,9 @@ def _new_draft(path: Path) -> tuple[Path, IO[bytes]]:
         if fcntl:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:  # another process may have removed it before it was locked
-            return draft, file
+        with contextlib.suppress(FileNotFoundError):  # another process may have removed it before it was locked
+            if os.path.samestat(os.stat(draft), os.fstat(descriptor)):
+                return draft, file
         file.close()
 
 
@@ -171,7 +172,7 @@ def append_lines(path: Path, text: str) -> None:
 
     Other processes may append to the file too. A link is refused.
     """
-    is_new, data = not path.exists(), text.encode()
+    data = text.encode()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | NOFOLLOW, 0o666)
     with open(descriptor, "a+b", buffering=0) as file:
         if fcntl:
@@ -188,8 +189,7 @@ def append_lines(path: Path, text: str) -> None:
         except OSError:
             file.truncate(size)  # leaves no half line
             raise
-    if is_new:
-        sync_folder(path.parent)
+    sync_folder(path.parent)  # also if another process has made the file: it may be killed before it does this
 
 
 def save_tensors(value: Any, path: Path) -> None:

@@ -323,10 +323,13 @@ def not_unique(path: Path) -> Path:
 
 def content(path: Path) -> Any:
     """Return what is in a file, in a form that can be compared, without times."""
-    if path.suffix == ".json":
-        return plain(json.loads(path.read_text()))
-    if path.suffix == ".jsonl":
-        return [plain(json.loads(line)) for line in path.read_text().splitlines()]
+    try:
+        if path.suffix == ".json":
+            return plain(json.loads(path.read_text()))
+        if path.suffix == ".jsonl":
+            return [plain(json.loads(line)) for line in path.read_text().splitlines()]
+    except ValueError:  # damaged, which the commands report
+        return path.read_bytes()
     return plain(torch.load(path, weights_only=True)) if path.suffix == ".pt" else path.read_bytes()
 
 

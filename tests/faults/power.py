@@ -79,7 +79,7 @@ def cut_power(folder: Path, crashed: Path, log: list[Operation], fault: str, dra
         elif change.kind == "rmdir":
             path.mkdir()
         elif change.kind == "create":
-            path.unlink()
+            path.unlink(missing_ok=True)  # two processes may both have made it
         elif change.kind == "rename":
             path.rename(change.source)
         if change.kept:

@@ -29,6 +29,7 @@ NOT_RUN = {
     r"hf:": "downloads",
     r"--nnodes": "needs several machines",
     r"^cifar-fast check": "takes minutes; tests/diagnostics runs it",
+    r"tests\.|benchmarks growth": "takes minutes; tests run a part of it",
     r"--backend compiled": "compiles for minutes",
     r"^cp |sweep spec.toml$|report runs/spec": "needs a folder of real images",
 }

@@ -113,3 +113,12 @@ def test_running_statistics_that_require_a_gradient_are_refused_as_by_torch(name
         batch_norm_act(NORM_INPUT, **given)
     with torch.no_grad():
         batch_norm_act(NORM_INPUT, **given)
+
+
+@pytest.mark.parametrize("momentum", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize("other", ["weight", "running_var"])
+def test_running_statistics_in_the_memory_of_another_argument_are_refused(other, momentum):
+    given = {name: torch.ones(3) for name in ("weight", "bias", "running_mean", "running_var")}
+    given["running_mean"] = given[other]
+    with pytest.raises(ValueError, match=f"running_mean is changed, so it must not share memory with {other}; "):
+        batch_norm_act(NORM_INPUT, **given, training=True, momentum=momentum)

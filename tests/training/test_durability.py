@@ -318,11 +318,12 @@ def test_resume_writes_what_is_missing_or_of_other_runs(tmp_path, whole, tiny, c
     assert contents(out) == contents(whole)
 
 
-def test_checkpoint_of_a_run_that_has_ended_is_removed_on_resume(tmp_path, stopped, whole, tiny):
-    """A process was killed after it wrote ``result.json``."""
+@pytest.mark.parametrize("left", ["summary.json", "nothing"])
+def test_checkpoint_of_a_run_that_has_ended_is_removed_on_resume(tmp_path, stopped, whole, tiny, left):
+    """A process was killed after it wrote ``result.json``; ``left`` was not written, or another process wrote all."""
     out = shutil.copytree(whole, tmp_path / "killed")
     shutil.copy(stopped / "run-0/checkpoint.pt", out / "run-0")
-    (out / "summary.json").unlink()
+    (out / left).unlink(missing_ok=True)
     fit(RECIPE, tiny, resume=out, **HOW)
     assert contents(out) == contents(whole)
 
