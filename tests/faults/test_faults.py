@@ -62,5 +62,5 @@ def test_some_kills_and_power_cuts_change_no_bit():
 
 
 @pytest.mark.nightly
-def test_kills_and_power_cuts_of_every_command_change_no_bit():
-    assert len(faults("--sample", "4")) == 8 * 4
+def test_kills_and_power_cuts_at_every_operation_change_no_bit():
+    assert len(faults()) == 8 * 4
