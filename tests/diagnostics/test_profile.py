@@ -265,7 +265,7 @@ def test_files_contain_the_trace_and_the_logged_table(tmp_path):
     assert table.environment["torch"] == torch.__version__
     text = (tmp_path / "a" / "b" / "trace.json").read_text()
     trace = json.loads(text)
-    assert trace["host_name"] == "" and str(tmp_path) not in text
+    assert trace.get("host_name", "") == "" and str(tmp_path) not in text
     assert "aten::convolution_backward" in {event.get("name") for event in trace["traceEvents"]}
     assert lines == str(table).splitlines()
     assert [line for line in LINES for text in lines if text.startswith(f"{line}  ")] == [

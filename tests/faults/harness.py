@@ -41,7 +41,7 @@ nothing says so; a traceback, or no end."""
 SPEC = """
 dataset = "npz"
 data_dir = "{base}/data.npz"
-output = "{base}/work/out"
+output = "{output}"
 backend = "eager"
 device = "cpu"
 dtype = "float32"
@@ -96,7 +96,7 @@ class Harness:
         self.shim = ctypes.CDLL(None)
         self.epochs = os.open(base / "epochs", os.O_CREAT | os.O_RDWR | os.O_APPEND)
         save_npz(base / "data.npz", small_dataset(train=16, test=8))
-        (base / "sweep.toml").write_text(SPEC.format(base=base))
+        (base / "sweep.toml").write_text(SPEC.format(base=base, output=self.work / "out"))
         add_row = run_folder.RunFolder.add_row
 
         def count_and_add(folder: Any, row: Any) -> None:
