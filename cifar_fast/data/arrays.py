@@ -128,7 +128,7 @@ def read_mat(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{path}: needs scipy: pip install scipy") from None
     try:
         arrays = loadmat(regular(path), variable_names=["X", "y"])
-    except NotImplementedError:
+    except NotImplementedError:  # scipy's answer to this format alone
         raise InputError(f"{path}: is in the format of MATLAB 7.3; save it again with -v7") from None
     except Exception as error:  # damaged files raise many different types
         reason = getattr(error, "strerror", None) or first_line(error)

@@ -173,7 +173,7 @@ def profile(backend: Backend, draws: Draws, directory: str | Path, steps: int = 
         finish()
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines, "gpuGetDeviceCount failed" too
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-        with marked_batches(backend), torch.profiler.profile(activities=activities) as trace:
+        with marked_batches(backend), torch.profiler.profile(activities=activities, acc_events=True) as trace:
             start = time.perf_counter()
             for _ in itertools.islice(training, steps):
                 pass
