@@ -2,8 +2,12 @@
 
 import getpass
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 # torch reads this on import, here and in the processes that tests start. Small tensors gain nothing from threads, and
 # the test workers share the cores.
@@ -71,6 +75,21 @@ def shared():
         return SHARED / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def simulator(shared, tmp_path_factory):
+    """The path of the GPU simulator's script, after a first run that builds the simulator."""
+    script = shared("gpu_stand_in/run.py")
+    if not shutil.which("gcc"):
+        pytest.skip("the GPU simulator needs gcc")
+    import fcntl  # Windows lacks it
+
+    folder = tmp_path_factory.getbasetemp()
+    with open(Path(tempfile.gettempdir(), f"simulator-{getpass.getuser()}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes that build it at the same time disturb each other
+        subprocess.run([sys.executable, script, "--log", folder / "log", "-m", "pytest", "--version"], check=True)
+    return str(script)
 
 
 @pytest.fixture(scope="session")

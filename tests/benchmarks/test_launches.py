@@ -1,6 +1,5 @@
 """The launches of a captured step and evaluation: reading a log, and their number."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,10 +59,8 @@ def test_incomplete_or_missing_log_is_an_error_in_one_line(tmp_path, capsys):
 
 
 @pytest.mark.nightly  # the compiler
-def test_number_of_launches_does_not_grow(shared, tmp_path):
-    simulator, log = shared("gpu_stand_in/run.py"), tmp_path / "log"
-    if not shutil.which("gcc"):
-        pytest.skip("the GPU simulator needs gcc")
+def test_number_of_launches_does_not_grow(simulator, tmp_path):
+    log = tmp_path / "log"
     small_dataset(2 * Recipe().batch_size, 10_000, 10).save(tmp_path / "images.npz")
     flags = f"--dataset npz --data-dir {tmp_path}/images.npz --backend fused --device cuda --dtype float16 --epochs 1"
     flags += f" --output {tmp_path}/x"

@@ -456,11 +456,7 @@ def test_each_process_uses_its_own_gpu(tmp_path, npz):
 
 
 @pytest.mark.nightly  # starts processes that emulate the kernels
-def test_two_processes_on_a_simulator_of_two_gpus(tmp_path, npz, shared):
-    simulator = str(shared("gpu_stand_in/run.py"))
-    if not shutil.which("gcc"):
-        pytest.skip("the simulator needs gcc")
-
+def test_two_processes_on_a_simulator_of_two_gpus(tmp_path, npz, simulator):
     def on_gpus(log):
         return [simulator, "--values", "--devices", "2", "--log", str(tmp_path / log), "-m", "cifar_fast.train"]
 
