@@ -6,13 +6,15 @@ last tenth of the repetitions with the first tenth. Ratios within one process ho
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from cifar_fast.experiments.report import make_report, read_results
 from cifar_fast.training.metrics import EpochRow
 from cifar_fast.training.run_folder import RunFolder
 from cifar_fast.utils.files import RUN_RESULT, TRAINING
-from cifar_fast.utils.progress import lines_to
+from cifar_fast.utils.progress import LOGGER
 
 RECIPE = Recipe(epochs=2, batch_size=16, widths=(4, 8))
 HOW: dict[str, Any] = dict(backend="eager", device="cpu", dtype="float32", threads=1, log=None)
@@ -136,13 +138,24 @@ PARTS: dict[str, tuple[Callable[[Path, int], list[Totals]], int]] = {
 """Each part by what it repeats, and how often."""
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Log no lines inside the block. The trainings here would print thousands."""
+    level = LOGGER.level
+    LOGGER.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
+
+
 def table(share: float = 1.0) -> str:
     """Return the growth of each part as Markdown. ``share`` of the repetitions are made."""
     lines = []
     for name, (part, count) in PARTS.items():
         print(name, flush=True)
         number = max(10, round(share * count))
-        with tempfile.TemporaryDirectory() as folder, lines_to(None):
+        with tempfile.TemporaryDirectory() as folder, quiet():
             costs = part(Path(folder), number)
         tenth = max(1, len(costs) // 10)
         first, last = costs[tenth // 10 :][:tenth], costs[-tenth:]  # the very first ones load modules

@@ -8,7 +8,7 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra hf")
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: the extra hf")
 
 from tests import fuzz
-from tests.fuzzing.readers import READERS
+from tests.fuzzing.readers import READERS, write_files
 from tests.helpers import compiler
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_curves")]  # trains, and starts processes
@@ -30,12 +30,23 @@ print(*fuzz.verdict("unsafe", folder))
 """
 
 
-def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, monkeypatch):
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
     for name in fuzz.CACHES:
         monkeypatch.setenv(name, str(tmp_path / "caches"))
     worker = fuzz.Worker()
-    found = [(name, *worker(name, folder)[:2]) for name, _, folder in fuzz.inputs(tmp_path, 64, seed=1)]
+    yield worker
     worker.process.kill()
+
+
+def test_valid_files_are_read_by_each_reader(tmp_path, worker):
+    """Otherwise a reader could refuse all mutations for a reason of another file."""
+    folders = write_files(tmp_path)
+    assert {name: worker(name, folders / name)[0] for name in READERS} == dict.fromkeys(READERS, "read")
+
+
+def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, worker):
+    found = [(name, *worker(name, folder)[:2]) for name, _, folder in fuzz.inputs(tmp_path, 64, seed=1)]
     assert [one for one in found if one[1] in fuzz.FAILURES] == []
     assert {one[1] for one in found} == {"read", "refused"}
 
