@@ -30,11 +30,13 @@ print(*fuzz.verdict("unsafe", folder))
 """
 
 
-@pytest.fixture
-def worker(tmp_path, monkeypatch):
-    for name in fuzz.CACHES:
-        monkeypatch.setenv(name, str(tmp_path / "caches"))
-    worker = fuzz.Worker()
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in fuzz.CACHES:
+            patch.setenv(name, str(folder))
+        worker = fuzz.Worker()
     yield worker
     worker.process.kill()
 
