@@ -31,7 +31,7 @@ NOT_RUN = {
     r"^cifar-fast check": "takes minutes; tests/diagnostics runs it",
     r"tests\.|benchmarks growth": "takes minutes; tests run a part of it",
     r"--backend compiled": "compiles for minutes",
-    r"^cp |sweep spec.toml$|report runs/spec": "needs a folder of real images",
+    r"^cp |sweep spec.toml$|report runs/(spec|ablations)": "needs a folder of real images",
 }
 RUN_ANYWAY = r"docs/(experiments|cli)\.md cifar-fast sweep spec.toml"
 
