@@ -43,10 +43,8 @@ def test_cifar10_trains_without_compiler(cifar10, tmp_path, backend, capsys):
     assert summary["dataset"]["class_names"] == list(PATTERNS)
 
 
-@pytest.mark.parametrize(
-    ("backend", "runs"),
-    [pytest.param("compiled", 2, marks=pytest.mark.slow), pytest.param("fused", 1, marks=pytest.mark.nightly)],
-)
+@pytest.mark.nightly  # the compiler
+@pytest.mark.parametrize(("backend", "runs"), [("compiled", 2), ("fused", 1)])
 def test_cifar10_trains_with_compiler(cifar10, tmp_path, backend, runs, few_programs):
     flags = f"--dtype float32 --batch-size 50 --runs {runs}"
     summary = train("cifar10", cifar10, tmp_path / "out", f"--backend {backend} {flags}")
